@@ -1,0 +1,1 @@
+"""One file per operator: docstring, validation, the torch.ops call, fakes, autograd and vmap."""

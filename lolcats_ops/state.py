@@ -1,0 +1,182 @@
+"""The recurrent state of an attention (SPEC 5): constant size, whatever the number of tokens seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+WINDOW_KINDS = ("sliding", "terrace")  # index = code in the C ABI
+
+
+def window_start(position: Tensor, window: int, window_kind: str) -> Tensor:
+    """e(i), the first position that query i attends by softmax (SPEC 2); 0 for positions before the start.
+
+    >>> window_start(torch.arange(6), 2, "sliding").tolist()
+    [0, 0, 1, 2, 3, 4]
+    >>> window_start(torch.arange(6), 2, "terrace").tolist()
+    [0, 0, 0, 0, 2, 2]
+    """
+    if window_kind == "sliding" or window == 0:
+        return (position - window + 1).clamp(min=0)
+    return ((position // window - 1) * window).clamp(min=0)
+
+
+def window_span(window: int, window_kind: str) -> int:
+    """The most keys that a query attends by softmax, sinks aside: w (sliding) or 2w (terrace)."""
+    return window if window_kind == "sliding" else 2 * window
+
+
+@dataclass(frozen=True, eq=False)
+class HybridState:
+    """What an attention remembers of P sequences.
+
+    ``kv``, ``ksum``: sums of phi_k(k_j) (x) v_j and of phi_k(k_j) over the positions [sink, folded).
+    ``k_ring``, ``v_ring``: keys and values of the positions [folded, length), each at slot position % R; other slots are
+    stale. ``k_sink``, ``v_sink``: positions [0, min(sink, length)).
+    The state of linear_attention has window = sink = R = 0.
+
+    >>> state = HybridState.empty(2, 8, 4, 64, 64, 128, window=64, sink=1, slack=8)
+    >>> state.k_ring.shape, state.slack, state.length.tolist()
+    (torch.Size([2, 4, 72, 64]), 8, [0, 0])
+    """
+
+    kv: Tensor  # [P, Hs, F, V], fp32 (fp64 in an fp64 reference)
+    ksum: Tensor  # [P, Hs, F]
+    k_ring: Tensor  # [P, Hk, R, D]
+    v_ring: Tensor  # [P, Hk, R, V]
+    k_sink: Tensor  # [P, Hk, s, D]
+    v_sink: Tensor  # [P, Hk, s, V]
+    length: Tensor  # [P] int64, tokens so far
+    folded: Tensor  # [P] int64, leading positions that live in (kv, ksum)
+    window: int
+    window_kind: str = "sliding"
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int,
+        feature_dim: int,
+        *,
+        window: int,
+        window_kind: str = "sliding",
+        sink: int = 0,
+        slack: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> HybridState:
+        """The state of ``batch`` sequences (or slots of a pool) before their first token.
+
+        Args:
+            heads: Hs, the heads of feature_k: query heads, or key/value heads where a group shares its map.
+            feature_dim: F, ``features.out_features``.
+            slack: how many of the last tokens ``rewind`` can always take back.
+            dtype: of keys and values; the sums are fp32 (fp64 with fp64 keys).
+
+        Raises:
+            ValueError: a negative size, or an unknown ``window_kind``.
+        """
+        if window_kind not in WINDOW_KINDS:
+            raise ValueError(
+                f"HybridState.empty: window_kind is {window_kind!r}, needs one of {', '.join(WINDOW_KINDS)}"
+            )
+        for name, value in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
+            if value < 0:
+                raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
+        ring = window_span(window, window_kind) + slack
+        sums = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
+        keys = {"dtype": dtype, "device": device}
+        return cls(
+            kv=torch.zeros(batch, heads, feature_dim, value_dim, **sums),
+            ksum=torch.zeros(batch, heads, feature_dim, **sums),
+            k_ring=torch.zeros(batch, kv_heads, ring, head_dim, **keys),
+            v_ring=torch.zeros(batch, kv_heads, ring, value_dim, **keys),
+            k_sink=torch.zeros(batch, kv_heads, sink, head_dim, **keys),
+            v_sink=torch.zeros(batch, kv_heads, sink, value_dim, **keys),
+            length=torch.zeros(batch, dtype=torch.int64, device=device),
+            folded=torch.zeros(batch, dtype=torch.int64, device=device),
+            window=window,
+            window_kind=window_kind,
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, in the order of the operator's schema."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("window", "window_kind")}
+
+    @property
+    def batch(self) -> int:
+        """P, the number of sequences or slots."""
+        return self.length.shape[0]
+
+    @property
+    def ring(self) -> int:
+        """R, the slots of the ring."""
+        return self.k_ring.shape[2]
+
+    @property
+    def sink(self) -> int:
+        """s, the first tokens that every query attends by softmax."""
+        return self.k_sink.shape[2]
+
+    @property
+    def slack(self) -> int:
+        """How many of the last tokens ``rewind`` can always take back."""
+        return self.ring - window_span(self.window, self.window_kind)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def rewind(self, n: int | Tensor) -> HybridState:
+        """Takes back the last ``n`` tokens (one number, or one per sequence) in place and returns self.
+
+        Always possible for n <= slack since the longest length so far, and for any n while nothing has been folded.
+
+        Raises:
+            ValueError: n < 0, n > length, or tokens of the remaining window have already left the ring.
+
+        >>> HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2).rewind(1)
+        Traceback (most recent call last):
+        ...
+        ValueError: HybridState.rewind: n is 1, needs 0 <= n <= length, which is [0]
+        """
+        length = self.length - n
+        if bool(((length < 0) | (length > self.length)).any()):
+            raise ValueError(
+                f"HybridState.rewind: n is {n}, needs 0 <= n <= length, which is {self.length.tolist()}"
+            )
+        # The next query has position `length`; all of its window, and all kept tokens, must not reach into the fold.
+        oldest = torch.minimum(window_start(length, self.window, self.window_kind), length)
+        if bool((self.folded > oldest).any()):
+            raise ValueError(
+                f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv; the state was made with "
+                f"slack={self.slack}"
+            )
+        self.length.copy_(length)
+        return self
+
+    def select(self, indices: Tensor) -> HybridState:
+        """A copy of the sequences ``indices`` [n], in that order and with repetition: beam search, prompt caching."""
+        return replace(self, **{name: t.index_select(0, indices) for name, t in self.tensors.items()})
+
+    def clone(self) -> HybridState:
+        """A copy that shares no memory."""
+        return replace(self, **{name: t.clone() for name, t in self.tensors.items()})
+
+    def to(self, device: torch.device | str) -> HybridState:
+        """The state on ``device``."""
+        return replace(self, **{name: t.to(device) for name, t in self.tensors.items()})
+
+    def reset(self, indices: Tensor | None = None) -> HybridState:
+        """Empties all sequences, or the slots ``indices``, in place and returns self."""
+        # Keys need no clearing: length and folded say which slots are live.
+        for t in (self.kv, self.ksum, self.length, self.folded):
+            t.zero_() if indices is None else t.index_fill_(0, indices, 0)
+        return self
