@@ -1,0 +1,38 @@
+// lolcats_ops._C: the operators on NumPy arrays, and the switches of the C library.
+#include "numpy_call.h"
+
+using namespace lolcats;
+
+namespace {
+
+void set_cpu_isa(const char* name) {
+  if (lol_set_cpu_isa(name) != LOL_OK) throw py::value_error(lol_last_error());
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (int i = 0; i < lol_cpu_isa_count(); ++i) names.emplace_back(lol_cpu_isa_name(i));
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "The operators of lolcats_ops on NumPy arrays, with the schemas of torch.ops.";
+  for (const Operator& op : kOperators) {
+    m.def(
+        op.name,
+        [&op](const py::args& args, const py::kwargs& kwargs) {
+          NumpyCall call(op.name, args, kwargs);
+          op.run(call);
+          return call.results();
+        },
+        op.schema);
+  }
+  m.def("abi_version", &lol_abi_version, "Version of the C ABI.");
+  m.def("cpu_isa", &lol_cpu_isa, "The instruction set in use.");
+  m.def("cpu_isas", &cpu_isas, "The instruction sets this CPU and build can run, best first.");
+  m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another instruction set.");
+  m.def("max_threads", &lol_max_threads, "Threads that a CPU kernel uses at most.");
+  m.def("has_cuda", [] { return lol_has_cuda() != 0; }, "Whether CUDA kernels were built.");
+}

@@ -1,0 +1,1 @@
+"""Kernel sources that are compiled at run time."""
