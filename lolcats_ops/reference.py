@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .ops.features import Features
+from .features import Features
 from .state import HybridState, window_start
 
 INF = float("inf")

@@ -139,6 +139,11 @@ class Features:
         return out_features(self.width, self.activation, self.two_sided)
 
     @property
+    def code(self) -> int:
+        """The activation's number in the C ABI."""
+        return ACTIVATIONS.index(self.activation)
+
+    @property
     def kind(self) -> tuple[str, bool, bool, float, int]:
         """What the two maps of one attention must agree in."""
         return self.activation, self.two_sided, self.skip, self.eps, self.width
