@@ -1,0 +1,190 @@
+"""The attention of a converted layer: its parameters, and the function that transformers dispatches to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import lolcats_ops as lo
+from lolcats_ops.hf.config import LolcatsConfig
+from lolcats_ops.features import init_weight
+
+if TYPE_CHECKING:
+    from lolcats_ops.reference import Transfer
+
+NAME = "lolcats"
+Mode = Literal["hybrid", "transfer", "softmax"]
+Attend = Callable[[slice], "Transfer"]
+Learner = Callable[[Attend, int], Tensor]
+
+
+class LolcatsAttention(nn.Module):
+    """What a converted layer adds to the attention module that holds it, as its submodule `lolcats`.
+
+    Parameters are fp32 and stay fp32 whatever the model is cast to: in bf16 at a learning rate of 1e-3 a gate
+    does not move at all.
+
+    Attributes:
+        feature_q: [H, D, f], the query map of each head.
+        feature_k: [H, D, f], or [Hk, D, f] with `share_kv_features`.
+        gate: [H], before the sigmoid.
+        mode: "hybrid" (the linearized model), "transfer" (stage 1: the teacher's output flows on and `learner`
+            is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
+        learner: called in transfer mode with (attend, batch): `attend(rows)` computes `lo.attention_transfer`
+            on those rows of the batch. It returns the teacher's output [B, H, T, V].
+    """
+
+    def __init__(self, heads: int, kv_heads: int, head_dim: int, config: LolcatsConfig, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.mode: Mode = "hybrid"
+        self.learner: Learner | None = None
+        self.whole_model = True  # False where softmax layers remain beside this one
+
+        def weight(maps: int) -> nn.Parameter:
+            return nn.Parameter(init_weight(maps, head_dim, config.feature_dim, config.init, device=device))
+
+        self.feature_q = weight(heads)
+        self.feature_k = weight(kv_heads if config.share_kv_features else heads)
+        self.gate = nn.Parameter(torch.full((heads,), config.gate_init, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LolcatsAttention:
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_fp32, recurse)
+
+    def features(self) -> tuple[lo.Features, lo.Features]:
+        """The feature maps of queries and keys."""
+        kind = {"activation": self.config.activation, "two_sided": self.config.two_sided}
+        return lo.Features(self.feature_q, **kind), lo.Features(self.feature_k, **kind)
+
+    def empty_state(self, key: Tensor, value: Tensor, slack: int) -> lo.HybridState:
+        """The state before the first token, for keys [B, Hk, T, D] and values [B, Hk, T, V]."""
+        feature_k = self.features()[1]
+        return lo.HybridState.empty(
+            key.shape[0],
+            feature_k.weight.shape[0],
+            key.shape[1],
+            key.shape[3],
+            value.shape[3],
+            feature_k.out_features,
+            window=self.config.window,
+            window_kind=self.config.window_kind,
+            sink=self.config.sink,
+            slack=slack,
+            dtype=key.dtype,
+            device=key.device,
+        )
+
+    def extra_repr(self) -> str:
+        heads, head_dim, width = self.feature_q.shape
+        return f"{self.mode}, heads={heads}, head_dim={head_dim}, feature_dim={width}, window={self.config.window}"
+
+
+def lolcats_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    lolcats_cache: Any = None,
+    lolcats_cu_seqlens: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, T, D], key and value [B, Hk, T, D|V] -> [B, T, H, V].
+
+    `key` and `value` are those of the T new tokens alone: what came before is in `lolcats_cache`, a
+    `LolcatsCacheLayer`. `lolcats_cu_seqlens` are the bounds of packed sequences in the flattened batch.
+
+    Raises:
+        NotImplementedError: attention dropout or soft capping, which this attention does not have.
+    """
+    p: LolcatsAttention = module.lolcats  # type: ignore[assignment]
+    for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
+        if value_:
+            raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
+    batch, _, tokens, _ = query.shape
+    config, (feature_q, feature_k) = p.config, p.features()
+    options = {"scale": scaling, "affine": config.affine}
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *p.parameters()))
+    if lolcats_cache is not None and trains:
+        lolcats_cache.leave_out(tokens)
+    elif lolcats_cache is not None:
+        out = lolcats_cache.attend(p, query, key, value, real_tokens(attention_mask, tokens), **options)
+        return out.transpose(1, 2).contiguous(), None
+
+    options |= {"window": config.window, "window_kind": config.window_kind, "sink": config.sink}
+    padding = None
+    if lolcats_cu_seqlens is None:
+        padding = real_tokens(attention_mask, tokens)
+    else:
+        query, key, value = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
+
+    if p.mode == "transfer":
+        if p.learner is None:
+            raise RuntimeError("transfer mode needs a learner: see lolcats_ops.convert.transfer")
+
+        def attend(rows: slice) -> Transfer:
+            return lo.attention_transfer(
+                *(x[rows].detach() for x in (query, key, value)),
+                feature_q,
+                feature_k,
+                p.gate,
+                cu_seqlens=lolcats_cu_seqlens,
+                key_padding_mask=None if padding is None else padding[rows],
+                **options,
+            )
+
+        out = p.learner(attend, query.shape[0])
+    else:
+        out = lo.hybrid_attention(
+            query,
+            key,
+            value,
+            feature_q,
+            feature_k,
+            p.gate,
+            cu_seqlens=lolcats_cu_seqlens,
+            key_padding_mask=padding,
+            **options,
+        )
+    return out.transpose(1, 2).reshape(batch, tokens, *out.shape[1::2]).contiguous(), None
+
+
+def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """[B, T] bool, True = real, of the T new tokens, from whichever causal mask transformers built.
+
+    A token attends itself exactly if it is real, so the answer is on the diagonal of a [B, 1, T, Tk] mask
+    (boolean, or additive with 0 for "attend"); a [B, Tk] mask says it directly.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        real = mask[:, -tokens:].bool()
+    else:
+        diagonal = mask[:, 0, :, -tokens:].diagonal(dim1=1, dim2=2)
+        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+    return None if bool(real.all()) else real
+
+
+def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
+    """cu_seqlens of packed sequences in the flattened batch, or None if nothing is packed.
+
+    Positions that restart mean packing where transformers takes them so: without a padding mask, hence with a
+    mask whose every token is real (block-diagonal).
+    """
+    position_ids = position_ids.expand(batch, -1)
+    tokens = position_ids.shape[1]
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    if mask is None or not bool(starts[:, 1:].any()) or real_tokens(mask, tokens) is not None:
+        return None
+    bounds = starts.flatten().nonzero().flatten()
+    return torch.cat((bounds, bounds.new_tensor([batch * tokens]))).int()

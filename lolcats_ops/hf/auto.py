@@ -1,0 +1,93 @@
+"""Converted models as a transformers model type, so that AutoModelForCausalLM loads them as what they are.
+
+A converted model's config.json says `"model_type": "lolcats"`, `"base_model_type": "llama"` and, under `"lolcats"`,
+the `LolcatsConfig`. Without this library such a checkpoint is refused by name, instead of loading as a softmax model
+with unused weights. For each base family a config class and a model class are derived when first needed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from lolcats_ops.hf.config import LolcatsConfig
+
+MODEL_TYPE = "lolcats"
+
+
+class LolcatsModelConfig(PreTrainedConfig):
+    """The entry of model type "lolcats": hands over to the config class derived from the base family's."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:  # type: ignore[override]
+        return config_class(CONFIG_MAPPING[config_dict["base_model_type"]]).from_dict(config_dict, **kwargs)
+
+
+AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
+
+
+@cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class of converted models of the family of `base`, registered with the auto classes."""
+    derived = type(f"Lolcats{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
+    if base in MODEL_FOR_CAUSAL_LM_MAPPING:
+        AutoModelForCausalLM.register(derived, _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], derived))
+    return derived
+
+
+def _model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        from lolcats_ops.hf.patch import convert  # patch marks models through this module
+
+        base.__init__(self, config, *args, **kwargs)
+        convert(self, LolcatsConfig.from_dict(config.lolcats))
+
+    strict = {*(base._keep_in_fp32_modules_strict or ()), "lolcats"}
+    namespace = {
+        "__init__": __init__,
+        "__module__": __name__,
+        "config_class": config,
+        "_keep_in_fp32_modules_strict": strict,
+    }
+    return type(f"Lolcats{base.__name__}", (base,), namespace)
+
+
+def mark_converted(model: PreTrainedModel, config: LolcatsConfig) -> None:
+    """Makes the model's config say what it is, so that saving it saves that."""
+    if model.config.model_type != MODEL_TYPE:
+        model.config.base_model_type = model.config.model_type
+        model.config.__class__ = config_class(type(model.config))
+    model.config.lolcats = config.to_dict()
+
+
+def mark_restored(model: PreTrainedModel) -> None:
+    """The inverse of `mark_converted`, also for a model that was loaded converted."""
+    del model.config.lolcats, model.config.base_model_type
+    model.config.__class__ = type(model.config).__mro__[1]
+    if type(model).__module__ == __name__:
+        model.__class__ = type(model).__mro__[1]
+
+
+def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained` for a converted checkpoint, whatever its family.
+
+    Args:
+        path: a folder written by `model.save_pretrained`, or a hub id.
+        kwargs: `dtype`, `device_map`, ... of transformers. The parameters of `lo.hf` stay fp32.
+
+    Raises:
+        ValueError: the checkpoint is not a converted model.
+
+    Example:
+        >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
+    """
+    config = AutoConfig.from_pretrained(path)
+    if getattr(config, "lolcats", None) is None:
+        raise ValueError(f"from_pretrained: {path} is a {config.model_type} model, not one saved after lo.hf.convert")
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)

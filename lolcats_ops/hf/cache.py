@@ -1,0 +1,172 @@
+"""A key/value cache of constant size: `HybridState` as a cache layer of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+import lolcats_ops as lo
+from lolcats_ops.hf.attention import LolcatsAttention
+
+
+class LolcatsCacheLayer(CacheLayerMixin):
+    """The state of one converted layer; the same bytes after 10 tokens or 100 000.
+
+    transformers calls `update` before the attention, which only counts; the attention then calls `attend`.
+    """
+
+    supports_early_init = False  # the state needs to know D and V apart
+
+    def __init__(self, slack: int = 0, whole_model: bool = True):
+        super().__init__()
+        self.slack = slack
+        self.whole_model = whole_model
+        self.state: lo.HybridState | None = None
+        self.cumulative_length = 0  # with padding, which state.length leaves out
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return self.slack > 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held for all sequences of the batch."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do yet: `attend` makes the state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.cumulative_length += key_states.shape[2]
+        return key_states, value_states
+
+    @torch.no_grad()
+    def attend(
+        self,
+        attention: LolcatsAttention,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """Appends the new tokens to the state and returns their outputs [B, H, T, V].
+
+        Args:
+            real: [B, T] bool, False for padding; None if there is none.
+            options: `scale` and `affine` of the operator.
+        """
+        if self.state is None:
+            self.leave_out(key.shape[2])
+            self.state = attention.empty_state(key, value, self.slack)
+            self.is_initialized = True
+        parameters = (*attention.features(), attention.gate)
+        if real is None:
+            return lo.hybrid_attention_step_(query, key, value, *parameters, self.state, **options)
+        out, self.state = lo.hybrid_attention(
+            query,
+            key,
+            value,
+            *parameters,
+            window=self.state.window,
+            window_kind=self.state.window_kind,
+            sink=self.state.sink,
+            state=self.state,
+            return_state=True,
+            key_padding_mask=real,
+            **options,
+        )
+        return out
+
+    def leave_out(self, tokens: int) -> None:
+        """Allows the new tokens to bypass the state, which has no gradient, if they are the first.
+
+        A training forward makes a cache that nobody reads; continuing from one is the error.
+        """
+        if self.cumulative_length > tokens:
+            raise RuntimeError(
+                "the state of a converted layer has no gradient: fill and continue a cache under torch.no_grad()"
+            )
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # A mask over the new tokens is all that a converted layer reads; softmax layers beside it need all keys.
+        if self.whole_model:
+            return query_length, self.cumulative_length
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.18
+
+    def reset(self) -> None:
+        self.state, self.is_initialized, self.cumulative_length = None, False, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back -tokens_to_remove tokens; a positive number is a length to crop to, as it was before 5.18.
+
+        Raises:
+            ValueError: more than `slack` tokens, once the oldest have left the window.
+        """
+        n = -tokens_to_remove if tokens_to_remove <= 0 else self.cumulative_length - tokens_to_remove
+        if n <= 0 or self.state is None:
+            return
+        self.state.rewind(n)
+        self.cumulative_length -= n
+
+    def _select(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.select(indices.to(self.state.length.device))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self._select(torch.arange(self.state.batch).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Stays on its device: its size does not grow."""
+
+    def prefetch(self, *args: Any) -> None:
+        """Nothing was offloaded."""
+
+
+class LolcatsCache(DynamicCache):
+    """A cache for a converted model from which the last `slack` tokens can be taken back.
+
+    Plain generation needs none: converted layers put their own layer into any fresh cache. Make one for
+    assisted decoding, or to branch a prompt.
+
+    Example:
+        >>> cache = LolcatsCache(model, slack=16)  # doctest: +SKIP
+        >>> model.generate(**inputs, past_key_values=cache, assistant_model=small)  # doctest: +SKIP
+    """
+
+    def __init__(self, model: PreTrainedModel, slack: int = 0):
+        super().__init__(config=model.config)
+        for module in model.modules():
+            attention = getattr(module, "lolcats", None)
+            if isinstance(attention, LolcatsAttention):
+                self.layers[module.layer_idx] = LolcatsCacheLayer(slack, attention.whole_model)  # type: ignore[index]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of keys, values and states that a cache of transformers holds, converted layers or not."""
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, LolcatsCacheLayer):
+            total += layer.nbytes
+        elif layer.is_initialized:
+            total += layer.keys.nbytes + layer.values.nbytes
+    return total

@@ -1,0 +1,94 @@
+"""What a converted model's attention is: one small, frozen, JSON-serialisable description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from lolcats_ops.features import ACTIVATIONS, TWO_SIDED
+from lolcats_ops.state import WINDOW_KINDS
+
+INITS = ("identity", "kaiming", "normal", "orthogonal")  # not "zero": converted layers have no skip
+
+
+@dataclass(frozen=True)
+class LolcatsConfig:
+    """The linearized attention of a converted model (SPEC 1-3).
+
+    Args:
+        window: keys that each query attends with softmax (sliding), or half of their largest number (terrace).
+        window_kind: "sliding" or "terrace".
+        sink: first tokens that every query keeps under softmax. Pretrained models put 30-55 % of late
+            layers' attention on the first token, which a feature map imitates badly.
+        feature_dim: learned feature width f; a two-sided activation doubles it.
+        activation: "softmax", "exp", "elu1", "relu", "identity" or "favor".
+        two_sided: features of z and of -z (softmax and exp only).
+        init: how feature weights start: "identity" (truncated), "kaiming", "normal" or "orthogonal".
+        gate_init: raw gate; the softmax part is weighted by its sigmoid.
+        share_kv_features: one key map per key/value head, so that the recurrent state is shared by a
+            group of query heads and is that much smaller; False gives each query head its own.
+        affine: weight the linear part by 1 - sigmoid(gate) instead of 1.
+        softmax_layers: layers left as they are.
+
+    Raises:
+        ValueError, TypeError: naming the field, its value and what it needs.
+
+    Example:
+        >>> LolcatsConfig(window=128, softmax_layers=(0, 1)).window
+        128
+    """
+
+    window: int = 64
+    window_kind: str = "sliding"
+    sink: int = 1
+    feature_dim: int = 64
+    activation: str = "softmax"
+    two_sided: bool = True
+    init: str = "identity"
+    gate_init: float = 0.1
+    share_kv_features: bool = False
+    affine: bool = False
+    softmax_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "softmax_layers", tuple(self.softmax_layers))
+        self._integer("window", 0)
+        self._integer("sink", 0)
+        self._integer("feature_dim", 1)
+        self._choice("window_kind", WINDOW_KINDS)
+        self._choice("activation", ACTIVATIONS)
+        self._choice("init", INITS)
+        if self.two_sided and self.activation not in TWO_SIDED:
+            raise ValueError(
+                f"LolcatsConfig: two_sided=True with activation={self.activation!r}: "
+                f"only {' and '.join(TWO_SIDED)} have two sides"
+            )
+        if not -1e4 < self.gate_init < 1e4:
+            raise ValueError(f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate")
+        if any(layer < 0 for layer in self.softmax_layers):
+            raise ValueError(f"LolcatsConfig: softmax_layers={self.softmax_layers} must be >= 0")
+
+    def _integer(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"LolcatsConfig: {name}={value!r} must be an integer")
+        if value < least:
+            raise ValueError(f"LolcatsConfig: {name}={value} must be >= {least}")
+
+    def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in allowed:
+            raise ValueError(f"LolcatsConfig: {name}={value!r} must be one of {', '.join(allowed)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored under `lolcats` in a model's config.json."""
+        return {**asdict(self), "softmax_layers": list(self.softmax_layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LolcatsConfig:
+        """The inverse of `to_dict`; an unknown key is an error, never dropped."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        if unknown:
+            raise ValueError(f"LolcatsConfig: unknown keys {', '.join(sorted(unknown))}")
+        return cls(**values)

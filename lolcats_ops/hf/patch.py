@@ -1,0 +1,195 @@
+"""convert and restore: swap the attention of a pretrained model, in place and revertibly.
+
+No per-model code: every family that dispatches through transformers' AttentionInterface works alike. A converted
+layer holds a submodule `lolcats` (its parameters), its own shallow copy of the config (which names our attention) and
+a forward pre-hook (which hands the attention its cache layer). Nothing global changes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from lolcats_ops.hf import auto
+from lolcats_ops.hf.attention import NAME, LolcatsAttention, Mode, lolcats_attention, packed_bounds
+from lolcats_ops.hf.cache import LolcatsCacheLayer
+from lolcats_ops.hf.config import LolcatsConfig
+
+AttentionInterface.register(NAME, lolcats_attention)
+
+
+@torch.inference_mode(False)  # parameters made under inference mode could never train
+def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreTrainedModel:
+    """Replaces the attention of `model` by hybrid linear attention, in place, and returns it.
+
+    The pretrained weights are untouched; each converted layer gains fp32 parameters (`lolcats.feature_q`,
+    `lolcats.feature_k`, `lolcats.gate`). `model.save_pretrained` then writes a checkpoint that
+    `lo.hf.from_pretrained` and `AutoModelForCausalLM.from_pretrained` load converted. Local (sliding window)
+    layers beside global ones, as in Gemma, are linear already and stay.
+
+    Raises:
+        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed then.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
+        >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
+        [(2, 16, 16), (2, 16, 16)]
+    """
+    config = config or LolcatsConfig()
+    modules = _convertible(model, config)
+    for module in modules:
+        projection = module.o_proj
+        heads = projection.in_features // module.head_dim
+        attention = LolcatsAttention(
+            heads, heads // module.num_key_value_groups, module.head_dim, config, projection.weight.device
+        )
+        attention.whole_model = len(modules) == model.config.num_hidden_layers
+        attention.softmax_config = module.config
+        module.lolcats = attention
+        module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    set_mode(model, "hybrid")
+    auto.mark_converted(model, config)
+    return model
+
+
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes `convert` back exactly, in place: modules, hooks and config are what they were.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    for module in _converted(model):
+        module.config = module.lolcats.softmax_config
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _before_attention:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        del module.lolcats
+    auto.mark_restored(model)
+    return model
+
+
+def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
+    """The `lolcats` submodules of a converted model (or of one wrapped by PEFT), in layer order."""
+    return [module for module in model.modules() if isinstance(module, LolcatsAttention)]
+
+
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Chooses what the converted layers compute: "hybrid", "transfer" (stage 1) or "softmax" (the original model).
+
+    Raises:
+        ValueError: an unknown mode, or a model that is not converted.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")
+    for module in _converted(model):
+        attention = module.lolcats
+        attention.mode = mode
+        module.config = attention.softmax_config
+        if mode != "softmax":
+            module.config = copy.copy(attention.softmax_config)
+            module.config._attn_implementation_internal = NAME
+
+
+@contextmanager
+def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """`set_mode` for the duration of a with block.
+
+    Example:
+        >>> with use_mode(model, "softmax"):  # doctest: +SKIP
+        ...     logits = model(input_ids).logits
+    """
+    before = attention_layers(model)[0].mode if attention_layers(model) else "hybrid"
+    set_mode(model, mode)
+    try:
+        yield
+    finally:
+        set_mode(model, before)
+
+
+def _converted(model: nn.Module) -> list[Any]:
+    """The attention modules that hold a `lolcats` submodule."""
+    found = [m for m in model.modules() if isinstance(getattr(m, "lolcats", None), LolcatsAttention)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} is not converted: see lolcats_ops.hf.convert")
+    return found
+
+
+def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
+    """The attention modules to convert, or an error that names the model and the reason."""
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"convert: model is {name}, needs a transformers PreTrainedModel")
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"convert: {name} cannot be converted: {reason}")
+
+    if attention_layers(model):
+        raise refuse("it is converted already; restore it first")
+    if model.config.get_text_config(decoder=True) is not model.config:
+        raise refuse("it is composite; convert its language model on its own")
+    if not model._supports_attention_backend:
+        raise refuse("it does not dispatch through transformers' AttentionInterface")
+    if getattr(model.config, "attn_logit_softcapping", None):
+        raise refuse("it caps attention scores (attn_logit_softcapping), which hybrid attention does not")
+    needed = ("layer_idx", "head_dim", "num_key_value_groups", "o_proj")
+    modules = [
+        m for m in model.modules() if getattr(m, "is_causal", False) and all(hasattr(m, name) for name in needed)
+    ]
+    if not modules:
+        raise refuse(f"it has no causal attention module with {', '.join(needed)}")
+    if any(getattr(m, "sinks", None) is not None for m in modules):
+        raise refuse("its attention has learned sink logits")
+    outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
+    if outside:
+        raise refuse(f"softmax_layers names {sorted(outside)}, but its layers are 0 to {len(modules) - 1}")
+    kinds = getattr(model.config, "layer_types", None) or []
+    local = {i for i, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind}
+    keep = set(config.softmax_layers) | (local if len(local) < len(modules) else set())
+    modules = [m for m in modules if m.layer_idx not in keep]
+    if not modules:
+        raise refuse("softmax_layers leaves no layer to convert")
+    return modules
+
+
+def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Hands the attention its cache layer (swapped in on first use) or the bounds of packed sequences."""
+    attention: LolcatsAttention = module.lolcats
+    if attention.mode == "softmax":
+        return None
+    cache = kwargs.get("past_key_values")
+    if kwargs.get("cache") is not None or (cache is not None and not isinstance(cache, Cache)):
+        raise NotImplementedError(
+            f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, continuous batching) "
+            "do not work with it, a transformers Cache does"
+        )
+    if cache is not None:
+        if attention.mode == "transfer":
+            raise ValueError("attention transfer runs without a cache: pass use_cache=False")
+        return args, {**kwargs, "lolcats_cache": _cache_layer(cache, module.layer_idx, attention)}
+    position_ids = kwargs.get("position_ids")
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is None and position_ids is not None:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        bounds = packed_bounds(position_ids, kwargs.get("attention_mask"), hidden_states.shape[0])
+    return args, {**kwargs, "lolcats_cu_seqlens": bounds}
+
+
+def _cache_layer(cache: Cache, index: int, attention: LolcatsAttention) -> LolcatsCacheLayer:
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[index]
+    if not isinstance(layer, LolcatsCacheLayer):
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise ValueError(f"layer {index}: the cache holds keys of the softmax model; start with a fresh one")
+        layer = cache.layers[index] = LolcatsCacheLayer(whole_model=attention.whole_model)
+    return layer
