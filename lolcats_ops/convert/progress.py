@@ -1,0 +1,49 @@
+"""One kind of progress bar for everything that takes time: done, measures, elapsed, remaining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A running progress bar."""
+
+    display: Progress
+    task: TaskID
+
+    def advance(self, steps: int = 1, **measures: float) -> None:
+        """Moves on and shows the latest measures, as in `advance(loss=0.12)`."""
+        text = " ".join(f"{name} {value:.4g}" for name, value in measures.items())
+        self.display.update(self.task, advance=steps, measures=text)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Bar]:
+    """A bar of `total` steps on stderr for the duration of a with block; one final line where it is no terminal."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[measures]}"),
+    )
+    with Progress(*columns, console=console) as display:
+        yield Bar(display, display.add_task(description, total=total, measures=""))

@@ -1,0 +1,164 @@
+"""Stage 1, attention transfer: every layer learns to imitate its own softmax attention (SPEC 7)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lolcats_ops.convert.config import TransferConfig
+from lolcats_ops.convert.progress import Bar, progress
+from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
+from lolcats_ops.hf.attention import Attend
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """What stage 1 did: `losses[layer][step]`, each mse / var(teacher) (or mse, without `normalize`)."""
+
+    losses: list[list[float]] = field(repr=False)
+    parameters: int
+
+
+class _LayerLearner:
+    """Trains one layer inside the model's forward pass; its graph is gone before the next layer runs."""
+
+    def __init__(self, attention: LolcatsAttention, config: TransferConfig, steps: int, bar: Bar):
+        parameters = list(attention.parameters())
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        self.config = config
+        self.bar = bar
+        self.losses: list[float] = []
+        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, max_lr=config.learning_rate, total_steps=steps
+        )
+
+    def __call__(self, attend: Attend, batch: int) -> Tensor:
+        size = self.config.micro_batch
+        rows = [slice(i, i + size) for i in range(0, batch, size)]
+        teacher = [self._step(attend, piece) for piece in rows]
+        for _ in range(self.config.rounds - 1):
+            for piece in rows:
+                self._step(attend, piece)
+        return torch.cat(teacher)
+
+    def _step(self, attend: Attend, rows: slice) -> Tensor:
+        with torch.enable_grad():
+            teacher, mse, xent = attend(rows)
+            teacher = teacher.detach()
+            if self.config.normalize:
+                mse = mse / teacher.float().var()
+            loss = self.config.mse * mse
+            if self.config.xent:
+                loss = loss + self.config.xent * xent
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        self.losses.append(mse.item())
+        self.bar.advance(loss=self.losses[-1])
+        return teacher
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.losses = state["losses"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+
+def transfer(
+    model: PreTrainedModel,
+    data: Tensor,
+    config: TransferConfig | None = None,
+    *,
+    checkpoint: Path | str | None = None,
+) -> TransferReport:
+    """Trains the feature maps and gates of a converted model on token rows, in place.
+
+    The teacher's output flows from layer to layer, so layers are independent regressions: each one computes its loss,
+    runs its backward and steps its optimizer inside the forward pass, and nothing is kept across layers. Memory is that
+    of one layer, linear in T. The language model head is not run.
+
+    Args:
+        model: converted by `lo.hf.convert`.
+        data: [N, T] token ids, N >= 1.
+        config: batch sizes, learning rate, loss.
+        checkpoint: a file written after every batch; if it exists, training goes on from it to the same result.
+
+    Raises:
+        ValueError: a model that is not converted, or `data` of another shape.
+
+    Example:
+        >>> lo.hf.convert(model)  # doctest: +SKIP
+        >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
+    """
+    config = config or TransferConfig()
+    if data.dim() != 2 or not len(data):
+        raise ValueError(f"transfer: data is {list(data.shape)}, needs [N, T] token ids with N >= 1")
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(config.epochs)])
+    batches = data[order].split(config.batch_size)
+    steps = config.rounds * sum(-(-len(batch) // config.micro_batch) for batch in batches)
+    training = model.training
+    model.eval()
+    with use_mode(model, "transfer"), progress("attention transfer", steps * len(attention_layers(model))) as bar:
+        layers = attention_layers(model)
+        learners = [_LayerLearner(layer, config, steps, bar) for layer in layers]
+        done = _resume(checkpoint, layers, learners)
+        bar.advance(sum(len(learner.losses) for learner in learners))
+        try:
+            for layer, learner in zip(layers, learners, strict=True):
+                layer.learner = learner
+            for i, batch in enumerate(batches[done:], done + 1):
+                with torch.no_grad():
+                    model.base_model(batch.to(model.device), use_cache=False)
+                _save(checkpoint, i, layers, learners)
+        finally:
+            for layer in layers:
+                layer.learner = None
+    model.train(training)
+    return TransferReport(
+        losses=[learner.losses for learner in learners],
+        parameters=sum(p.numel() for layer in layers for p in layer.parameters()),
+    )
+
+
+def _save(
+    path: Path | str | None, done: int, layers: list[LolcatsAttention], learners: list[_LayerLearner]
+) -> None:
+    if path is None:
+        return
+    state = {
+        "batches": done,
+        "layers": [layer.state_dict() for layer in layers],
+        "learners": [learner.state_dict() for learner in learners],
+    }
+    partial = f"{path}.partial"
+    torch.save(state, partial)
+    os.replace(partial, path)  # an interrupted save leaves the previous one
+
+
+def _resume(path: Path | str | None, layers: list[LolcatsAttention], learners: list[_LayerLearner]) -> int:
+    """Loads a checkpoint, if there is one, and returns how many batches it has seen."""
+    if path is None or not Path(path).exists():
+        return 0
+    state = torch.load(path)
+    for layer, learner, weights, progress_ in zip(
+        layers, learners, state["layers"], state["learners"], strict=True
+    ):
+        layer.load_state_dict(weights)
+        learner.load_state_dict(progress_)
+    return state["batches"]
