@@ -14,8 +14,8 @@ from ._native import get_cmake_dir, get_include, get_library
 if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
     from .backends import backend_for, backends, warmup
+    from .features import Features
     from .ops import (
-        Features,
         attention_transfer,
         feature_map,
         hybrid_attention,
@@ -25,24 +25,6 @@ if TYPE_CHECKING:
     from .state import HybridState
 
 __version__ = "0.1.0"
-
-_LAZY = {
-    **dict.fromkeys(("reference", "nn", "hf", "convert", "numpy"), ""),
-    **dict.fromkeys(("backend_for", "backends", "warmup"), "backends"),
-    "HybridState": "state",
-    **dict.fromkeys(
-        (
-            "Features",
-            "attention_transfer",
-            "feature_map",
-            "hybrid_attention",
-            "hybrid_attention_step_",
-            "linear_attention",
-        ),
-        "ops",
-    ),
-}
-_NEEDS = {"hf": ("transformers", "hf"), "convert": ("transformers", "hf"), "numpy": ("numpy", "")}
 
 __all__ = [
     "Features",
@@ -66,20 +48,40 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+# The module of each lazy name; the other lazy names are modules themselves.
+_MODULE = {
+    "Features": "features",
+    "HybridState": "state",
+    "attention_transfer": "ops",
+    "backend_for": "backends",
+    "backends": "backends",
+    "feature_map": "ops",
+    "hybrid_attention": "ops",
+    "hybrid_attention_step_": "ops",
+    "linear_attention": "ops",
+    "warmup": "backends",
+}
+# What a lazy name needs beyond NumPy; torch unless it is listed here.
+_NEEDS = {"numpy": (), "convert": ("torch", "transformers"), "hf": ("torch", "transformers")}
+
+
+def _load(name: str) -> Any:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package, extra = _NEEDS.get(name, ("torch", "torch"))
-    if find_spec(package) is None:
+    missing = [package for package in _NEEDS.get(name, ("torch",)) if find_spec(package) is None]
+    if missing:
+        extra = "hf" if "transformers" in missing else "torch"
         raise ImportError(
-            f"lolcats_ops.{name} needs {package}, which is not installed: "
-            f"pip install 'lolcats_ops[{extra}]'"
+            f"lolcats_ops.{name} needs {' and '.join(missing)}: pip install 'lolcats_ops[{extra}]'"
         )
-    if not _LAZY[name]:
-        return import_module(f".{name}", __name__)
-    value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    module = import_module(f".{_MODULE.get(name, name)}", __name__)
+    value = getattr(module, name) if name in _MODULE else module
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # type checkers see the imports above, and that nothing else is there
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,5 @@
+"""Names of the enumerations of the C ABI; a name's index is its code."""
+
+ACTIVATIONS = ("softmax", "exp", "elu1", "relu", "identity", "favor")
+TWO_SIDED = ("softmax", "exp")  # activations that may take -z as well
+WINDOW_KINDS = ("sliding", "terrace")

@@ -1,0 +1,56 @@
+/* A wrong call reports what is wrong and writes nothing. */
+#include "testing.h"
+
+static float x[B * H * T * D], weight[H * D * F], y[B * H * T * WIDE];
+
+static lol_feature_map_args feature_map_args(void) {
+  lol_feature_map_args args = {0};
+  args.struct_size = sizeof(args);
+  args.context.device = -1;
+  args.x = TENSOR(x, B, H, T, D);
+  args.features.weight = TENSOR(weight, H, D, F);
+  args.features.two_sided = 1;
+  args.features.eps = 1e-12;
+  args.y = TENSOR(y, B, H, T, WIDE);
+  return args;
+}
+
+static void refuses(lol_feature_map_args args, const char* word) {
+  y[0] = 42;
+  CHECK(lol_feature_map(&args) != LOL_OK);
+  CHECK(strstr(lol_last_error(), word));
+  CHECK(y[0] == 42);
+}
+
+int main(void) {
+  lol_feature_map_args args = feature_map_args();
+  CHECK(lol_feature_map(&args) == LOL_OK);
+
+  args = feature_map_args();
+  args.x.ndim = 3;
+  refuses(args, "x");
+
+  args = feature_map_args();
+  args.features.weight.shape[1] = D + 1;
+  refuses(args, "weight");
+
+  args = feature_map_args();
+  args.x.dtype = LOL_I64;
+  refuses(args, "x");
+
+  args = feature_map_args();
+  args.features.activation = 99;
+  refuses(args, "activation");
+
+  args = feature_map_args();
+  args.y.shape[3] = F;
+  refuses(args, "y");
+
+  args = feature_map_args();
+  args.struct_size = 8;
+  refuses(args, "struct_size");
+
+  CHECK(lol_set_cpu_isa("abacus") != LOL_OK);
+  CHECK(strstr(lol_last_error(), "abacus"));
+  return 0;
+}

@@ -1,0 +1,162 @@
+"""The operators on NumPy arrays, and the switches of the C library."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lolcats_ops import _C
+from lolcats_ops import numpy as lnp
+
+B, H, KV_HEADS, T, D, V, F = 2, 6, 2, 37, 16, 12, 8
+
+
+@pytest.fixture(autouse=True, params=_C.cpu_isas())
+def isa(request):
+    before = _C.cpu_isa()
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def case():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, np.float32)
+
+    q = normal(B, T, H, D).transpose(0, 2, 1, 3)
+    maps = lnp.Features(normal(H, D, F)), lnp.Features(normal(KV_HEADS, D, F))
+    return q, normal(B, KV_HEADS, T, D), normal(B, KV_HEADS, T, V), *maps, normal(H)
+
+
+def phi(x, features):
+    weight = np.repeat(features.weight, x.shape[1] // len(features.weight), axis=0)
+    z = x.astype(np.float64) @ weight
+
+    def softmax(z):
+        e = np.exp(z - z.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    return np.concatenate([softmax(z), softmax(-z)], -1)
+
+
+def hybrid(q, k, v, feature_q, feature_k, gate, window, sink):
+    """SPEC 3 as it is written, O(T^2)."""
+    group = q.shape[1] // k.shape[1]
+    linear = phi(q, feature_q) @ np.repeat(phi(k, feature_k), group, 1).swapaxes(2, 3)
+    k, v = np.repeat(k, group, 1), np.repeat(v, group, 1)
+    scores = q.astype(np.float64) @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5
+    i, j = np.ogrid[: q.shape[2], : q.shape[2]]
+    near = (j <= i) & ((j > i - window) | (j < sink))
+    scores = np.where(near, scores, -np.inf)
+    g = 1 / (1 + np.exp(-gate.astype(np.float64)))[:, None, None]
+    a = g * np.exp(scores - scores.max(-1, keepdims=True)) + np.where((j <= i) & ~near, linear, 0)
+    return (a / a.sum(-1, keepdims=True)) @ v
+
+
+def error(got, want):
+    return np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want)
+
+
+def test_hybrid_attention_is_its_definition(case):
+    out = lnp.hybrid_attention(*case, window=8, sink=1)
+    assert error(out, hybrid(*case, window=8, sink=1)) < 1e-5
+    assert out.transpose(0, 2, 1, 3).flags.c_contiguous  # the memory order of q
+
+
+def test_feature_map_and_linear_attention_are_their_definitions(case):
+    q, k, v, feature_q, feature_k, _ = case
+    y = lnp.feature_map(q, feature_q)
+    assert error(y, phi(q, feature_q)) < 1e-5
+    out, (kv, ksum) = lnp.linear_attention(
+        q, k, v, feature_q=feature_q, feature_k=feature_k, return_state=True
+    )
+    phi_k = phi(k, feature_k)
+    scores = np.tril(phi(q, feature_q) @ np.repeat(phi_k, H // KV_HEADS, 1).swapaxes(2, 3))
+    want = scores @ np.repeat(v, H // KV_HEADS, 1) / scores.sum(-1, keepdims=True)
+    assert error(out, want) < 1e-5
+    assert error(kv, phi_k.swapaxes(2, 3) @ v) < 1e-5
+    assert error(ksum, phi_k.sum(2)) < 1e-5
+
+
+def test_steps_on_a_state_equal_one_call(case):
+    q, k, v, *rest = case
+    state = lnp.State.empty(B, k, v, rest[1], ring=8, sink=1)
+    parts = [
+        lnp.hybrid_attention_step_(
+            q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], *rest, state, window=8
+        )
+        for start, stop in ((0, 20), (20, 21), (21, T))
+    ]
+    assert error(np.concatenate(parts, 2), hybrid(*case, window=8, sink=1)) < 1e-5
+    assert state.length.tolist() == [T] * B
+
+
+def test_attention_transfer_measures_the_distance_to_softmax(case):
+    transfer = lnp.attention_transfer(*case, window=8)
+    teacher = hybrid(*case, window=T, sink=0)
+    assert error(transfer.teacher, teacher) < 1e-5
+    want = np.mean((hybrid(*case, window=8, sink=0) - teacher) ** 2)
+    assert abs(transfer.mse - want) < 1e-5 * want
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 1e-3), (ml_dtypes.bfloat16, 3.3e-3)])
+def test_half_precision_arrays_keep_their_dtype(case, dtype, bound):
+    q, k, v, *rest = case
+    half = [x.astype(dtype) for x in (q, k, v)]
+    out = lnp.hybrid_attention(*half, *rest, window=8)
+    assert out.dtype == dtype
+    assert error(out, hybrid(*(x.astype(np.float32) for x in half), *rest, 8, 0)) < bound
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "words"),
+    [
+        ({"q": np.zeros((H, T, D), np.float32)}, ValueError, "q"),
+        ({"q": np.zeros((B, H, T, D))}, TypeError, "float64"),
+        ({"q": [1.0]}, TypeError, "q is a list"),
+        ({"k": np.zeros((B, 4, T, D), np.float32)}, ValueError, "4"),
+        ({"v": np.zeros((B, KV_HEADS, T - 1, V), np.float32)}, ValueError, "v"),
+        ({"window": -1}, ValueError, "window"),
+        ({"window": "wide"}, TypeError, "window"),
+        ({"window_kind": "round"}, ValueError, "round"),
+        ({"gate": np.zeros(H - 1, np.float32)}, ValueError, "gate"),
+        ({"cu_seqlens": np.array([0, T], np.int32)}, ValueError, "cu_seqlens"),
+    ],
+)
+def test_wrong_arguments_are_named(case, change, exception, words):
+    names = ("q", "k", "v", "feature_q", "feature_k", "gate")
+    with pytest.raises(exception, match=words):
+        lnp.hybrid_attention(**{**dict(zip(names, case, strict=True)), **change})
+
+
+def test_read_only_state_is_refused_and_stays(case):
+    q, k, v, *rest = case
+    state = lnp.State.empty(B, k, v, rest[1], ring=8)
+    state.kv.flags.writeable = False
+    with pytest.raises(ValueError, match="kv is read-only"):
+        lnp.hybrid_attention_step_(q, k, v, *rest, state, window=8)
+    assert state.length.tolist() == [0] * B
+
+
+def test_operators_take_keywords_and_refuse_unknown_ones(case):
+    x, weight = case[1], case[4].weight
+    settings = {"activation": 0, "two_sided": True, "skip": False, "feature_eps": 1e-12}
+    y = _C.feature_map(x, weight=weight, **settings)
+    np.testing.assert_array_equal(y, lnp.feature_map(x, case[4]))
+    with pytest.raises(TypeError, match="weight is missing"):
+        _C.feature_map(x)
+    with pytest.raises(TypeError, match="unknown"):
+        _C.feature_map(x, weight=weight, **settings, sharpness=1)
+
+
+def test_unknown_instruction_set_is_refused_and_changes_nothing(isa):
+    with pytest.raises(ValueError, match="abacus"):
+        _C.set_cpu_isa("abacus")
+    assert _C.cpu_isa() == isa
+
+
+def test_scalar_code_runs_everywhere():
+    assert _C.cpu_isas()[-1] == "scalar"
+    assert _C.max_threads() >= 1

@@ -1,0 +1,112 @@
+"""What is built: the wheel, the source distribution and a plain CMake installation."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+# One instruction set, barely optimised: the packaging is under test.
+QUICK = {"LOLCATS_ISAS": "scalar", "CMAKE_BUILD_TYPE": "Debug"}
+
+
+def run(*command, **environment):
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        env={**os.environ, "PATH": TOOLS, **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """A wheel built where torch cannot be imported."""
+    folder = tmp_path_factory.mktemp("wheel")
+    (folder / "torch.py").write_text("raise ImportError('the build must not need torch')")
+    run(
+        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
+        *(f"-Ccmake.define.{name}={value}" for name, value in QUICK.items()),
+        *(f"-Cbuild-dir={folder / 'build'}", "--wheel-dir", folder, REPOSITORY),
+        PYTHONPATH=str(folder),
+    )
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def test_wheel_holds_the_library_its_header_and_nothing_outside_its_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    for part in ("include/lolcats_ops/lolcats_ops.h", "cmake/lolcats_opsConfig.cmake", "py.typed"):
+        assert f"lolcats_ops/{part}" in names
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lolcats_ops"}
+    assert not [name for name in names if name.endswith((".cpp", "CMakeLists.txt"))]
+
+
+@pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
+def test_no_binary_links_torch(installed):
+    binaries = list(installed.rglob("*.so"))
+    assert len(binaries) == 3
+    for binary in binaries:
+        assert "libtorch" not in run("ldd", binary)
+
+
+def test_installed_wheel_runs_without_the_checkout(installed):
+    code = (
+        f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in repr(f)];"
+        f"sys.path.insert(0, {str(installed)!r}); import lolcats_ops, numpy as np;"
+        "features = lolcats_ops.numpy.Features(np.ones((2, 4, 4)));"
+        "y = lolcats_ops.numpy.feature_map(np.ones((1, 2, 3, 4), np.float32), features);"
+        "print(y.sum(-1).max(), lolcats_ops.__file__)"
+    )
+    value, file = run(sys.executable, "-c", code).split()
+    assert float(value) == 2.0
+    assert file.startswith(str(installed))
+
+
+def test_source_distribution_holds_the_sources_alone(tmp_path):
+    code = f"from scikit_build_core.build import build_sdist; build_sdist({str(tmp_path)!r})"
+    run(sys.executable, "-c", code)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"kernels/cpu/dispatch.cpp", "bindings/operators.cpp", "pyproject.toml"} <= names
+    assert not [name for name in names if name.startswith(("build/", ".venv", "out/"))]
+
+
+def test_c_project_finds_the_wheel_with_find_package(installed, tmp_path):
+    build_and_test_c_project(tmp_path, installed / "lolcats_ops" / "cmake")
+
+
+def test_plain_cmake_builds_tests_and_installs(tmp_path):
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    options = [f"-D{name}={value}" for name, value in QUICK.items()]
+    run("cmake", "-S", REPOSITORY, "-B", build, "-DLOLCATS_BUILD_TESTS=ON", *options)
+    run("cmake", "--build", build, "--parallel", 2)
+    assert "100% tests passed" in run("ctest", "--test-dir", build, "--output-on-failure")
+    run("cmake", "--install", build, "--prefix", prefix)
+    config = next(prefix.rglob("lolcats_opsConfig.cmake"))
+    build_and_test_c_project(tmp_path / "external", config.parent)
+
+
+def build_and_test_c_project(build, cmake_dir):
+    source = REPOSITORY / "tests" / "ctest"
+    run("cmake", "-S", source, "-B", build, f"-Dlolcats_ops_DIR={cmake_dir}")
+    run("cmake", "--build", build)
+    assert "100% tests passed" in run("ctest", "--test-dir", build, "--output-on-failure")
