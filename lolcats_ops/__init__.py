@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
     from .backends import backend_for, backends, warmup
     from .features import Features
-    from .ops import (
-        attention_transfer,
-        feature_map,
-        hybrid_attention,
-        hybrid_attention_step_,
-        linear_attention,
-    )
+    from .ops.attention_transfer import attention_transfer
+    from .ops.feature_map import feature_map
+    from .ops.hybrid_attention import hybrid_attention
+    from .ops.hybrid_attention_step import hybrid_attention_step_
+    from .ops.linear_attention import linear_attention
     from .state import HybridState
 
 __version__ = "0.1.0"

@@ -122,11 +122,11 @@ def linear_attention(
 
     Without feature maps q and k are the features.
     """
-    if feature_q is None or feature_k is None:
-        if feature_q is not feature_k:
-            raise ValueError("linear_attention: feature_q and feature_k go together, got one")
-        maps, settings = (None, None, None, None), (0, False, False, 0.0)
-    else:
+    if (feature_q is None) != (feature_k is None):
+        raise ValueError("linear_attention: feature_q and feature_k go together, got one of them")
+    maps: tuple[Array | None, ...] = (None, None, None, None)
+    settings = (0, False, False, 0.0)
+    if feature_q is not None and feature_k is not None:
         maps = (*feature_q._parameters(), *feature_k._parameters())
         settings = _shared_settings(feature_q, feature_k)
     out, _, kv, ksum = _C.linear_attention(
