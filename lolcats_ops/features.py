@@ -1,4 +1,4 @@
-"""The learned feature map as a value: parameters, activation and the shapes that follow from them (SPEC 1)."""
+"""The learned feature map as a value: parameters, activation and their shapes (SPEC 1)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ACTIVATIONS = ("softmax", "exp", "elu1", "relu", "identity", "favor")  # index = code in the C ABI
-TWO_SIDED = ("softmax", "exp")
+from ._codes import ACTIVATIONS, TWO_SIDED
+
 INITS = ("identity", "zero", "kaiming", "normal", "orthogonal")
 
 
@@ -34,9 +34,9 @@ def init_weight(
 ) -> Tensor:
     """A feature weight [heads, head_dim, width].
 
-    identity: eye(D, f), truncated; zero (meant with ``skip=True``, which then starts as the identity); kaiming: uniform
-    within sqrt(6 / (D f)), as published; normal: N(0, 1/D); orthogonal: blocks of orthogonal rows with the norms of a
-    normal matrix, the fixed projection of ``favor``.
+    identity: eye(D, f), truncated; zero (meant with ``skip=True``, which then starts as the
+    identity); kaiming: uniform within sqrt(6 / (D f)), as published; normal: N(0, 1/D); orthogonal:
+    blocks of orthogonal rows with the norms of a normal matrix, the fixed projection of ``favor``.
 
     Raises:
         ValueError: an unknown ``init``.
@@ -74,8 +74,10 @@ class Features:
     Args:
         weight: [Hf, D, f], one map per head; Hf is the number of query heads or of key/value heads.
         bias: [Hf, f] or None.
-        activation: "softmax", "exp", "elu1", "relu", "identity" or "favor" (arXiv 2009.14794, fixed weight).
-        two_sided: softmax and exp also take -z, which doubles the width; the other activations are one-sided.
+        activation: "softmax", "exp", "elu1", "relu", "identity" or "favor" (arXiv 2009.14794, fixed
+            weight).
+        two_sided: softmax and exp also take -z, which doubles the width; the other activations are
+            one-sided.
         skip: adds x before the activation; needs f == D.
         eps: the clamp's floor; identity is not clamped.
 
@@ -99,15 +101,19 @@ class Features:
         if not isinstance(self.weight, Tensor):
             raise TypeError(f"Features: weight is a {type(self.weight).__name__}, needs a tensor")
         if self.weight.ndim != 3:
-            raise ValueError(f"Features: weight has shape {tuple(self.weight.shape)}, needs [Hf, D, f]")
+            raise ValueError(
+                f"Features: weight has shape {list(self.weight.shape)}, needs [Hf, D, f]"
+            )
         if self.activation not in ACTIVATIONS:
             raise ValueError(
-                f"Features: activation is {self.activation!r}, needs one of {', '.join(ACTIVATIONS)}"
+                f"Features: activation is {self.activation!r}, needs one of "
+                f"{', '.join(ACTIVATIONS)}"
             )
         heads, head_dim, width = self.weight.shape
         if self.bias is not None and tuple(self.bias.shape) != (heads, width):
             raise ValueError(
-                f"Features: bias has shape {tuple(self.bias.shape)}, needs [Hf, f] = {(heads, width)}"
+                f"Features: bias has shape {list(self.bias.shape)}, needs [Hf, f] = "
+                f"{[heads, width]}"
             )
         if self.skip and width != head_dim:
             raise ValueError(f"Features: skip needs f == D, but weight has D={head_dim}, f={width}")
@@ -139,9 +145,14 @@ class Features:
         return out_features(self.width, self.activation, self.two_sided)
 
     @property
-    def code(self) -> int:
-        """The activation's number in the C ABI."""
-        return ACTIVATIONS.index(self.activation)
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        """(weight, bias)."""
+        return self.weight, self.bias
+
+    @property
+    def codes(self) -> tuple[int, bool, bool, float]:
+        """(activation, two_sided, skip, eps) as the operators take them."""
+        return ACTIVATIONS.index(self.activation), self.two_sided, self.skip, self.eps
 
     @property
     def kind(self) -> tuple[str, bool, bool, float, int]:

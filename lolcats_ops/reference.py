@@ -1,12 +1,14 @@
 """SPEC in plain torch: what every kernel is tested against, and the backend "reference".
 
-Computes in the wider of the input's dtype and fp32, so fp64 inputs give an fp64 result. Differentiable by autograd, runs
-on any device, O(T^2) memory. Names and arguments are those of the public functions, which document them.
+Computes in the wider of the input's dtype and fp32, so fp64 inputs give an fp64 result.
+Differentiable by autograd, runs on any device, O(T^2) memory. Names and arguments are those of the
+public functions, which document them.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,11 +77,9 @@ def linear_attention(
     kv = phi_k_of.mT @ _repeat(wide_v, phi_k.shape[1])  # [N, Hs, F, V]
     ksum = phi_k_of.sum(2)  # [N, Hs, F]
     length = _by_sequence(tokens.real[:, None, :, None], tokens, sequences).sum((1, 2, 3))  # [N]
-    if state is None:
-        state = _empty_state(k, v, phi_k, sequences, window=0)
-    length = state.length + length
-    final = {**state.tensors, "kv": state.kv + kv, "ksum": state.ksum + ksum}
-    return out, HybridState(**{**final, "length": length, "folded": length}, window=0)
+    if state is not None:
+        kv, ksum, length = kv + state.kv, ksum + state.ksum, length + state.length
+    return out, HybridState.of_sums(kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1])
 
 
 def hybrid_attention(
@@ -108,11 +108,22 @@ def hybrid_attention(
         return student.out.masked_fill(~tokens.real[:, None, :, None], 0).to(q.dtype)
     if state is None:
         sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        phi_k = _phi(_wide(k[:, :, :0]), feature_k)
-        state = _empty_state(k, v, phi_k, sequences, window, window_kind, sink)
+        state = HybridState.empty(
+            sequences,
+            feature_k.heads,
+            k.shape[1],
+            k.shape[3],
+            v.shape[3],
+            feature_k.out_features,
+            window=window,
+            window_kind=window_kind,
+            sink=sink,
+            dtype=k.dtype,
+            device=k.device,
+        )
     else:
         state = state.clone()
-    step = {"scale": scale, "affine": affine, "key_padding_mask": key_padding_mask}
+    step: dict[str, Any] = {"scale": scale, "affine": affine, "key_padding_mask": key_padding_mask}
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
         lengths = cu_seqlens.diff()
@@ -142,7 +153,11 @@ def hybrid_attention_step_(
     """SPEC 5: appends T tokens to the state, in place, and returns their outputs."""
     if state_indices is not None:
         slots = state.select(state_indices)
-        step = {"scale": scale, "affine": affine, "key_padding_mask": key_padding_mask}
+        step: dict[str, Any] = {
+            "scale": scale,
+            "affine": affine,
+            "key_padding_mask": key_padding_mask,
+        }
         out = hybrid_attention_step_(q, k, v, feature_q, feature_k, gate, slots, **step)
         for pool, slot in zip(state.tensors.values(), slots.tensors.values(), strict=True):
             pool[state_indices] = slot
@@ -220,7 +235,7 @@ def attention_transfer(
 
 
 class _Tokens(NamedTuple):
-    """Of each token: whether it is real, which sequence of its row it belongs to, its position there. All [B, T]."""
+    """Of each token [B, T]: whether it is real, its sequence in the row, its position there."""
 
     real: Tensor
     sequence: Tensor
@@ -266,13 +281,15 @@ def _attend(
     if state is not None:
         num = num + lam * (phi_q @ _repeat(state.kv, heads))
         den = den + lam * (phi_q @ _repeat(state.ksum, heads).unsqueeze(-1))
-    seen = (inside | outside).any(-1, keepdim=True)  # padded queries see nothing, not even themselves
+    seen = (inside | outside).any(
+        -1, keepdim=True
+    )  # padded queries see nothing, not even themselves
     den = den.masked_fill(~seen, 1)
     return _Student(num / den, p / den, scores, m.squeeze(-1), den.squeeze(-1))
 
 
 def _phi(x: Tensor, features: Features) -> Tensor:
-    """phi of x [B, Hx, T, D] as [B, max(Hx, Hf), T, F]: the fewer heads serve groups of the more."""
+    """phi of x [B, Hx, T, D], [B, max(Hx, Hf), T, F]: the fewer heads serve groups."""
     heads = max(x.shape[1], features.heads)
     x = _repeat(x, heads)
     z = x @ _repeat(features.weight.to(x.dtype)[None], heads)  # [B, heads, T, f]
@@ -296,7 +313,7 @@ def _phi(x: Tensor, features: Features) -> Tensor:
 
 
 def _tokens(x: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor | None) -> _Tokens:
-    """Positions of the tokens of x [B, H, T, D]; they count the real tokens of each sequence (SPEC 6)."""
+    """The tokens of x [B, H, T, D]; positions count the real tokens of a sequence (SPEC 6)."""
     batch, _, length, _ = x.shape
     token = torch.arange(length, device=x.device).expand(batch, length)
     if cu_seqlens is not None:
@@ -344,31 +361,9 @@ def _by_sequence(x: Tensor, tokens: _Tokens, sequences: int) -> Tensor:
     return x * own[:, None, :, None]
 
 
-def _empty_state(
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor,
-    sequences: int,
-    window: int,
-    window_kind: str = "sliding",
-    sink: int = 0,
-) -> HybridState:
-    """The state before the first token, with the shapes of k, v and phi_k."""
-    sizes = (phi_k.shape[1], k.shape[1], k.shape[3], v.shape[3], phi_k.shape[3])
-    return HybridState.empty(
-        sequences,
-        *sizes,
-        window=window,
-        window_kind=window_kind,
-        sink=sink,
-        dtype=k.dtype,
-        device=k.device,
-    )
-
-
 def _unpack(x: Tensor, bounds: list[int]) -> Tensor:
     """Packed [1, H, T, X] as [N, H, longest, X], zero-padded on the right."""
-    rows = [x[0, :, a:b].transpose(0, 1) for a, b in zip(bounds, bounds[1:], strict=False)]
+    rows = [x[0, :, a:b].transpose(0, 1) for a, b in pairwise(bounds)]
     return pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 

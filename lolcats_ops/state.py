@@ -1,17 +1,19 @@
-"""The recurrent state of an attention (SPEC 5): constant size, whatever the number of tokens seen."""
+"""The recurrent state of an attention (SPEC 5): of constant size, however many tokens."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-WINDOW_KINDS = ("sliding", "terrace")  # index = code in the C ABI
+from ._codes import WINDOW_KINDS
 
 
 def window_start(position: Tensor, window: int, window_kind: str) -> Tensor:
-    """e(i), the first position that query i attends by softmax (SPEC 2); 0 for positions before the start.
+    """e(i), the first position that query i attends by softmax (SPEC 2); 0 for i < 0.
 
     >>> window_start(torch.arange(6), 2, "sliding").tolist()
     [0, 0, 1, 2, 3, 4]
@@ -32,9 +34,9 @@ def window_span(window: int, window_kind: str) -> int:
 class HybridState:
     """What an attention remembers of P sequences.
 
-    ``kv``, ``ksum``: sums of phi_k(k_j) (x) v_j and of phi_k(k_j) over the positions [sink, folded).
-    ``k_ring``, ``v_ring``: keys and values of the positions [folded, length), each at slot position % R; other slots are
-    stale. ``k_sink``, ``v_sink``: positions [0, min(sink, length)).
+    ``kv``, ``ksum``: sums of phi_k(k_j) (x) v_j and of phi_k(k_j) over the positions [sink,
+    folded). ``k_ring``, ``v_ring``: keys and values of the positions [folded, length), each at slot
+    position % R; other slots are stale. ``k_sink``, ``v_sink``: positions [0, min(sink, length)).
     The state of linear_attention has window = sink = R = 0.
 
     >>> state = HybridState.empty(2, 8, 4, 64, 64, 128, window=64, sink=1, slack=8)
@@ -73,7 +75,8 @@ class HybridState:
         """The state of ``batch`` sequences (or slots of a pool) before their first token.
 
         Args:
-            heads: Hs, the heads of feature_k: query heads, or key/value heads where a group shares its map.
+            heads: Hs, the heads of feature_k: query heads, or key/value heads where a group shares
+                its map.
             feature_dim: F, ``features.out_features``.
             slack: how many of the last tokens ``rewind`` can always take back.
             dtype: of keys and values; the sums are fp32 (fp64 with fp64 keys).
@@ -83,14 +86,18 @@ class HybridState:
         """
         if window_kind not in WINDOW_KINDS:
             raise ValueError(
-                f"HybridState.empty: window_kind is {window_kind!r}, needs one of {', '.join(WINDOW_KINDS)}"
+                f"HybridState.empty: window_kind is {window_kind!r}, needs one of "
+                f"{', '.join(WINDOW_KINDS)}"
             )
         for name, value in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
             if value < 0:
                 raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
         ring = window_span(window, window_kind) + slack
-        sums = {"dtype": torch.promote_types(dtype, torch.float32), "device": device}
-        keys = {"dtype": dtype, "device": device}
+        sums: dict[str, Any] = {
+            "dtype": torch.promote_types(dtype, torch.float32),
+            "device": device,
+        }
+        keys: dict[str, Any] = {"dtype": dtype, "device": device}
         return cls(
             kv=torch.zeros(batch, heads, feature_dim, value_dim, **sums),
             ksum=torch.zeros(batch, heads, feature_dim, **sums),
@@ -104,10 +111,23 @@ class HybridState:
             window_kind=window_kind,
         )
 
+    @classmethod
+    def of_sums(
+        cls, kv: Tensor, ksum: Tensor, length: Tensor, *, head_dim: int, kv_heads: int
+    ) -> HybridState:
+        """The state of linear_attention after ``length`` tokens: all of them are in (kv, ksum)."""
+        keys = kv.new_empty(kv.shape[0], kv_heads, 0, head_dim)
+        values = kv.new_empty(kv.shape[0], kv_heads, 0, kv.shape[3])
+        return cls(kv, ksum, keys, values, keys.clone(), values.clone(), length, length.clone(), 0)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order of the operator's schema."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("window", "window_kind")}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("window", "window_kind")
+        }
 
     @property
     def batch(self) -> int:
@@ -135,12 +155,14 @@ class HybridState:
         return sum(t.nbytes for t in self.tensors.values())
 
     def rewind(self, n: int | Tensor) -> HybridState:
-        """Takes back the last ``n`` tokens (one number, or one per sequence) in place and returns self.
+        """Takes back the last ``n`` tokens (or ``n[p]`` of sequence p) in place, returns self.
 
-        Always possible for n <= slack since the longest length so far, and for any n while nothing has been folded.
+        Always possible for n <= slack since the longest length so far, and for any n while nothing
+        has been folded.
 
         Raises:
-            ValueError: n < 0, n > length, or tokens of the remaining window have already left the ring.
+            ValueError: n < 0, n > length, or tokens of the remaining window have already left the
+                ring.
 
         >>> HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2).rewind(1)
         Traceback (most recent call last):
@@ -150,29 +172,34 @@ class HybridState:
         length = self.length - n
         if bool(((length < 0) | (length > self.length)).any()):
             raise ValueError(
-                f"HybridState.rewind: n is {n}, needs 0 <= n <= length, which is {self.length.tolist()}"
+                f"HybridState.rewind: n is {n}, needs 0 <= n <= length, which is "
+                f"{self.length.tolist()}"
             )
-        # The next query has position `length`; all of its window, and all kept tokens, must not reach into the fold.
+        # The next query has position `length`: neither its window nor a kept token may be folded.
         oldest = torch.minimum(window_start(length, self.window, self.window_kind), length)
         if bool((self.folded > oldest).any()):
             raise ValueError(
-                f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv; the state was made with "
-                f"slack={self.slack}"
+                f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv, "
+                f"needs at most the slack, {self.slack}"
             )
         self.length.copy_(length)
         return self
 
     def select(self, indices: Tensor) -> HybridState:
-        """A copy of the sequences ``indices`` [n], in that order and with repetition: beam search, prompt caching."""
-        return replace(self, **{name: t.index_select(0, indices) for name, t in self.tensors.items()})
+        """A copy of the sequences ``indices`` [n], repeated or not: beam search, prompt caching."""
+        return self._map(lambda x: x.index_select(0, indices))
 
     def clone(self) -> HybridState:
         """A copy that shares no memory."""
-        return replace(self, **{name: t.clone() for name, t in self.tensors.items()})
+        return self._map(Tensor.clone)
 
     def to(self, device: torch.device | str) -> HybridState:
         """The state on ``device``."""
-        return replace(self, **{name: t.to(device) for name, t in self.tensors.items()})
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> HybridState:
+        tensors = {name: f(x) for name, x in self.tensors.items()}
+        return HybridState(**tensors, window=self.window, window_kind=self.window_kind)
 
     def reset(self, indices: Tensor | None = None) -> HybridState:
         """Empties all sequences, or the slots ``indices``, in place and returns self."""

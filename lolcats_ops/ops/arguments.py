@@ -1,0 +1,84 @@
+"""Python's arguments as those of torch.ops.lolcats_ops; shapes and layouts of the results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._codes import ACTIVATIONS, WINDOW_KINDS
+from ..features import Features, out_features
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """x with stride 1 in its last dimension, which is all that the kernels ask of activations."""
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def parameter(x: Tensor) -> Tensor:
+    """A parameter as the kernels take it, fp32 and contiguous; differentiable."""
+    return x.to(torch.float32).contiguous()
+
+
+def parameters(features: Features | None) -> tuple[Tensor | None, Tensor | None]:
+    """(weight, bias) of a feature map as the operators take them."""
+    if features is None:
+        return None, None
+    return parameter(features.weight), None if features.bias is None else parameter(features.bias)
+
+
+def width_after(activation: int, two_sided: bool, width: int) -> int:
+    """F, from the arguments of an operator."""
+    return out_features(width, ACTIVATIONS[activation], two_sided)
+
+
+def present(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Operators return an empty gradient for an absent input; autograd wants None."""
+    return [None if x is None else g for g, x in zip(gradients, inputs, strict=True)]
+
+
+def empty_rows(x: Tensor, width: int) -> Tensor:
+    """An output [B, H, T, width] for x [B, H, T, X], in x's dtype and memory order.
+
+    Where x is a transposed [B, T, H, X], so is the output: callers that merge heads get it without
+    a copy.
+    """
+    batch, heads, length, _ = x.shape
+    if heads > 1 and length > 1 and x.stride(1) < x.stride(2):
+        return x.new_empty(batch, length, heads, width).transpose(1, 2)
+    return x.new_empty(batch, heads, length, width)
+
+
+def empty_parameters(*parameters: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """fp32 gradients of ``parameters``; an absent one has an empty gradient."""
+    return tuple(
+        like.new_empty((0,) if p is None else p.shape, dtype=torch.float32) for p in parameters
+    )
+
+
+def attention_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """(q, k, v, weight_q, bias_q, weight_k, bias_k, gate) as the operators take them."""
+    return (
+        *map(last_contiguous, (q, k, v)),
+        *parameters(feature_q),
+        *parameters(feature_k),
+        parameter(gate),
+    )
+
+
+def window_code(window_kind: str) -> int:
+    """The window kind's number in the C ABI."""
+    return WINDOW_KINDS.index(window_kind)
+
+
+def scale_or_default(scale: float | None, q: Tensor) -> float:
+    """``scale``, or D ** -0.5."""
+    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -1,0 +1,139 @@
+"""A few more tokens of hybrid attention on a recurrent state, in place (SPEC 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import select
+from ..features import Features
+from ..state import HybridState
+from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
+from .native import autocast, raw, register_autocast, register_vmap
+from .validation import (
+    check_attention,
+    check_gate,
+    check_inference,
+    check_state,
+    check_state_indices,
+)
+
+
+def hybrid_attention_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    state: HybridState,
+    *,
+    state_indices: Tensor | None = None,
+    scale: float | None = None,
+    affine: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Appends T tokens per sequence to ``state``, in place, and returns their outputs.
+
+    T = 1 is the decode step. One call with T tokens is T calls with one, and equals
+    ``hybrid_attention`` over the whole sequence.
+
+    Args:
+        q: [B, H, T, D], fp32, bf16 or fp16; k: [B, Hk, T, D]; v: [B, Hk, T, V]; the new tokens.
+        feature_q, feature_k, gate, scale, affine: as in ``hybrid_attention``; window and sinks are
+            the state's.
+        state: a pool of P slots, written in place.
+        state_indices: [B] int, the slot of each sequence, no slot twice; None where P == B.
+        backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
+
+    Returns:
+        [B, H, T, V] in q's dtype.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, a gate that is not finite,
+            an input that requires grad (inference only), or a backend that cannot run the case. The
+            state is then as it was.
+
+    >>> import torch
+    >>> from lolcats_ops.features import init_weight
+    >>> phi = Features(init_weight(4, 16, 16))
+    >>> state = HybridState.empty(1, 4, 2, 16, 16, phi.out_features, window=8, sink=1)
+    >>> q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+    >>> hybrid_attention_step_(q, k, v, phi, phi, torch.zeros(4), state).shape, state.length.item()
+    (torch.Size([1, 4, 1, 16]), 1)
+    """
+    op = "hybrid_attention_step_"
+    q, k, v = autocast(q, k, v)
+    check_attention(op, q, k, v, feature_q, feature_k)
+    check_gate(op, gate, q)
+    check_state(op, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
+    if state_indices is not None:
+        check_state_indices(op, state_indices, q)
+    check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+    if select(op, backend, q, v) == "reference":
+        return reference.hybrid_attention_step_(
+            q,
+            k,
+            v,
+            feature_q,
+            feature_k,
+            gate,
+            state,
+            state_indices=state_indices,
+            scale=scale,
+            affine=affine,
+        )
+    return step_(
+        q,
+        k,
+        v,
+        feature_q,
+        feature_k,
+        gate,
+        state,
+        state_indices=state_indices,
+        scale=scale,
+        affine=affine,
+    )
+
+
+def step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    state: HybridState,
+    *,
+    state_indices: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None,
+    affine: bool,
+) -> Tensor:
+    """The operator on checked arguments."""
+    return raw.hybrid_attention_step_(
+        *attention_tensors(q, k, v, feature_q, feature_k, gate),
+        *state.tensors.values(),
+        state_indices,
+        cu_seqlens,
+        key_padding_mask,
+        state.window,
+        window_code(state.window_kind),
+        scale_or_default(scale, q),
+        affine,
+        *feature_q.codes,
+    )
+
+
+@torch.library.register_fake("lolcats_ops::hybrid_attention_step_")
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor | tuple[Tensor, ...]:
+    return empty_rows(q, v.shape[3])
+
+
+register_vmap("hybrid_attention_step_")
+register_autocast("hybrid_attention_step_")
