@@ -1,7 +1,7 @@
 """From a pretrained softmax model to a linearized one: attention transfer, LoRA, perplexity."""
 
 from lolcats_ops.convert.config import ConversionConfig, DataConfig, FinetuneConfig, TransferConfig
-from lolcats_ops.convert.data import pack, read_texts, split
+from lolcats_ops.convert.data import pack, read_texts
 from lolcats_ops.convert.evaluate import evaluate
 from lolcats_ops.convert.finetune import FinetuneReport, finetune
 from lolcats_ops.convert.transfer import TransferReport, transfer
@@ -17,6 +17,5 @@ __all__ = [
     "finetune",
     "pack",
     "read_texts",
-    "split",
     "transfer",
 ]

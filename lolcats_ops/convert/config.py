@@ -21,8 +21,6 @@ class DataConfig(_Section):
     """How text becomes training sequences."""
 
     length: Positive = 1024  # tokens per packed sequence
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the sequences kept for evaluation
-    seed: int = 0
 
 
 class TransferConfig(_Section):

@@ -40,16 +40,7 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
             ids.append(tokenizer.eos_token_id)
     rows = len(ids) // length
     if rows == 0:
-        raise ValueError(f"pack: the text has {len(ids)} tokens, needs at least {length} for one sequence")
+        raise ValueError(
+            f"pack: the text has {len(ids)} tokens, needs at least {length} for one sequence"
+        )
     return torch.tensor(ids[: rows * length]).view(rows, length)
-
-
-def split(rows: Tensor, held_out: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Shuffles rows [N, T] and sets a share of them aside: (training, held out).
-
-    >>> [len(part) for part in split(torch.arange(20).view(10, 2), 0.2)]
-    [8, 2]
-    """
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    kept = len(rows) - round(held_out * len(rows))
-    return rows[order[:kept]], rows[order[kept:]]

@@ -13,7 +13,9 @@ from lolcats_ops.convert.progress import progress
 
 
 @torch.no_grad()
-def evaluate(model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, description: str = "perplexity") -> float:
+def evaluate(
+    model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, description: str = "perplexity"
+) -> float:
     """Perplexity of `model` on token rows [N, T]: exp of the mean next-token loss over their N (T - 1) predictions.
 
     Raises:
@@ -24,7 +26,9 @@ def evaluate(model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, descr
         14.2
     """
     if data.dim() != 2 or data.shape[0] < 1 or data.shape[1] < 2:
-        raise ValueError(f"evaluate: data is {list(data.shape)}, needs [N, T] with N >= 1 and T >= 2")
+        raise ValueError(
+            f"evaluate: data is {list(data.shape)}, needs [N, T] with N >= 1 and T >= 2"
+        )
     training = model.training
     model.eval()
     total, seen = 0.0, 0
@@ -32,7 +36,9 @@ def evaluate(model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, descr
         for rows in data.split(batch_size):
             rows = rows.to(model.device)
             logits = model(rows, use_cache=False).logits[:, :-1].float()
-            total += F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+            ).item()
             seen += rows[:, 1:].numel()
             bar.advance(len(rows), perplexity=math.exp(total / seen))
     model.train(training)

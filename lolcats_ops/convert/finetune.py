@@ -43,7 +43,14 @@ class _Report(transformers.TrainerCallback):
         self.bar = bar
         self.losses: list[float] = []
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             self.bar.advance(loss=self.losses[-1])
@@ -77,7 +84,9 @@ def finetune(
     """
     config = config or FinetuneConfig()
     if data.dim() != 2 or not len(data):
-        raise ValueError(f"finetune: data is {list(data.shape)}, needs [N, T] token ids with N >= 1")
+        raise ValueError(
+            f"finetune: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
+        )
     transformers.set_seed(config.seed)  # before the adapters are drawn
     adapted = peft.get_peft_model(
         model,
@@ -113,15 +122,27 @@ def finetune(
         )
         losses = _train(adapted, arguments, data, resume, description)
     return FinetuneReport(
-        model=adapted.merge_and_unload() if config.merge else adapted, losses=losses, parameters=trainable
+        model=adapted.merge_and_unload() if config.merge else adapted,
+        losses=losses,
+        parameters=trainable,
     )
 
 
 def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: str) -> list[float]:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows(data))
     trainer.remove_callback(transformers.PrinterCallback)  # our bar shows the loss
-    per_epoch = max(1, -(-len(data) // (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)))
-    steps = arguments.max_steps if arguments.max_steps > 0 else int(arguments.num_train_epochs * per_epoch)
+    per_epoch = max(
+        1,
+        -(
+            -len(data)
+            // (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)
+        ),
+    )
+    steps = (
+        arguments.max_steps
+        if arguments.max_steps > 0
+        else int(arguments.num_train_epochs * per_epoch)
+    )
     with progress(description, steps) as bar:
         report = _Report(bar)
         trainer.add_callback(report)

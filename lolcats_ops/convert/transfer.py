@@ -107,14 +107,21 @@ def transfer(
     """
     config = config or TransferConfig()
     if data.dim() != 2 or not len(data):
-        raise ValueError(f"transfer: data is {list(data.shape)}, needs [N, T] token ids with N >= 1")
+        raise ValueError(
+            f"transfer: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
+        )
     generator = torch.Generator().manual_seed(config.seed)
-    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(config.epochs)])
+    order = torch.cat(
+        [torch.randperm(len(data), generator=generator) for _ in range(config.epochs)]
+    )
     batches = data[order].split(config.batch_size)
     steps = config.rounds * sum(-(-len(batch) // config.micro_batch) for batch in batches)
     training = model.training
     model.eval()
-    with use_mode(model, "transfer"), progress("attention transfer", steps * len(attention_layers(model))) as bar:
+    with (
+        use_mode(model, "transfer"),
+        progress("attention transfer", steps * len(attention_layers(model))) as bar,
+    ):
         layers = attention_layers(model)
         learners = [_LayerLearner(layer, config, steps, bar) for layer in layers]
         done = _resume(checkpoint, layers, learners)
@@ -137,7 +144,10 @@ def transfer(
 
 
 def _save(
-    path: Path | str | None, done: int, layers: list[LolcatsAttention], learners: list[_LayerLearner]
+    path: Path | str | None,
+    done: int,
+    layers: list[LolcatsAttention],
+    learners: list[_LayerLearner],
 ) -> None:
     if path is None:
         return
@@ -151,7 +161,9 @@ def _save(
     os.replace(partial, path)  # an interrupted save leaves the previous one
 
 
-def _resume(path: Path | str | None, layers: list[LolcatsAttention], learners: list[_LayerLearner]) -> int:
+def _resume(
+    path: Path | str | None, layers: list[LolcatsAttention], learners: list[_LayerLearner]
+) -> int:
     """Loads a checkpoint, if there is one, and returns how many batches it has seen."""
     if path is None or not Path(path).exists():
         return 0

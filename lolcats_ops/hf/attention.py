@@ -35,17 +35,23 @@ class LolcatsAttention(nn.Module):
             is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
         learner: called in transfer mode with (attend, batch): `attend(rows)` computes `lo.attention_transfer`
             on those rows of the batch. It returns the teacher's output [B, H, T, V].
+        backend: `backend=` of the operators; None takes the best of the device.
     """
 
-    def __init__(self, heads: int, kv_heads: int, head_dim: int, config: LolcatsConfig, device: torch.device):
+    def __init__(
+        self, heads: int, kv_heads: int, head_dim: int, config: LolcatsConfig, device: torch.device
+    ):
         super().__init__()
         self.config = config
         self.mode: Mode = "hybrid"
         self.learner: Learner | None = None
+        self.backend: str | None = None
         self.whole_model = True  # False where softmax layers remain beside this one
 
         def weight(maps: int) -> nn.Parameter:
-            return nn.Parameter(init_weight(maps, head_dim, config.feature_dim, config.init, device=device))
+            return nn.Parameter(
+                init_weight(maps, head_dim, config.feature_dim, config.init, device=device)
+            )
 
         self.feature_q = weight(heads)
         self.feature_k = weight(kv_heads if config.share_kv_features else heads)
@@ -112,12 +118,16 @@ def lolcats_attention(
             raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
     batch, _, tokens, _ = query.shape
     config, (feature_q, feature_k) = p.config, p.features()
-    options = {"scale": scaling, "affine": config.affine}
-    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *p.parameters()))
+    options = {"scale": scaling, "affine": config.affine, "backend": p.backend}
+    trains = torch.is_grad_enabled() and any(
+        x.requires_grad for x in (query, key, value, *p.parameters())
+    )
     if lolcats_cache is not None and trains:
         lolcats_cache.leave_out(tokens)
     elif lolcats_cache is not None:
-        out = lolcats_cache.attend(p, query, key, value, real_tokens(attention_mask, tokens), **options)
+        out = lolcats_cache.attend(
+            p, query, key, value, real_tokens(attention_mask, tokens), **options
+        )
         return out.transpose(1, 2).contiguous(), None
 
     options |= {"window": config.window, "window_kind": config.window_kind, "sink": config.sink}
@@ -125,7 +135,9 @@ def lolcats_attention(
     if lolcats_cu_seqlens is None:
         padding = real_tokens(attention_mask, tokens)
     else:
-        query, key, value = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value))
+        query, key, value = (
+            x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value)
+        )
 
     if p.mode == "transfer":
         if p.learner is None:

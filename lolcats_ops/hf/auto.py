@@ -26,7 +26,9 @@ class LolcatsModelConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:  # type: ignore[override]
-        return config_class(CONFIG_MAPPING[config_dict["base_model_type"]]).from_dict(config_dict, **kwargs)
+        return config_class(CONFIG_MAPPING[config_dict["base_model_type"]]).from_dict(
+            config_dict, **kwargs
+        )
 
 
 AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
@@ -35,14 +37,22 @@ AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
 @cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of converted models of the family of `base`, registered with the auto classes."""
-    derived = type(f"Lolcats{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__})
+    derived = type(
+        f"Lolcats{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__}
+    )
     if base in MODEL_FOR_CAUSAL_LM_MAPPING:
-        AutoModelForCausalLM.register(derived, _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], derived))
+        AutoModelForCausalLM.register(
+            derived, _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], derived)
+        )
     return derived
 
 
-def _model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+def _model_class(
+    base: type[PreTrainedModel], config: type[PreTrainedConfig]
+) -> type[PreTrainedModel]:
+    def __init__(
+        self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
         from lolcats_ops.hf.patch import convert  # patch marks models through this module
 
         base.__init__(self, config, *args, **kwargs)
@@ -89,5 +99,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     """
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "lolcats", None) is None:
-        raise ValueError(f"from_pretrained: {path} is a {config.model_type} model, not one saved after lo.hf.convert")
+        raise ValueError(
+            f"from_pretrained: {path} is a {config.model_type} model, not one saved after lo.hf.convert"
+        )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

@@ -40,7 +40,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do yet: `attend` makes the state."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[2]
         return key_states, value_states
 
@@ -58,7 +60,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
         Args:
             real: [B, T] bool, False for padding; None if there is none.
-            options: `scale` and `affine` of the operator.
+            options: `scale`, `affine` and `backend` of the operator.
         """
         if self.state is None:
             self.leave_out(key.shape[2])
@@ -115,7 +117,11 @@ class LolcatsCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: more than `slack` tokens, once the oldest have left the window.
         """
-        n = -tokens_to_remove if tokens_to_remove <= 0 else self.cumulative_length - tokens_to_remove
+        n = (
+            -tokens_to_remove
+            if tokens_to_remove <= 0
+            else self.cumulative_length - tokens_to_remove
+        )
         if n <= 0 or self.state is None:
             return
         self.state.rewind(n)

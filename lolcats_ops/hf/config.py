@@ -65,7 +65,9 @@ class LolcatsConfig:
                 f"only {' and '.join(TWO_SIDED)} have two sides"
             )
         if not -1e4 < self.gate_init < 1e4:
-            raise ValueError(f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate")
+            raise ValueError(
+                f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate"
+            )
         if any(layer < 0 for layer in self.softmax_layers):
             raise ValueError(f"LolcatsConfig: softmax_layers={self.softmax_layers} must be >= 0")
 

@@ -50,7 +50,11 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         projection = module.o_proj
         heads = projection.in_features // module.head_dim
         attention = LolcatsAttention(
-            heads, heads // module.num_key_value_groups, module.head_dim, config, projection.weight.device
+            heads,
+            heads // module.num_key_value_groups,
+            module.head_dim,
+            config,
+            projection.weight.device,
         )
         attention.whole_model = len(modules) == model.config.num_hidden_layers
         attention.softmax_config = module.config
@@ -117,7 +121,9 @@ def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 def _converted(model: nn.Module) -> list[Any]:
     """The attention modules that hold a `lolcats` submodule."""
-    found = [m for m in model.modules() if isinstance(getattr(m, "lolcats", None), LolcatsAttention)]
+    found = [
+        m for m in model.modules() if isinstance(getattr(m, "lolcats", None), LolcatsAttention)
+    ]
     if not found:
         raise ValueError(f"{type(model).__name__} is not converted: see lolcats_ops.hf.convert")
     return found
@@ -139,10 +145,14 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     if not model._supports_attention_backend:
         raise refuse("it does not dispatch through transformers' AttentionInterface")
     if getattr(model.config, "attn_logit_softcapping", None):
-        raise refuse("it caps attention scores (attn_logit_softcapping), which hybrid attention does not")
+        raise refuse(
+            "it caps attention scores (attn_logit_softcapping), which hybrid attention does not"
+        )
     needed = ("layer_idx", "head_dim", "num_key_value_groups", "o_proj")
     modules = [
-        m for m in model.modules() if getattr(m, "is_causal", False) and all(hasattr(m, name) for name in needed)
+        m
+        for m in model.modules()
+        if getattr(m, "is_causal", False) and all(hasattr(m, name) for name in needed)
     ]
     if not modules:
         raise refuse(f"it has no causal attention module with {', '.join(needed)}")
@@ -150,7 +160,9 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         raise refuse("its attention has learned sink logits")
     outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
     if outside:
-        raise refuse(f"softmax_layers names {sorted(outside)}, but its layers are 0 to {len(modules) - 1}")
+        raise refuse(
+            f"softmax_layers names {sorted(outside)}, but its layers are 0 to {len(modules) - 1}"
+        )
     kinds = getattr(model.config, "layer_types", None) or []
     local = {i for i, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind}
     keep = set(config.softmax_layers) | (local if len(local) < len(modules) else set())
@@ -160,7 +172,9 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     return modules
 
 
-def _before_attention(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+def _before_attention(
+    module: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
     """Hands the attention its cache layer (swapped in on first use) or the bounds of packed sequences."""
     attention: LolcatsAttention = module.lolcats
     if attention.mode == "softmax":
@@ -190,6 +204,8 @@ def _cache_layer(cache: Cache, index: int, attention: LolcatsAttention) -> Lolca
     layer = cache.layers[index]
     if not isinstance(layer, LolcatsCacheLayer):
         if layer.is_initialized and layer.get_seq_length() > 0:
-            raise ValueError(f"layer {index}: the cache holds keys of the softmax model; start with a fresh one")
+            raise ValueError(
+                f"layer {index}: the cache holds keys of the softmax model; start with a fresh one"
+            )
         layer = cache.layers[index] = LolcatsCacheLayer(whole_model=attention.whole_model)
     return layer

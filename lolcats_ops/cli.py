@@ -1,0 +1,290 @@
+"""The command `lolcats`: convert a model, train it in two stages, evaluate and run it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lolcats_ops.convert import ConversionConfig
+
+# Heavy imports happen inside the commands: `lolcats --help` must not load torch.
+
+EXAMPLES = """
+Linearize a model with two commands:
+
+    lolcats transfer HuggingFaceTB/SmolLM2-135M out/stage1 --text book.txt
+
+    lolcats finetune out/stage1 out/stage2 --text book.txt
+
+Then look at what it can do:
+
+    lolcats eval out/stage2 --text other.txt
+
+    lolcats generate out/stage2 "The meaning of life is"
+
+Exit codes: 0 done, 1 it failed (the reason is on stderr), 2 wrong usage.
+"""
+
+app = typer.Typer(
+    help="Linearize pretrained language models.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+console = Console()
+
+ModelPath = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model.")
+]
+OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.")]
+TextFiles = Annotated[
+    list[Path], typer.Option("--text", help="UTF-8 text file; repeat for several.", exists=True)
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file; see `lolcats info --config`.", exists=True),
+]
+
+
+@app.command()
+def convert(
+    model: ModelPath,
+    out: OutPath,
+    config: ConfigFile = None,
+) -> None:
+    """Swap a model's attention without training, and save it.
+
+    Example: lolcats convert HuggingFaceTB/SmolLM2-135M out/swapped --config lolcats.yaml
+    """
+    import lolcats_ops as lo
+
+    settings = _config(config)
+    loaded, tokenizer = _load(model)
+    lo.hf.convert(loaded, settings.lolcats)
+    _save(out, loaded, tokenizer, settings)
+
+
+@app.command()
+def transfer(
+    model: ModelPath,
+    out: OutPath,
+    text: TextFiles,
+    config: ConfigFile = None,
+    resume: Annotated[
+        bool, typer.Option(help="Keep a checkpoint in OUT and go on from it.")
+    ] = False,
+) -> None:
+    """Stage 1: convert a model (if it is not yet) and teach its layers to imitate their softmax attention.
+
+    Example: lolcats transfer HuggingFaceTB/SmolLM2-135M out/stage1 --text book.txt
+    """
+    import lolcats_ops as lo
+
+    settings = _config(config)
+    loaded, tokenizer = _load(model)
+    if not lo.hf.attention_layers(loaded):
+        lo.hf.convert(loaded, settings.lolcats)
+    rows = _rows(text, tokenizer, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = out / "transfer.pt" if resume else None
+    report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
+    _save(out, loaded, tokenizer, settings)
+    first, last = (sum(layer[i] for layer in report.losses) / len(report.losses) for i in (0, -1))
+    console.print(
+        f"mean loss over layers {first:.4g} -> {last:.4g}, {report.parameters:,} parameters"
+    )
+
+
+@app.command()
+def finetune(
+    model: ModelPath,
+    out: OutPath,
+    text: TextFiles,
+    config: ConfigFile = None,
+    resume: Annotated[
+        bool, typer.Option(help="Keep checkpoints in OUT and go on from the last.")
+    ] = False,
+) -> None:
+    """Stage 2: LoRA on the attention projections, merged into the model at the end.
+
+    Example: lolcats finetune out/stage1 out/stage2 --text book.txt
+    """
+    import lolcats_ops as lo
+
+    settings = _config(config)
+    loaded, tokenizer = _load(model)
+    rows = _rows(text, tokenizer, settings)
+    checkpoints = out / "checkpoints" if resume else None
+    started = checkpoints is not None and any(checkpoints.glob("checkpoint-*"))
+    report = lo.convert.finetune(
+        loaded, rows, settings.finetune, output_dir=checkpoints, resume=started
+    )
+    _save(out, report.model, tokenizer, settings)
+    console.print(
+        f"loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}, {report.parameters:,} parameters"
+    )
+
+
+@app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    chat: Annotated[
+        bool, typer.Option(help="Put the prompt into the model's chat template.")
+    ] = False,
+) -> None:
+    """Continue a prompt, printing tokens as they come.
+
+    Example: lolcats generate out/stage2 "What is a list?" --chat --temperature 0.7
+    """
+    from transformers import TextStreamer
+
+    loaded, tokenizer = _load(model)
+    if chat:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"generate: {model} has no chat template; leave --chat out")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    loaded.generate(
+        **inputs.to(loaded.device),
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        **sampling,
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelPath,
+    text: TextFiles,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 1024,
+    sequences: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+) -> None:
+    """Perplexity of a model on text, on stdout.
+
+    Example: lolcats eval out/stage2 --text other.txt --length 2048
+    """
+    import lolcats_ops as lo
+
+    loaded, tokenizer = _load(model)
+    rows = lo.convert.pack(lo.convert.read_texts(text), tokenizer, length)[:sequences]
+    typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A model to describe.")
+    ] = None,
+    config: Annotated[
+        bool, typer.Option("--config", help="Print the default configuration as YAML.")
+    ] = False,
+) -> None:
+    """Versions, backends and CPU of this installation; or what a converted model is.
+
+    Example: lolcats info --config > lolcats.yaml
+    """
+    import lolcats_ops as lo
+
+    if config:
+        import yaml
+
+        typer.echo(yaml.safe_dump(_config(None).model_dump(mode="json"), sort_keys=False), nl=False)
+        return
+    rows: dict[str, object]
+    if model is not None:
+        from transformers import AutoConfig
+
+        described = AutoConfig.from_pretrained(model)
+        rows = {"model type": described.model_type, "layers": described.num_hidden_layers}
+        rows |= getattr(described, "lolcats", None) or {"lolcats": "not converted"}
+    else:
+        import torch
+        import transformers
+
+        choice = lo.backend_for("hybrid_attention")
+        rows = {
+            "lolcats_ops": lo.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "backends": ", ".join(lo.backends()),
+            "on this CPU": choice.backend or choice.why,
+        }
+    table = Table(show_header=False, box=None)
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+
+
+def _config(path: Path | None) -> ConversionConfig:
+    from lolcats_ops.convert import ConversionConfig
+
+    return ConversionConfig() if path is None else ConversionConfig.load(path)
+
+
+def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
+
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def _rows(
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, settings: ConversionConfig
+) -> Tensor:
+    from lolcats_ops.convert import pack, read_texts
+
+    return pack(read_texts(paths), tokenizer, settings.data.length)
+
+
+def _save(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ConversionConfig,
+) -> None:
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    settings.save(out / "lolcats.yaml")
+    console.print(f"saved {out}")
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on are one line on stderr, without a traceback."""
+    try:
+        app()
+    except (
+        ImportError,
+        NotImplementedError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        Console(stderr=True).print(f"lolcats: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
