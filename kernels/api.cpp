@@ -1,0 +1,150 @@
+// The C ABI: check the arguments, lay out the sequences, run the kernels of the device and instruction set in use.
+#include <exception>
+#include <vector>
+
+#include "check.h"
+#include "cpu/problem.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace lol {
+namespace {
+
+int64_t index_at(const lol_tensor& t, int64_t i) {
+  return t.dtype == LOL_I64 ? ((const int64_t*)t.data)[i] : ((const int32_t*)t.data)[i];
+}
+
+// The sequences that cu_seqlens or key_padding_mask describe. Padding on either side leaves a run of rows; only a mask with
+// holes needs an index.
+class Layout {
+ public:
+  Layout(const lol_tensor& q, const lol_tensor& cu_seqlens, const lol_tensor& mask, const lol_tensor& slots = {}) {
+    const int64_t B = q.shape[0], T = q.shape[2];
+    if (cu_seqlens.data) {
+      for (int64_t n = 0; n + 1 < cu_seqlens.shape[0]; n++) {
+        const int64_t first = index_at(cu_seqlens, n);
+        add({0, index_at(cu_seqlens, n + 1) - first, first, nullptr, n});
+      }
+    } else if (mask.data) {
+      rows_.resize((size_t)(B * T));
+      for (int64_t b = 0; b < B; b++) add(masked(b, (const uint8_t*)mask.data + b * mask.stride[0], T));
+    } else {
+      for (int64_t b = 0; b < B; b++) add({b, T, 0, nullptr, b});
+    }
+    if (slots.data) {
+      for (size_t i = 0; i < sequences_.size(); i++) sequences_[i].slot = index_at(slots, (int64_t)i);
+    }
+    batch_ = {sequences_.data(), (int64_t)sequences_.size(), real_, real_ < B * T};
+  }
+  const Batch& batch() const { return batch_; }
+
+ private:
+  void add(const Sequence& s) {
+    sequences_.push_back(s);
+    real_ += s.tokens;
+  }
+  Sequence masked(int64_t b, const uint8_t* real, int64_t T) {
+    int32_t* rows = rows_.data() + b * T;
+    int64_t n = 0;
+    for (int64_t i = 0; i < T; i++) {
+      if (real[i]) rows[n++] = (int32_t)i;
+    }
+    const int64_t first = n ? rows[0] : 0;
+    const bool run = n == 0 || rows[n - 1] - first == n - 1;
+    return {b, n, first, run ? nullptr : rows, b};
+  }
+
+  std::vector<Sequence> sequences_;
+  std::vector<int32_t> rows_;
+  int64_t real_ = 0;
+  Batch batch_;
+};
+
+const lol_hybrid_attention_args& layout_of(const lol_hybrid_attention_args& a) { return a; }
+const lol_hybrid_attention_args& layout_of(const lol_hybrid_attention_backward_args& a) { return a.forward; }
+const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_args& a) { return a.student; }
+const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_backward_args& a) { return a.forward.student; }
+const lol_linear_attention_args& layout_of(const lol_linear_attention_args& a) { return a; }
+const lol_linear_attention_args& layout_of(const lol_linear_attention_backward_args& a) { return a.forward; }
+
+template <class Args>
+Layout make_layout(const Args& a) {
+  const auto& shared = layout_of(a);
+  return Layout(shared.q, shared.cu_seqlens, shared.key_padding_mask);
+}
+Layout make_layout(const lol_hybrid_attention_step_args& a) {
+  return Layout(a.q, a.cu_seqlens, a.key_padding_mask, a.state_indices);
+}
+
+int report(int status) {
+  if (status == LOL_ENOMEM) fail("lolcats_ops: out of memory for scratch buffers");
+  return status;
+}
+
+// No exception crosses the C ABI.
+template <class Body>
+int guarded(Body body) {
+  try {
+    return report(body());
+  } catch (const std::exception&) {
+    return report(LOL_ENOMEM);
+  }
+}
+
+template <class Args>
+int run(const Args* args, int (*Kernels::*kernel)(const Args&, const Batch&)) {
+  return guarded([&] {
+    if (!args) return fail("lolcats_ops: args is null");
+    if (const int status = check(*args)) return status;
+    const Layout layout = make_layout(*args);
+    return (cpu_kernels().*kernel)(*args, layout.batch());
+  });
+}
+
+template <class Args>
+int run(const Args* args, int (*Kernels::*kernel)(const Args&)) {
+  return guarded([&] {
+    if (!args) return fail("lolcats_ops: args is null");
+    if (const int status = check(*args)) return status;
+    return (cpu_kernels().*kernel)(*args);
+  });
+}
+
+}  // namespace
+}  // namespace lol
+
+using lol::Kernels;
+
+extern "C" {
+
+int lol_feature_map(const lol_feature_map_args* a) { return lol::run(a, &Kernels::feature_map); }
+int lol_feature_map_backward(const lol_feature_map_backward_args* a) { return lol::run(a, &Kernels::feature_map_backward); }
+int lol_linear_attention(const lol_linear_attention_args* a) { return lol::run(a, &Kernels::linear_attention); }
+int lol_linear_attention_backward(const lol_linear_attention_backward_args* a) {
+  return lol::run(a, &Kernels::linear_attention_backward);
+}
+int lol_hybrid_attention(const lol_hybrid_attention_args* a) { return lol::run(a, &Kernels::hybrid_attention); }
+int lol_hybrid_attention_backward(const lol_hybrid_attention_backward_args* a) {
+  return lol::run(a, &Kernels::hybrid_attention_backward);
+}
+int lol_hybrid_attention_step(const lol_hybrid_attention_step_args* a) {
+  return lol::run(a, &Kernels::hybrid_attention_step);
+}
+int lol_attention_transfer(const lol_attention_transfer_args* a) { return lol::run(a, &Kernels::attention_transfer); }
+int lol_attention_transfer_backward(const lol_attention_transfer_backward_args* a) {
+  return lol::run(a, &Kernels::attention_transfer_backward);
+}
+
+int lol_abi_version(void) { return LOL_ABI_VERSION; }
+const char* lol_last_error(void) { return lol::last_error(); }
+int lol_has_cuda(void) { return 0; }
+int lol_max_threads(void) {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // extern "C"

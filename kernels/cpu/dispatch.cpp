@@ -1,0 +1,104 @@
+// Which instruction set runs: the best that this CPU has, or the one that LOLCATS_ISA or lol_set_cpu_isa names.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "../check.h"
+#include "problem.h"
+
+namespace lol {
+
+#ifdef LOL_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+#endif
+#ifdef LOL_HAVE_AVX512
+namespace avx512 {
+extern const Kernels kernels;
+}
+#endif
+#ifdef LOL_HAVE_AVX2
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace scalar {
+extern const Kernels kernels;
+}
+
+namespace {
+
+// Best first; null ends the list. Static, so that nothing depends on the order of initialisation.
+struct Available {
+  const Kernels* list[5] = {};
+  int count = 0;
+  Available() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    (void)v3;
+    (void)v4;
+#endif
+#ifdef LOL_HAVE_AVX512_BF16
+    if (v4 && __builtin_cpu_supports("avx512bf16")) list[count++] = &avx512_bf16::kernels;
+#endif
+#ifdef LOL_HAVE_AVX512
+    if (v4) list[count++] = &avx512::kernels;
+#endif
+#ifdef LOL_HAVE_AVX2
+    if (v3) list[count++] = &avx2::kernels;
+#endif
+    list[count++] = &scalar::kernels;
+  }
+  const Kernels* find(const char* isa) const {
+    for (int i = 0; i < count; i++) {
+      if (std::strcmp(list[i]->isa, isa) == 0) return list[i];
+    }
+    return nullptr;
+  }
+};
+
+const Available& available() {
+  static const Available instance;
+  return instance;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& cpu_kernels() {
+  const Kernels* kernels = chosen.load(std::memory_order_acquire);
+  if (!kernels) {
+    const char* wanted = std::getenv("LOLCATS_ISA");
+    kernels = wanted ? available().find(wanted) : nullptr;
+    if (!kernels) kernels = available().list[0];
+    chosen.store(kernels, std::memory_order_release);
+  }
+  return *kernels;
+}
+
+}  // namespace lol
+
+extern "C" {
+
+const char* lol_cpu_isa(void) { return lol::cpu_kernels().isa; }
+int lol_cpu_isa_count(void) { return lol::available().count; }
+const char* lol_cpu_isa_name(int index) {
+  return index >= 0 && index < lol::available().count ? lol::available().list[index]->isa : nullptr;
+}
+int lol_set_cpu_isa(const char* name) {
+  const lol::Kernels* kernels = name ? lol::available().find(name) : nullptr;
+  if (!kernels) {
+    lol::fail("lol_set_cpu_isa: %s is not an instruction set of this build and CPU", name ? name : "null");
+    return LOL_EUNSUPPORTED;
+  }
+  lol::chosen.store(kernels, std::memory_order_release);
+  return LOL_OK;
+}
+
+}  // extern "C"

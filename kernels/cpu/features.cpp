@@ -1,0 +1,207 @@
+#include "features.h"
+
+namespace lol {
+namespace LOL_ISA {
+namespace {
+
+// Every reduction here runs over the rows of a tile, for LANES tokens at once.
+
+// out = exp(sign (z - extreme)) clamped, divided by its sum if `normalize`.
+inline void exponentials(const float* z, float* out, int f, float sign, bool normalize, float eps) {
+  Vec top = sign * load(z);
+  for (int i = 1; i < f; i++) top = max(top, sign * load(z + i * BLOCK));
+  Vec sum = {};
+  for (int i = 0; i < f; i++) {
+    const Vec e = exp(sign * load(z + i * BLOCK) - top);
+    sum += e;
+    store(out + i * BLOCK, e);
+  }
+  const Vec factor = normalize ? 1.0f / sum : splat(1.0f);
+  for (int i = 0; i < f; i++) store(out + i * BLOCK, max(load(out + i * BLOCK) * factor, splat(eps)));
+}
+
+// The gradient passes a clamp where the value was not raised; eps itself stands for a raised value.
+inline Vec through_clamp(Vec dphi, Vec phi, float eps) { return select(phi > splat(eps), dphi, Vec{}); }
+
+// dz = sign * d(exponentials)/dz applied to dphi, added to `dz`.
+inline void exponentials_backward(const float* phi, const float* dphi, float* dz, int f, float sign, bool normalize,
+                                  float eps, Into into) {
+  Vec dot = {}, ties = {};
+  for (int i = 0; i < f; i++) {
+    const Vec p = load(phi + i * BLOCK);
+    dot += p * through_clamp(load(dphi + i * BLOCK), p, eps);
+    ties += select(p == splat(1.0f), splat(1.0f), Vec{});
+  }
+  // softmax: dz = p (dphi - dot). exp(z - max z): dz = p dphi, less dot at the maximum, shared by ties.
+  const Vec share = normalize ? Vec{} : dot / ties;
+  for (int i = 0; i < f; i++) {
+    const Vec p = load(phi + i * BLOCK);
+    const Vec d = through_clamp(load(dphi + i * BLOCK), p, eps);
+    Vec g = normalize ? p * (d - dot) : p * d - select(p == splat(1.0f), share, Vec{});
+    g = sign * g;
+    store(dz + i * BLOCK, into == Into::add ? load(dz + i * BLOCK) + g : g);
+  }
+}
+
+inline bool is_exponential(int activation) { return activation == LOL_SOFTMAX || activation == LOL_EXP; }
+
+}  // namespace
+
+void features_forward(const FeatureMap& map, const float* x, float* phi) {
+  if (!map.weight) {
+    memcpy(phi, x, sizeof(float) * map.D * BLOCK);
+    return;
+  }
+  // The upper half of a two-sided map is computed from z in the lower half, then z gives way to its own features.
+  float* z = phi;
+  gemm(map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK, Into::set);
+  const Vec eps = splat(map.eps);
+  const bool exponential = is_exponential(map.activation), normalize = map.activation == LOL_SOFTMAX;
+  for (int t = 0; t < BLOCK; t += LANES) {
+    float* zt = z + t;
+    for (int i = 0; i < map.f; i++) {
+      if (map.bias) store(zt + i * BLOCK, load(zt + i * BLOCK) + map.bias[i]);
+      if (map.skip) store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
+    }
+    if (exponential) {
+      if (map.two_sided) exponentials(zt, zt + map.f * BLOCK, map.f, -1.0f, normalize, map.eps);
+      exponentials(zt, zt, map.f, 1.0f, normalize, map.eps);
+      continue;
+    }
+    Vec half_norm = {};
+    if (map.activation == LOL_FAVOR) {
+      for (int i = 0; i < map.D; i++) half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
+    }
+    const float favor_factor = 1.0f / sqrtf((float)map.f);
+    for (int i = 0; i < map.f; i++) {
+      const Vec v = load(zt + i * BLOCK);
+      Vec y = v;
+      if (map.activation == LOL_ELU1) y = select(v > Vec{}, v + 1.0f, exp(min(v, Vec{})));
+      if (map.activation == LOL_RELU) y = max(v, Vec{});
+      if (map.activation == LOL_FAVOR) y = exp(v - half_norm) * favor_factor;
+      store(zt + i * BLOCK, map.activation == LOL_IDENTITY ? y : max(y, eps));
+    }
+  }
+}
+
+void features_of_token(const FeatureMap& map, const float* x, float* phi) {
+  if (!map.weight) {
+    memcpy(phi, x, sizeof(float) * map.D);
+    return;
+  }
+  const int f = map.f;
+  float z[MAX_FEATURES + LANES], e[MAX_FEATURES + LANES];
+  for (int j = 0; j < f; j++) z[j] = (map.bias ? map.bias[j] : 0.0f) + (map.skip ? x[j] : 0.0f);
+  // Four vectors of z stay in registers over the sum: enough independent chains to hide the latency of an FMA.
+  int j = 0;
+  for (; j + 4 * LANES <= f; j += 4 * LANES) {
+    Vec a[4];
+    for (int i = 0; i < 4; i++) a[i] = load(z + j + i * LANES);
+    for (int d = 0; d < map.D; d++) {
+      for (int i = 0; i < 4; i++) a[i] += x[d] * load(map.weight + d * f + j + i * LANES);
+    }
+    for (int i = 0; i < 4; i++) store(z + j + i * LANES, a[i]);
+  }
+  for (int d = 0; d < map.D; d++) {
+    for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
+  }
+  const auto exponentials_of = [&](float sign, float* out) {
+    float top = sign * z[0], sum = 0.0f;
+    for (int i = 1; i < f; i++) top = sign * z[i] > top ? sign * z[i] : top;
+    for (int i = 0; i < f; i += LANES) store(e + i, exp(sign * load(z + i) - top));
+    for (int i = 0; i < f; i++) sum += e[i];
+    const float factor = map.activation == LOL_SOFTMAX ? 1.0f / sum : 1.0f;
+    for (int i = 0; i < f; i++) out[i] = e[i] * factor < map.eps ? map.eps : e[i] * factor;
+  };
+  if (is_exponential(map.activation)) {
+    exponentials_of(1.0f, phi);
+    if (map.two_sided) exponentials_of(-1.0f, phi + f);
+    return;
+  }
+  float half_norm = 0.0f;
+  for (int d = 0; d < map.D; d++) half_norm += 0.5f * x[d] * x[d];
+  const float favor_factor = 1.0f / sqrtf((float)f);
+  for (int i = 0; i < f; i++) {
+    float y = z[i];
+    if (map.activation == LOL_ELU1) y = y > 0.0f ? y + 1.0f : expf(y);
+    if (map.activation == LOL_FAVOR) y = expf(y - half_norm) * favor_factor;
+    phi[i] = map.activation == LOL_IDENTITY || y >= map.eps ? y : map.eps;
+  }
+}
+
+void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi, float* dx, Into into) {
+  if (!map.weight) {
+    for (int i = 0; dx && i < map.D * BLOCK; i += LANES) {
+      store(dx + i, into == Into::add ? load(dx + i) + load(dphi + i) : load(dphi + i));
+    }
+    return;
+  }
+  const bool exponential = is_exponential(map.activation), normalize = map.activation == LOL_SOFTMAX;
+  const bool favor = map.activation == LOL_FAVOR;
+  float norm_gradient[BLOCK] = {};  // favor: d(-|x|^2 / 2) collects the sum of dz
+  for (int t = 0; t < BLOCK; t += LANES) {
+    const float* p = phi + t;
+    float* d = dphi + t;
+    if (exponential) {
+      exponentials_backward(p, d, d, map.f, 1.0f, normalize, map.eps, Into::set);
+      if (map.two_sided) {
+        const int upper = map.f * BLOCK;
+        exponentials_backward(p + upper, d + upper, d, map.f, -1.0f, normalize, map.eps, Into::add);
+      }
+      continue;
+    }
+    Vec sum = {};
+    for (int i = 0; i < map.f; i++) {
+      const Vec y = load(p + i * BLOCK);
+      Vec g = load(d + i * BLOCK);
+      if (map.activation != LOL_IDENTITY) g = through_clamp(g, y, map.eps);
+      if (map.activation == LOL_ELU1) g = g * min(y, splat(1.0f));
+      if (favor) g = g * y;
+      sum += g;
+      store(d + i * BLOCK, g);
+    }
+    if (favor) store(norm_gradient + t, sum);
+  }
+  if (!dx) return;
+  gemm(map.D, BLOCK, map.f, rows(map.weight, map.f), dphi, BLOCK, dx, BLOCK, into);
+  if (!map.skip && !favor) return;
+  for (int i = 0; i < map.D; i++) {
+    for (int t = 0; t < BLOCK; t += LANES) {
+      const int at = i * BLOCK + t;
+      Vec extra = map.skip ? load(dphi + at) : Vec{};
+      if (favor) extra -= load(x + at) * load(norm_gradient + t);
+      store(dx + at, load(dx + at) + extra);
+    }
+  }
+}
+
+void features_backward_weight(const FeatureMap& map, const float* x, const float* dz, const WeightGradient& gradient,
+                              float* scratch) {
+  if (!map.weight) return;
+  to_rows(scratch, dz, map.f);
+  const int ld = padded(map.f);
+  gemm(map.D, ld, BLOCK, rows(x, BLOCK), scratch, ld, gradient.weight, ld, Into::add);
+  for (int i = 0; map.bias && i < map.f; i++) {
+    for (int t = 0; t < BLOCK; t++) gradient.bias[i] += dz[i * BLOCK + t];
+  }
+}
+
+void WeightGradient::reduce(const float* partials, int64_t groups, int64_t heads, const lol_features& features, int64_t D,
+                            const lol_tensor& dweight, const lol_tensor& dbias) {
+  if (!has_map(features)) return;
+  const int64_t maps = features.weight.shape[0], f = features.weight.shape[2], shared = heads / maps;
+  float *dw = (float*)dweight.data, *db = (float*)dbias.data;
+  memset(dw, 0, sizeof(float) * maps * D * f);
+  if (db) memset(db, 0, sizeof(float) * maps * f);
+  for (int64_t i = 0; i < groups * heads; i++) {
+    const float* from = partials + i * floats(D, f);
+    const int64_t map = i % heads / shared;
+    for (int64_t d = 0; d < D; d++) {
+      for (int64_t j = 0; j < f; j++) dw[(map * D + d) * f + j] += from[d * padded(f) + j];
+    }
+    for (int64_t j = 0; db && j < f; j++) db[map * f + j] += from[D * padded(f) + j];
+  }
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

@@ -1,0 +1,258 @@
+// hybrid_attention_step_ (SPEC 5): T new tokens on recurrent states, in place.
+//
+// T > 1 runs the chunkwise forward on the ring's tokens followed by the new ones. T = 1 is the decode step, bound by reading
+// and writing the state once: 8 F V bytes, 2 (2 D f + 2 F V + w (D + V)) FLOPs per head; lanes run along features and values.
+#include "chunkwise.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace lol {
+namespace LOL_ISA {
+namespace {
+
+struct Step {
+  explicit Step(const lol_hybrid_attention_step_args& args) : a(args) {
+    const Window window = {a.window, a.window_kind, a.state.k_sink.shape[2]};
+    p = {a.q,    a.k,    a.v, a.feature_q, a.feature_k, (const float*)a.gate.data, window, (float)a.scale, a.affine != 0,
+         true, 0.0f};
+    ring = a.state.k_ring.shape[2];
+    slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
+  }
+
+  int64_t length(const Sequence& s) const { return ((const int64_t*)a.state.length.data)[s.slot]; }
+  int64_t folded(const Sequence& s) const { return ((const int64_t*)a.state.folded.data)[s.slot]; }
+  // Positions in (kv, ksum) once `total` tokens have come: all that no query would need after `slack` tokens are taken back.
+  int64_t folded_after(const Sequence& s, int64_t total) const {
+    const Window without_sink = {p.window.size, p.window.kind, 0};
+    const int64_t earliest = total - 1 - slack;
+    return earliest < 0 ? folded(s) : at_least(folded(s), without_sink.start(earliest));
+  }
+  float* kv(const Sequence& s, int64_t state_head) const {
+    return (float*)a.state.kv.data + (s.slot * p.state_heads() + state_head) * p.F() * p.V();
+  }
+  float* ksum(const Sequence& s, int64_t state_head) const {
+    return (float*)a.state.ksum.data + (s.slot * p.state_heads() + state_head) * p.F();
+  }
+  Tokens tokens(const lol_tensor& t, const lol_tensor& rings, const lol_tensor& sinks, const Sequence& s,
+                int64_t kv_head) const {
+    Tokens tokens = tokens_of(t, s, kv_head);
+    const int64_t at = (s.slot * p.kv_heads() + kv_head) * tokens.row_bytes();
+    tokens.past = length(s);
+    tokens.ring = (char*)rings.data + at * ring;
+    tokens.sink = (char*)sinks.data + at * p.window.sink;
+    tokens.ring_size = ring;
+    return tokens;
+  }
+  Tokens keys(const Sequence& s, int64_t kv_head) const {
+    return tokens(a.k, a.state.k_ring, a.state.k_sink, s, kv_head);
+  }
+  Tokens values(const Sequence& s, int64_t kv_head) const {
+    return tokens(a.v, a.state.v_ring, a.state.v_sink, s, kv_head);
+  }
+
+  const lol_hybrid_attention_step_args& a;
+  Problem p;
+  int64_t ring, slack;
+};
+
+void many_tokens(const Step& step, const Sequence& s, int64_t state_head, Arena& arena) {
+  const Problem& p = step.p;
+  const int64_t past = step.length(s), total = past + s.tokens, kv_head = p.kv_head_of(state_head);
+  Chunkwise c(p, state_head, total, step.keys(s, kv_head), step.values(s, kv_head), arena);
+  c.load_state(step.kv(s, state_head), step.ksum(s, state_head), step.folded(s));
+  const int64_t fold = at_least(step.folded_after(s, total), c.folded());
+  const FinalState final = {fold, step.kv(s, state_head), step.ksum(s, state_head)};
+  // Queries count from the start of the sequence, the rows of q and o from the first new token.
+  forward_worker(p, s, state_head, c, past, step.a.o, nullptr, nullptr, &final);
+}
+
+float dot(const float* a, const float* b, int n) {
+  Vec sum = {};
+  for (int i = 0; i < n; i += LANES) sum += load(a + i) * load(b + i);
+  float total = 0.0f;
+  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
+  return total;
+}
+
+void add_scaled(float* to, float factor, const float* x, int n) {
+  for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
+}
+
+// One token of a sequence for one state head and the query heads that share it. Nothing is allocated.
+class OneToken {
+ public:
+  static int64_t floats(const Problem& p, int64_t ring) {
+    return 2 * padded(p.D()) + padded(p.V()) * (1 + p.group()) + p.F() * (1 + p.group()) + p.group() + ring +
+           p.window.sink + LANES;
+  }
+
+  OneToken(const Step& step, const Sequence& s, int64_t state_head, Arena arena)
+      : step_(step), p_(step.p), s_(s), state_head_(state_head), position_(step.length(s)),
+        keys_(step.keys(s, p_.kv_head_of(state_head))), values_(step.values(s, p_.kv_head_of(state_head))), D_((int)p_.D()),
+        V_((int)p_.V()), F_((int)p_.F()), G_((int)p_.group()) {
+    q_ = arena.take(padded(D_));
+    k_ = arena.take(padded(D_));
+    v_ = arena.take(padded(V_));
+    phi_k_ = arena.take(F_);
+    phi_q_ = arena.take(G_ * F_);
+    o_ = arena.take(G_ * padded(V_));
+    linear_ = arena.take(G_);
+    scores_ = arena.take(step.ring + p_.window.sink + LANES);
+  }
+
+  void run() {
+    memset(o_, 0, sizeof(float) * G_ * padded(V_));
+    memset(linear_, 0, sizeof(float) * G_);
+    for (int g = 0; g < G_; g++) {
+      load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
+      features_of_token(p_.map_q(head(g)), q_, phi_q_ + g * F_);
+    }
+    const int64_t fold_to = at_least(step_.folded_after(s_, position_ + 1), p_.window.sink);
+    int64_t position = at_least(step_.folded(s_), p_.window.sink);
+    // All but the last of the leaving tokens go into the state unread; the last one in the pass that reads the state.
+    for (; position + 1 < fold_to; position++) fold(position);
+    read_state(position < fold_to ? position : -1);
+    for (position = at_least(position, fold_to); position < p_.window.start(position_); position++) read_token(position);
+    for (int g = 0; g < G_; g++) finish(g);
+  }
+
+ private:
+  int64_t head(int g) const { return state_head_ * G_ + g; }
+  void load_token(int64_t position) {
+    load_row(k_, keys_.row(position), D_, keys_.dtype);
+    load_row(v_, values_.row(position), V_, values_.dtype);
+    features_of_token(p_.map_k(state_head_), k_, phi_k_);
+  }
+
+  void fold(int64_t position) {
+    load_token(position);
+    float *kv = step_.kv(s_, state_head_), *ksum = step_.ksum(s_, state_head_);
+    for (int i = 0; i < F_; i++) {
+      ksum[i] += phi_k_[i];
+      for (int j = 0; j < V_; j++) kv[i * V_ + j] += phi_k_[i] * v_[j];
+    }
+  }
+
+  // o += phi_q kv and linear += phi_q ksum, folding the token at `leaving` (or none, -1) on the way: one pass over the state.
+  void read_state(int64_t leaving) {
+    if (leaving >= 0) {
+      load_token(leaving);
+    } else {
+      memset(phi_k_, 0, sizeof(float) * F_);
+      memset(v_, 0, sizeof(float) * padded(V_));
+    }
+    float *kv = step_.kv(s_, state_head_), *ksum = step_.ksum(s_, state_head_);
+    const int whole = V_ / LANES * LANES;
+    for (int i = 0; i < F_; i++) {
+      ksum[i] += phi_k_[i];
+      float* row = kv + (int64_t)i * V_;
+      for (int j = 0; j < whole; j += LANES) {
+        const Vec x = load(row + j) + phi_k_[i] * load(v_ + j);
+        store(row + j, x);
+        for (int g = 0; g < G_; g++) {
+          float* o = o_ + g * padded(V_) + j;
+          store(o, load(o) + phi_q_[g * F_ + i] * x);
+        }
+      }
+      for (int j = whole; j < V_; j++) {
+        row[j] += phi_k_[i] * v_[j];
+        for (int g = 0; g < G_; g++) o_[g * padded(V_) + j] += phi_q_[g * F_ + i] * row[j];
+      }
+      for (int g = 0; g < G_; g++) linear_[g] += phi_q_[g * F_ + i] * ksum[i];
+    }
+  }
+
+  // A token that has left the window but stays in the ring, within the slack.
+  void read_token(int64_t position) {
+    load_token(position);
+    for (int g = 0; g < G_; g++) {
+      float score = 0.0f;
+      for (int i = 0; i < F_; i++) score += phi_q_[g * F_ + i] * phi_k_[i];
+      linear_[g] += score;
+      add_scaled(o_ + g * padded(V_), score, v_, padded(V_));
+    }
+  }
+
+  // The softmax part: scores of the sinks and the window, their exponentials, then both parts over one denominator.
+  void finish(int g) {
+    load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
+    const int64_t sinks = at_most(p_.window.sink, position_ + 1), start = p_.window.start(position_);
+    const int64_t keys = sinks + at_least(position_ + 1 - start, 0);
+    const auto sink_or_window = [&](const Tokens& t, int64_t i) {
+      return i < sinks ? t.sink_row(i) : t.row(start + i - sinks);
+    };
+    float m = keys ? -INFINITY : 0.0f, sum = 0.0f;
+    for (int64_t i = 0; i < keys; i++) {
+      load_row(k_, sink_or_window(keys_, i), D_, keys_.dtype);
+      scores_[i] = p_.scale * dot(q_, k_, padded(D_));
+      m = scores_[i] > m ? scores_[i] : m;
+    }
+    for (int64_t i = 0; i < keys; i += LANES) store(scores_ + i, exp(load(scores_ + i) - m));
+    const float gate = p_.g(head(g)), lambda = p_.lambda(head(g));
+    float* o = o_ + g * padded(V_);
+    for (int j = 0; j < V_; j++) o[j] *= lambda;
+    for (int64_t i = 0; i < keys; i++) {
+      load_row(v_, sink_or_window(values_, i), V_, values_.dtype);
+      add_scaled(o, gate * scores_[i], v_, padded(V_));
+      sum += scores_[i];
+    }
+    const float den = gate * sum + lambda * linear_[g];
+    for (int j = 0; j < V_; j++) o[j] /= den;
+    store_row(tokens_of(step_.a.o, s_, head(g)).row(0), o, V_, step_.a.o.dtype);
+  }
+
+  const Step& step_;
+  const Problem& p_;
+  const Sequence& s_;
+  const int64_t state_head_, position_;
+  const Tokens keys_, values_;
+  const int D_, V_, F_, G_;
+  float *q_, *k_, *v_, *phi_k_, *phi_q_, *o_, *linear_, *scores_;
+};
+
+// After all heads have read the old ring: the new tokens' keys or values go into ring and sinks.
+void remember(const Step& step, const Sequence& s, const Tokens& t) {
+  const int64_t past = step.length(s), total = past + s.tokens;
+  for (int64_t i = past; i < at_most(total, step.p.window.sink); i++) {
+    memcpy((char*)t.sink + i * t.row_bytes(), t.row(i), t.row_bytes());
+  }
+  for (int64_t i = at_least(past, total - step.ring); i < total; i++) {
+    memcpy((char*)t.ring + i % step.ring * t.row_bytes(), t.row(i), t.row_bytes());
+  }
+}
+
+}  // namespace
+
+int hybrid_attention_step(const lol_hybrid_attention_step_args& a, const Batch& batch) {
+  const Step step(a);
+  const Problem& p = step.p;
+  const bool single = a.q.shape[2] == 1;
+  const int64_t floats = single ? OneToken::floats(p, step.ring) : Chunkwise::floats(p);
+  const auto work = [&](int64_t w, Arena arena) {
+    const Sequence& s = batch.sequences[w / p.state_heads()];
+    if (s.tokens == 0) return;
+    if (single) {
+      OneToken(step, s, w % p.state_heads(), arena).run();
+    } else {
+      many_tokens(step, s, w % p.state_heads(), arena);
+    }
+  };
+  const auto prepare = [&] { clear_padding(batch, a.o, nullptr, nullptr); };
+  const int status = run_workers(batch.count * p.state_heads(), floats, work, prepare);
+  if (status != LOL_OK) return status;
+  for (int64_t i = 0; i < batch.count; i++) {
+    const Sequence& s = batch.sequences[i];
+    if (s.tokens == 0) continue;
+    for (int64_t kv_head = 0; kv_head < p.kv_heads(); kv_head++) {
+      remember(step, s, step.keys(s, kv_head));
+      remember(step, s, step.values(s, kv_head));
+    }
+    const int64_t total = step.length(s) + s.tokens;
+    ((int64_t*)a.state.folded.data)[s.slot] = step.folded_after(s, total);
+    ((int64_t*)a.state.length.data)[s.slot] = total;
+  }
+  return LOL_OK;
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

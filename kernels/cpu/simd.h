@@ -1,0 +1,142 @@
+// Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this file is compiled with the
+// flags of each one, and the compiler picks the instructions. Nothing here names an intrinsic, so NEON comes for free.
+//
+// ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the C++ library compiled with
+// AVX-512 could otherwise win at link time and crash an older CPU.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#ifndef LOL_LANES
+#if defined(__AVX512F__)
+#define LOL_LANES 16
+#elif defined(__AVX__)
+#define LOL_LANES 8
+#else
+#define LOL_LANES 4
+#endif
+#endif
+
+namespace lol {
+namespace LOL_ISA {
+
+constexpr int LANES = LOL_LANES;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t VecI __attribute__((vector_size(4 * LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
+typedef uint16_t VecH __attribute__((vector_size(2 * LANES)));
+typedef float Vec4 __attribute__((vector_size(16)));
+
+template <class V, class T>
+static inline V load_as(const T* p) {
+  V v;
+  memcpy(&v, p, sizeof(V));
+  return v;
+}
+static inline Vec load(const float* p) { return load_as<Vec>(p); }
+static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
+static inline Vec splat(float x) { return Vec{} + x; }
+static inline VecI splat_int(int32_t x) { return VecI{} + x; }
+static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
+static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
+static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
+static inline VecI lane_index() {
+  VecI v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
+
+// Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the low bits of the result.
+constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
+
+// e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r - 1 - r) / r^2, 1e-8).
+// Below -87.3 the result stays at 2^-126 instead of leaving the normal range; above 88.3 it stays at e^88.3; NaN stays NaN.
+static inline Vec exp(Vec x) {
+  x = x < splat(-87.33f) ? splat(-87.33f) : x;
+  x = x > splat(88.37f) ? splat(88.37f) : x;
+  const Vec t = x * 1.44269504f + ROUND_MAGIC;
+  const Vec n = t - ROUND_MAGIC;
+  // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.3926176e-3f);
+  p = p * r + 8.3631732e-3f;
+  p = p * r + 4.1666556e-2f;
+  p = p * r + 0.16666578f;
+  p = p * r + 0.5f;
+  p = (p * r) * r + (r + 1.0f);
+  return (Vec)((VecI)p + ((VecI)t << 23));
+}
+
+// ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)).
+static inline Vec log(Vec x) {
+  const VecI bits = (VecI)x - splat_int(0x3f3504f3);  // sqrt(1/2)
+  const VecI n = bits >> 23;
+  const Vec f = (Vec)((VecI)x - (n << 23)) - 1.0f;
+  Vec p = splat(0.090487845f);
+  p = p * f - 0.14030892f;
+  p = p * f + 0.147039f;
+  p = p * f - 0.16602719f;
+  p = p * f + 0.19984223f;
+  p = p * f - 0.25000703f;
+  p = p * f + 0.33333415f;
+  const Vec e = __builtin_convertvector(n, Vec);
+  return (e * 0.693359375f + f) + ((p * f - 0.5f) * f * f - e * 2.12194440e-4f);
+}
+
+// bf16 is the upper half of a float; rounding is to nearest, ties to even, and a NaN stays one.
+static inline Vec from_bf16(const uint16_t* p) {
+  return (Vec)(__builtin_convertvector(load_as<VecH>(p), VecU) << 16);
+}
+static inline void to_bf16(uint16_t* p, Vec v) {
+  const VecU u = (VecU)v;
+  const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const VecU quiet = (u >> 16) | 0x40;
+  const VecH h = __builtin_convertvector((VecU)(v == v ? (VecI)rounded : (VecI)quiet), VecH);
+  memcpy(p, &h, sizeof(h));
+}
+
+// fp16: shifting exponent and mantissa into place leaves the bias wrong by 112, which one multiplication mends, subnormals
+// included. Infinity and NaN (exponent 31) get the float's exponent 255.
+static inline Vec from_fp16(const uint16_t* p) {
+  const VecU h = __builtin_convertvector(load_as<VecH>(p), VecU);
+  const VecU magnitude = (h & 0x7fff) << 13;
+  const Vec finite = (Vec)magnitude * 0x1p112f;
+  const VecI special = (VecI)(magnitude | 0x7f800000);
+  const VecI bits = (VecI)(magnitude >= 0x0f800000) ? special : (VecI)finite;
+  return (Vec)(bits | (VecI)((h & 0x8000) << 16));
+}
+static inline void to_fp16(uint16_t* p, Vec v) {
+  const VecU u = (VecU)v;
+  const VecU sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  // Normal: rebias, round to nearest even on bit 13. Subnormal: adding 0.5 leaves the fp16 bits in the float's mantissa.
+  const VecU normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const VecU subnormal = (VecU)((Vec)magnitude + 0.5f) - 0x3f000000;
+  VecU h = (VecU)(magnitude < 0x38800000) ? subnormal : normal;
+  h = (VecU)(magnitude >= 0x477ff000) ? VecU{} + 0x7c00 : h;  // 65520 and above round to infinity
+  h = (VecU)(magnitude > 0x7f800000) ? VecU{} + 0x7e00 : h;
+  const VecH out = __builtin_convertvector(h | sign, VecH);
+  memcpy(p, &out, sizeof(out));
+}
+
+// dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller. 4 x 4 blocks in 128-bit
+// registers: 8 shuffles for 16 elements on every instruction set.
+static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows, int cols) {
+  for (int i = 0; i < rows; i += 4) {
+    for (int j = 0; j < cols; j += 4) {
+      const float* s = src + i * lds + j;
+      float* d = dst + j * ldd + i;
+      const Vec4 a = load_as<Vec4>(s), b = load_as<Vec4>(s + lds);
+      const Vec4 c = load_as<Vec4>(s + 2 * lds), e = load_as<Vec4>(s + 3 * lds);
+      const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Vec4 ce0 = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce1 = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      const Vec4 out[4] = {
+          __builtin_shufflevector(ab0, ce0, 0, 1, 4, 5), __builtin_shufflevector(ab0, ce0, 2, 3, 6, 7),
+          __builtin_shufflevector(ab1, ce1, 0, 1, 4, 5), __builtin_shufflevector(ab1, ce1, 2, 3, 6, 7)};
+      for (int r = 0; r < 4; r++) memcpy(d + r * ldd, &out[r], sizeof(Vec4));
+    }
+  }
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

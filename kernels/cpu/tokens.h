@@ -1,0 +1,139 @@
+// Tokens of one sequence in one head of a [B, H, T, X] tensor: addressing by position, and tiles in and out of fp32.
+//
+// Tiles hold BLOCK tokens. "Transposed" tiles are [X x BLOCK] with tokens along lanes: softmax over features or keys is then a
+// reduction over rows, with no horizontal step, and X needs no padding. Row tiles are [BLOCK x padded(X)].
+#pragma once
+#include <stdlib.h>
+
+#include "gemm.h"
+#include "problem.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+static inline int padded(int64_t x) { return (int)((x + LANES - 1) / LANES * LANES); }
+static inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int dtype_size(int dtype) { return dtype == LOL_F32 ? 4 : 2; }
+
+// Scratch memory of one thread: taken in order, never given back before the call ends.
+struct Arena {
+  float* next;
+  float* take(int64_t floats) {
+    float* p = next;
+    next += (floats + 15) / 16 * 16;
+    return p;
+  }
+};
+
+struct Tokens {
+  char* base;
+  int64_t stride;  // bytes between physical rows
+  const int32_t* index;
+  int64_t first;
+  int64_t past;  // positions below `past` came with earlier calls: they are in the ring, the sinks in `sink`
+  const char *ring, *sink;
+  int64_t ring_size;
+  int width, dtype;
+
+  int64_t row_bytes() const { return (int64_t)width * dtype_size(dtype); }
+  char* row(int64_t position) const {
+    if (position < past) return (char*)ring + (position % ring_size) * row_bytes();
+    const int64_t i = position - past;
+    return base + (index ? index[i] : first + i) * stride;
+  }
+  char* sink_row(int64_t position) const {
+    return position < past ? (char*)sink + position * row_bytes() : row(position);
+  }
+};
+
+static inline Tokens tokens_of(const lol_tensor& t, const Sequence& s, int64_t head) {
+  const int64_t size = dtype_size(t.dtype);
+  char* base = (char*)t.data + (s.batch * t.stride[0] + head * t.stride[1]) * size;
+  return {base, t.stride[2] * size, s.index, s.first, 0, nullptr, nullptr, 0, (int)t.shape[3], t.dtype};
+}
+
+static inline float scalar_from(const char* p, int dtype) {
+  if (dtype == LOL_F32) return *(const float*)p;
+  uint16_t h[LANES] = {*(const uint16_t*)p};
+  return (dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h))[0];
+}
+
+// dst[0 .. padded(width)) = the row in fp32, padding zero.
+static inline void load_row(float* dst, const char* src, int width, int dtype) {
+  if (dtype == LOL_F32) {
+    memcpy(dst, src, 4 * (size_t)width);
+    memset(dst + width, 0, 4 * (size_t)(padded(width) - width));
+    return;
+  }
+  int i = 0;
+  for (; i + LANES <= width; i += LANES) {
+    const uint16_t* h = (const uint16_t*)src + i;
+    store(dst + i, dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h));
+  }
+  if (i < width) {
+    uint16_t h[LANES] = {};
+    memcpy(h, src + 2 * i, 2 * (size_t)(width - i));
+    store(dst + i, dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h));
+  }
+}
+
+static inline void store_row(char* dst, const float* src, int width, int dtype) {
+  if (dtype == LOL_F32) {
+    memcpy(dst, src, 4 * (size_t)width);
+    return;
+  }
+  for (int i = 0; i < width; i += LANES) {
+    uint16_t h[LANES];
+    if (dtype == LOL_BF16) {
+      to_bf16(h, load(src + i));
+    } else {
+      to_fp16(h, load(src + i));
+    }
+    memcpy(dst + 2 * i, h, 2 * (size_t)at_most(LANES, width - i));
+  }
+}
+
+// Row tile of the n tokens from `position` on, rows n .. BLOCK zero.
+static inline void load_rows(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink = false) {
+  const int ld = padded(t.width);
+  for (int64_t i = 0; i < n; i++) {
+    load_row(dst + i * ld, sink ? t.sink_row(position + i) : t.row(position + i), t.width, t.dtype);
+  }
+  memset(dst + n * ld, 0, 4 * (size_t)((BLOCK - n) * ld));
+}
+
+static inline void store_rows(const Tokens& t, int64_t position, int64_t n, const float* src) {
+  const int ld = padded(t.width);
+  for (int64_t i = 0; i < n; i++) store_row(t.row(position + i), src + i * ld, t.width, t.dtype);
+}
+
+// [X x BLOCK] from a row tile and back. Transposing works on multiples of 4, so tiles have up to 3 spare rows.
+static inline void to_lanes(float* dst, const float* row_tile, int width) {
+  transpose(dst, BLOCK, row_tile, padded(width), BLOCK, (width + 3) / 4 * 4);
+}
+static inline void to_rows(float* row_tile, const float* src, int width) {
+  transpose(row_tile, padded(width), src, BLOCK, (width + 3) / 4 * 4, BLOCK);
+}
+static inline int64_t lanes_size(int64_t width) { return (width + 3) / 4 * 4 * BLOCK; }
+static inline int64_t rows_size(int64_t width) { return (int64_t)padded(width) * BLOCK; }
+
+// Clears every row of [B, H, T, X], for outputs with rows that belong to no sequence.
+static inline void clear(const lol_tensor& t) {
+  if (!t.data) return;
+  const int64_t bytes = t.shape[3] * dtype_size(t.dtype);
+  for (int64_t b = 0; b < t.shape[0]; b++) {
+    for (int64_t h = 0; h < t.shape[1]; h++) {
+      for (int64_t i = 0; i < t.shape[2]; i++) {
+        memset((char*)t.data + (b * t.stride[0] + h * t.stride[1] + i * t.stride[2]) * dtype_size(t.dtype), 0, bytes);
+      }
+    }
+  }
+}
+
+static inline void fill(float* p, int64_t n, float value) {
+  for (int64_t i = 0; i < n; i++) p[i] = value;
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol
