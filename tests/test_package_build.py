@@ -36,8 +36,8 @@ def wheel(tmp_path_factory):
     (folder / "torch.py").write_text("raise ImportError('the build must not need torch')")
     run(
         *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"),
-        *(f"-Ccmake.define.{name}={value}" for name, value in QUICK.items()),
-        *(f"-Cbuild-dir={folder / 'build'}", "--wheel-dir", folder, REPOSITORY),
+        *(f"--config-settings=cmake.define.{name}={value}" for name, value in QUICK.items()),
+        *(f"--config-settings=build-dir={folder / 'build'}", "--wheel-dir", folder, REPOSITORY),
         PYTHONPATH=str(folder),
     )
     return next(folder.glob("*.whl"))

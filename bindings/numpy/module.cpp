@@ -9,9 +9,9 @@ void set_cpu_isa(const char* name) {
   if (lol_set_cpu_isa(name) != LOL_OK) throw py::value_error(lol_last_error());
 }
 
-std::vector<std::string> cpu_isas() {
-  std::vector<std::string> names;
-  for (int i = 0; i < lol_cpu_isa_count(); ++i) names.emplace_back(lol_cpu_isa_name(i));
+py::list cpu_isas() {
+  py::list names;
+  for (int i = 0; i < lol_cpu_isa_count(); ++i) names.append(lol_cpu_isa_name(i));
   return names;
 }
 

@@ -105,9 +105,9 @@ static void steps_on_a_state_equal_one_call(void) {
   lol_hybrid_attention_args args = hybrid_args();
   CHECK(lol_hybrid_attention(&args) == LOL_OK);
 
-  static float kv[B * H * WIDE * V], ksum[B * H * WIDE];
-  static float k_ring[B * H * RING * D], v_ring[B * H * RING * V];
-  static int64_t length[B], folded[B];
+  float kv[B * H * WIDE * V] = {0}, ksum[B * H * WIDE] = {0};
+  float k_ring[B * H * RING * D], v_ring[B * H * RING * V];
+  int64_t length[B] = {0}, folded[B] = {0};
   const int64_t slots[] = {B};
   for (int t = 0; t < T; t++) {
     float stepped[B * H * V];
