@@ -85,7 +85,8 @@ def transfer(
         bool, typer.Option(help="Keep a checkpoint in OUT and go on from it.")
     ] = False,
 ) -> None:
-    """Stage 1: convert a model (if it is not yet) and teach its layers to imitate their softmax attention.
+    """Stage 1: convert a model (if it is not yet) and teach its layers to imitate their softmax
+    attention.
 
     Example: lolcats transfer HuggingFaceTB/SmolLM2-135M out/stage1 --text book.txt
     """

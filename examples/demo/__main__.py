@@ -33,7 +33,7 @@ class Clock:
 
 
 def run(config: DemoConfig) -> dict[str, Any]:
-    """Converts, trains and measures; writes everything to `config.out` and returns what report.json holds."""
+    """Converts, trains, measures, writes to `config.out`; returns what report.json holds."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config.out.mkdir(parents=True, exist_ok=True)

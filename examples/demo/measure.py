@@ -36,7 +36,7 @@ def context_costs(
     decode_tokens: int,
     description: str,
 ) -> dict[int, ContextCost]:
-    """Prefills the first tokens of [1, T] up to each context at once, then decodes from there (median of the steps)."""
+    """Prefills tokens [1, T] up to each context at once, then decodes from there (median step)."""
     costs = {}
     with progress(description, len(contexts)) as bar:
         for context in contexts:
@@ -73,7 +73,10 @@ def crossover(hybrid: dict[int, ContextCost], softmax: dict[int, ContextCost]) -
 
 
 def stage1_peaks(model: Path, lengths: tuple[int, ...], layers: int) -> dict[int, int | None]:
-    """Peak memory of stage 1 above the loaded model, each length in a process of its own. Linux; else None."""
+    """Peak memory of stage 1 above the loaded model, each length in a process of its own.
+
+    None where the system does not tell (other than Linux).
+    """
     peaks: dict[int, int | None] = {}
     with progress("stage 1 memory", len(lengths)) as bar:
         for length in lengths:

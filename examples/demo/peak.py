@@ -1,6 +1,7 @@
-"""`python -m examples.demo.peak MODEL T LAYERS`: peak bytes of stage 1 on one sequence of T tokens, above the model.
+"""`python -m examples.demo.peak MODEL T LAYERS`: peak bytes of stage 1 above the model.
 
-Prints nothing where /proc does not tell. A process of its own, because memory that earlier work freed would hide it.
+Prints nothing where /proc does not tell. A process of its own, because memory that earlier work
+freed would hide it.
 """
 
 from __future__ import annotations

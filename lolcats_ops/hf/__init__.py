@@ -1,4 +1,4 @@
-"""Hugging Face integration: convert a pretrained model in place, generate with a constant-size cache, save and load."""
+"""Hugging Face models: convert in place, generate with a constant-size cache, save and load."""
 
 from lolcats_ops.hf.attention import LolcatsAttention
 from lolcats_ops.hf.auto import from_pretrained

@@ -1,4 +1,4 @@
-"""The attention of a converted layer: its parameters, and the function that transformers dispatches to."""
+"""The attention of a converted layer: its parameters, and what transformers dispatches to."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import lolcats_ops as lo
-from lolcats_ops.hf.config import LolcatsConfig
 from lolcats_ops.features import init_weight
+from lolcats_ops.hf.config import LolcatsConfig
 
 if TYPE_CHECKING:
     from lolcats_ops.reference import Transfer
@@ -22,19 +22,20 @@ Learner = Callable[[Attend, int], Tensor]
 
 
 class LolcatsAttention(nn.Module):
-    """What a converted layer adds to the attention module that holds it, as its submodule `lolcats`.
+    """What a converted layer adds to its attention module, as the submodule `lolcats`.
 
-    Parameters are fp32 and stay fp32 whatever the model is cast to: in bf16 at a learning rate of 1e-3 a gate
-    does not move at all.
+    Parameters are fp32 and stay fp32 whatever the model is cast to: in bf16 at a learning rate of
+    1e-3 a gate does not move at all.
 
     Attributes:
         feature_q: [H, D, f], the query map of each head.
         feature_k: [H, D, f], or [Hk, D, f] with `share_kv_features`.
         gate: [H], before the sigmoid.
-        mode: "hybrid" (the linearized model), "transfer" (stage 1: the teacher's output flows on and `learner`
-            is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
-        learner: called in transfer mode with (attend, batch): `attend(rows)` computes `lo.attention_transfer`
-            on those rows of the batch. It returns the teacher's output [B, H, T, V].
+        mode: "hybrid" (the linearized model), "transfer" (stage 1: the teacher's output flows on
+            and `learner` is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
+        learner: called in transfer mode with (attend, batch): `attend(rows)` computes
+            `lo.attention_transfer` on those rows of the batch. It returns the
+            teacher's output [B, H, T, V].
         backend: `backend=` of the operators; None takes the best of the device.
     """
 
@@ -66,7 +67,10 @@ class LolcatsAttention(nn.Module):
 
     def features(self) -> tuple[lo.Features, lo.Features]:
         """The feature maps of queries and keys."""
-        kind = {"activation": self.config.activation, "two_sided": self.config.two_sided}
+        kind: dict[str, Any] = {
+            "activation": self.config.activation,
+            "two_sided": self.config.two_sided,
+        }
         return lo.Features(self.feature_q, **kind), lo.Features(self.feature_k, **kind)
 
     def empty_state(self, key: Tensor, value: Tensor, slack: int) -> lo.HybridState:
@@ -89,7 +93,8 @@ class LolcatsAttention(nn.Module):
 
     def extra_repr(self) -> str:
         heads, head_dim, width = self.feature_q.shape
-        return f"{self.mode}, heads={heads}, head_dim={head_dim}, feature_dim={width}, window={self.config.window}"
+        window = self.config.window
+        return f"{self.mode}, {heads=}, {head_dim=}, feature_dim={width}, {window=}"
 
 
 def lolcats_attention(
@@ -104,10 +109,11 @@ def lolcats_attention(
     lolcats_cu_seqlens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, T, D], key and value [B, Hk, T, D|V] -> [B, T, H, V].
+    """transformers' attention interface, from [B, H, T, D] and [B, Hk, T, D|V] to [B, T, H, V].
 
     `key` and `value` are those of the T new tokens alone: what came before is in `lolcats_cache`, a
-    `LolcatsCacheLayer`. `lolcats_cu_seqlens` are the bounds of packed sequences in the flattened batch.
+    `LolcatsCacheLayer`. `lolcats_cu_seqlens` are the bounds of packed sequences in the flattened
+    batch.
 
     Raises:
         NotImplementedError: attention dropout or soft capping, which this attention does not have.
@@ -118,7 +124,7 @@ def lolcats_attention(
             raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
     batch, _, tokens, _ = query.shape
     config, (feature_q, feature_k) = p.config, p.features()
-    options = {"scale": scaling, "affine": config.affine, "backend": p.backend}
+    options: dict[str, Any] = {"scale": scaling, "affine": config.affine, "backend": p.backend}
     trains = torch.is_grad_enabled() and any(
         x.requires_grad for x in (query, key, value, *p.parameters())
     )
@@ -145,7 +151,9 @@ def lolcats_attention(
 
         def attend(rows: slice) -> Transfer:
             return lo.attention_transfer(
-                *(x[rows].detach() for x in (query, key, value)),
+                query[rows].detach(),
+                key[rows].detach(),
+                value[rows].detach(),
                 feature_q,
                 feature_k,
                 p.gate,
@@ -173,8 +181,8 @@ def lolcats_attention(
 def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
     """[B, T] bool, True = real, of the T new tokens, from whichever causal mask transformers built.
 
-    A token attends itself exactly if it is real, so the answer is on the diagonal of a [B, 1, T, Tk] mask
-    (boolean, or additive with 0 for "attend"); a [B, Tk] mask says it directly.
+    A token attends itself exactly if it is real, so the answer is on the diagonal of a [B, 1, T,
+    Tk] mask (boolean, or additive with 0 for "attend"); a [B, Tk] mask says it directly.
     """
     if mask is None:
         return None
@@ -189,8 +197,8 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
 def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
     """cu_seqlens of packed sequences in the flattened batch, or None if nothing is packed.
 
-    Positions that restart mean packing where transformers takes them so: without a padding mask, hence with a
-    mask whose every token is real (block-diagonal).
+    Positions that restart mean packing where transformers takes them so: without a padding mask,
+    hence with a mask whose every token is real (block-diagonal).
     """
     position_ids = position_ids.expand(batch, -1)
     tokens = position_ids.shape[1]

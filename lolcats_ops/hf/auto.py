@@ -1,8 +1,9 @@
-"""Converted models as a transformers model type, so that AutoModelForCausalLM loads them as what they are.
+"""Converted models as a model type of transformers, so that its auto classes load them.
 
-A converted model's config.json says `"model_type": "lolcats"`, `"base_model_type": "llama"` and, under `"lolcats"`,
-the `LolcatsConfig`. Without this library such a checkpoint is refused by name, instead of loading as a softmax model
-with unused weights. For each base family a config class and a model class are derived when first needed.
+A converted model's config.json says `"model_type": "lolcats"`, `"base_model_type": "llama"` and,
+under `"lolcats"`, the `LolcatsConfig`. Without this library such a checkpoint is refused by name,
+instead of loading as a softmax model with unused weights. For each base family a config class and a
+model class are derived when first needed.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ MODEL_TYPE = "lolcats"
 
 
 class LolcatsModelConfig(PreTrainedConfig):
-    """The entry of model type "lolcats": hands over to the config class derived from the base family's."""
+    """The entry of model type "lolcats": hands over to the class derived for the base family."""
 
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:  # type: ignore[override]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
         return config_class(CONFIG_MAPPING[config_dict["base_model_type"]]).from_dict(
             config_dict, **kwargs
         )
@@ -36,7 +37,7 @@ AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
 
 @cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
-    """The config class of converted models of the family of `base`, registered with the auto classes."""
+    """The config class of converted models of a family, registered with the auto classes."""
     derived = type(
         f"Lolcats{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__}
     )
@@ -72,7 +73,7 @@ def mark_converted(model: PreTrainedModel, config: LolcatsConfig) -> None:
     """Makes the model's config say what it is, so that saving it saves that."""
     if model.config.model_type != MODEL_TYPE:
         model.config.base_model_type = model.config.model_type
-        model.config.__class__ = config_class(type(model.config))
+        model.config.__class__ = config_class(model.config.__class__)
     model.config.lolcats = config.to_dict()
 
 
@@ -100,6 +101,6 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     if getattr(config, "lolcats", None) is None:
         raise ValueError(
-            f"from_pretrained: {path} is a {config.model_type} model, not one saved after lo.hf.convert"
+            f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
         )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

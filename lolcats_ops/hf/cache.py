@@ -16,7 +16,8 @@ from lolcats_ops.hf.attention import LolcatsAttention
 class LolcatsCacheLayer(CacheLayerMixin):
     """The state of one converted layer; the same bytes after 10 tokens or 100 000.
 
-    transformers calls `update` before the attention, which only counts; the attention then calls `attend`.
+    transformers calls `update` before the attention, which only counts; the attention then calls
+    `attend`.
     """
 
     supports_early_init = False  # the state needs to know D and V apart
@@ -29,7 +30,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.cumulative_length = 0  # with padding, which state.length leaves out
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         return self.slack > 0
 
     @property
@@ -91,14 +92,16 @@ class LolcatsCacheLayer(CacheLayerMixin):
         """
         if self.cumulative_length > tokens:
             raise RuntimeError(
-                "the state of a converted layer has no gradient: fill and continue a cache under torch.no_grad()"
+                "the state of a converted layer has no gradient: "
+                "fill and continue a cache under torch.no_grad()"
             )
 
     def get_seq_length(self) -> int:
         return self.cumulative_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # A mask over the new tokens is all that a converted layer reads; softmax layers beside it need all keys.
+        # A mask over the new tokens is all that a converted layer reads; softmax layers beside it
+        # need all keys.
         if self.whole_model:
             return query_length, self.cumulative_length
         return self.cumulative_length + query_length, 0
@@ -112,7 +115,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.state, self.is_initialized, self.cumulative_length = None, False, 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back -tokens_to_remove tokens; a positive number is a length to crop to, as it was before 5.18.
+        """Takes back -tokens_to_remove tokens; a positive number is the length to crop to.
 
         Raises:
             ValueError: more than `slack` tokens, once the oldest have left the window.
@@ -151,8 +154,8 @@ class LolcatsCacheLayer(CacheLayerMixin):
 class LolcatsCache(DynamicCache):
     """A cache for a converted model from which the last `slack` tokens can be taken back.
 
-    Plain generation needs none: converted layers put their own layer into any fresh cache. Make one for
-    assisted decoding, or to branch a prompt.
+    Plain generation needs none: converted layers put their own layer into any fresh cache. Make one
+    for assisted decoding, or to branch a prompt.
 
     Example:
         >>> cache = LolcatsCache(model, slack=16)  # doctest: +SKIP
@@ -164,11 +167,11 @@ class LolcatsCache(DynamicCache):
         for module in model.modules():
             attention = getattr(module, "lolcats", None)
             if isinstance(attention, LolcatsAttention):
-                self.layers[module.layer_idx] = LolcatsCacheLayer(slack, attention.whole_model)  # type: ignore[index]
+                self.layers[module.layer_idx] = LolcatsCacheLayer(slack, attention.whole_model)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values and states that a cache of transformers holds, converted layers or not."""
+    """Bytes of keys, values and states in a cache of transformers, converted layers or not."""
     total = 0
     for layer in cache.layers:
         if isinstance(layer, LolcatsCacheLayer):

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from lolcats_ops.features import ACTIVATIONS, TWO_SIDED
-from lolcats_ops.state import WINDOW_KINDS
+from lolcats_ops._codes import ACTIVATIONS, TWO_SIDED, WINDOW_KINDS
 
 INITS = ("identity", "kaiming", "normal", "orthogonal")  # not "zero": converted layers have no skip
 
@@ -17,17 +16,19 @@ class LolcatsConfig:
     """The linearized attention of a converted model (SPEC 1-3).
 
     Args:
-        window: keys that each query attends with softmax (sliding), or half of their largest number (terrace).
+        window: keys that each query attends with softmax (sliding), or half of their largest number
+            (terrace).
         window_kind: "sliding" or "terrace".
-        sink: first tokens that every query keeps under softmax. Pretrained models put 30-55 % of late
-            layers' attention on the first token, which a feature map imitates badly.
+        sink: first tokens that every query keeps under softmax. Pretrained models put 30-55 % of
+            late layers' attention on the first token, which a feature map imitates badly.
         feature_dim: learned feature width f; a two-sided activation doubles it.
         activation: "softmax", "exp", "elu1", "relu", "identity" or "favor".
         two_sided: features of z and of -z (softmax and exp only).
-        init: how feature weights start: "identity" (truncated), "kaiming", "normal" or "orthogonal".
+        init: how feature weights start: "identity" (truncated), "kaiming", "normal" or
+            "orthogonal".
         gate_init: raw gate; the softmax part is weighted by its sigmoid.
-        share_kv_features: one key map per key/value head, so that the recurrent state is shared by a
-            group of query heads and is that much smaller; False gives each query head its own.
+        share_kv_features: one key map per key/value head, so that the recurrent state is shared by
+            a group of query heads and is that much smaller; False gives each query head its own.
         affine: weight the linear part by 1 - sigmoid(gate) instead of 1.
         softmax_layers: layers left as they are.
 

@@ -1,8 +1,9 @@
 """convert and restore: swap the attention of a pretrained model, in place and revertibly.
 
-No per-model code: every family that dispatches through transformers' AttentionInterface works alike. A converted
-layer holds a submodule `lolcats` (its parameters), its own shallow copy of the config (which names our attention) and
-a forward pre-hook (which hands the attention its cache layer). Nothing global changes.
+No per-model code: every family that dispatches through transformers' AttentionInterface works
+alike. A converted layer holds a submodule `lolcats` (its parameters), its own shallow copy of the
+config (which names our attention) and a forward pre-hook (which hands the attention its cache
+layer). Nothing global changes.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ AttentionInterface.register(NAME, lolcats_attention)
 def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreTrainedModel:
     """Replaces the attention of `model` by hybrid linear attention, in place, and returns it.
 
-    The pretrained weights are untouched; each converted layer gains fp32 parameters (`lolcats.feature_q`,
-    `lolcats.feature_k`, `lolcats.gate`). `model.save_pretrained` then writes a checkpoint that
-    `lo.hf.from_pretrained` and `AutoModelForCausalLM.from_pretrained` load converted. Local (sliding window)
-    layers beside global ones, as in Gemma, are linear already and stay.
+    The pretrained weights are untouched; each converted layer gains fp32 parameters
+    (`lolcats.feature_q`, `lolcats.feature_k`, `lolcats.gate`). `model.save_pretrained` then writes
+    a checkpoint that `lo.hf.from_pretrained` and `AutoModelForCausalLM.from_pretrained` load
+    converted. Local (sliding window) layers beside global ones, as in Gemma, are linear already and
+    stay.
 
     Raises:
-        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed then.
+        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed
+            then.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> tiny = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
         >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
         >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
         [(2, 16, 16), (2, 16, 16)]
@@ -87,7 +92,8 @@ def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Chooses what the converted layers compute: "hybrid", "transfer" (stage 1) or "softmax" (the original model).
+    """Chooses what the converted layers compute: "hybrid", "transfer" (stage 1) or "softmax" (the
+    original model).
 
     Raises:
         ValueError: an unknown mode, or a model that is not converted.
@@ -175,15 +181,15 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
 def _before_attention(
     module: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Hands the attention its cache layer (swapped in on first use) or the bounds of packed sequences."""
+    """Hands the attention its cache layer, or the bounds of packed sequences."""
     attention: LolcatsAttention = module.lolcats
     if attention.mode == "softmax":
         return None
     cache = kwargs.get("past_key_values")
     if kwargs.get("cache") is not None or (cache is not None and not isinstance(cache, Cache)):
         raise NotImplementedError(
-            f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, continuous batching) "
-            "do not work with it, a transformers Cache does"
+            f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, "
+            "continuous batching) do not work with it, a transformers Cache does"
         )
     if cache is not None:
         if attention.mode == "transfer":
