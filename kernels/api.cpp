@@ -93,21 +93,28 @@ int guarded(Body body) {
 }
 
 template <class Args>
+int ready(const Args* args) {
+  if (!args) return fail("lolcats_ops: args is null");
+  if (const int status = check(*args)) return status;
+  if (cpu_kernels()) return LOL_OK;
+  fail("lolcats_ops: LOLCATS_ISA names an instruction set that this build or CPU lacks");
+  return LOL_EUNSUPPORTED;
+}
+
+template <class Args>
 int run(const Args* args, int (*Kernels::*kernel)(const Args&, const Batch&)) {
   return guarded([&] {
-    if (!args) return fail("lolcats_ops: args is null");
-    if (const int status = check(*args)) return status;
+    if (const int status = ready(args)) return status;
     const Layout layout = make_layout(*args);
-    return (cpu_kernels().*kernel)(*args, layout.batch());
+    return (cpu_kernels()->*kernel)(*args, layout.batch());
   });
 }
 
 template <class Args>
 int run(const Args* args, int (*Kernels::*kernel)(const Args&)) {
   return guarded([&] {
-    if (!args) return fail("lolcats_ops: args is null");
-    if (const int status = check(*args)) return status;
-    return (cpu_kernels().*kernel)(*args);
+    const int status = ready(args);
+    return status ? status : (cpu_kernels()->*kernel)(*args);
   });
 }
 

@@ -69,7 +69,7 @@ class Checker {
     LOL_TRY(shape(name, t, dtype, expected));
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; i--) {
-      if (t.shape[i] > 1 && t.stride[i] != stride) return fail("%s: %s must be contiguous", op_, name);
+      if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride) return fail("%s: %s must be contiguous", op_, name);
       stride *= t.shape[i];
     }
     return LOL_OK;

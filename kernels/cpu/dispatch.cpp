@@ -29,7 +29,7 @@ extern const Kernels kernels;
 
 namespace {
 
-// Best first; null ends the list. Static, so that nothing depends on the order of initialisation.
+// Best first.
 struct Available {
   const Kernels* list[5] = {};
   int count = 0;
@@ -71,22 +71,24 @@ std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
 
-const Kernels& cpu_kernels() {
+const Kernels* cpu_kernels() {
   const Kernels* kernels = chosen.load(std::memory_order_acquire);
   if (!kernels) {
     const char* wanted = std::getenv("LOLCATS_ISA");
-    kernels = wanted ? available().find(wanted) : nullptr;
-    if (!kernels) kernels = available().list[0];
+    kernels = wanted && *wanted ? available().find(wanted) : available().list[0];
     chosen.store(kernels, std::memory_order_release);
   }
-  return *kernels;
+  return kernels;
 }
 
 }  // namespace lol
 
 extern "C" {
 
-const char* lol_cpu_isa(void) { return lol::cpu_kernels().isa; }
+const char* lol_cpu_isa(void) {
+  const lol::Kernels* kernels = lol::cpu_kernels();
+  return kernels ? kernels->isa : nullptr;
+}
 int lol_cpu_isa_count(void) { return lol::available().count; }
 const char* lol_cpu_isa_name(int index) {
   return index >= 0 && index < lol::available().count ? lol::available().list[index]->isa : nullptr;

@@ -37,6 +37,6 @@ struct Kernels {
   int (*attention_transfer_backward)(const lol_attention_transfer_backward_args&, const Batch&);
 };
 
-const Kernels& cpu_kernels();  // of the instruction set in use
+const Kernels* cpu_kernels();  // of the instruction set in use; null if LOLCATS_ISA names one that cannot run here
 
 }  // namespace lol
