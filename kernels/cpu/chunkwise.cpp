@@ -259,7 +259,7 @@ const float* Chunkwise::attend(const Queries& block, int64_t h, float* m, float*
   return o_linear_;
 }
 
-void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c, int64_t first, const lol_tensor& o,
+void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c, int64_t past, const lol_tensor& o,
                     float* m, float* den, const FinalState* final) {
   const int64_t total = c.tiles.total(), T = o.shape[2];
   // Blocks fold further than the final state may hold when some of it must stay revocable: take the copy on the way.
@@ -271,13 +271,14 @@ void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chu
     }
     c.fold(end);
   };
-  for (; first < total; first += BLOCK) {
+  for (int64_t first = past; first < total; first += BLOCK) {
     const int64_t n = at_most(BLOCK, total - first);
     fold(p.window.start(first));
     for (int64_t h = state_head * p.group(); h < (state_head + 1) * p.group(); h++) {
-      const Tokens to = tokens_of(o, s, h);
+      Tokens from = tokens_of(p.q, s, h), to = tokens_of(o, s, h);
+      from.past = to.past = past;
       float block_m[BLOCK], block_den[BLOCK];
-      const Queries block = c.load_queries(h, first, n, tokens_of(p.q, s, h));
+      const Queries block = c.load_queries(h, first, n, from);
       const float* y = c.attend(block, h, block_m, block_den);
       to_rows(c.row_tile, y, to.width);
       store_rows(to, first, n, c.row_tile);

@@ -9,8 +9,8 @@ namespace {
 constexpr int ROWS = LANES == 16 ? 12 : 6;
 constexpr int PANEL = 2;
 
-template <int R, int P>
-inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Into into) {
+template <int R, int P, Into into>
+inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   Vec acc[R][P] = {};
   const float* ak = a.data;
   for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
@@ -59,14 +59,13 @@ inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Ba
   return {0, K};
 }
 
-template <int P>
-inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Into into, Skip skip,
+template <int P, Into into>
+inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Skip skip,
                   const Band* band) {
-  const int n1 = n0 + P * LANES;
   for (int m = 0; m < M;) {
     const int rest = M - m;
     const int step = rest >= ROWS ? ROWS : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-    const Range depth = depth_of(m, m + step, n0, n1, K, skip, band);
+    const Range depth = depth_of(m, m + step, n0, n0 + P * LANES, K, skip, band);
     const int length = depth.end - depth.begin;
     if (length > 0 || (length == 0 && into == Into::set)) {
       const Operand am = {a.data + m * a.row + depth.begin * a.depth, a.row, a.depth};
@@ -74,29 +73,39 @@ inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, 
       float* cm = c + m * ldc + n0;
       switch (step) {
         case ROWS:
-          micro<ROWS, P>(length, am, bk, ldb, cm, ldc, into);
+          micro<ROWS, P, into>(length, am, bk, ldb, cm, ldc);
           break;
         case 4:
-          micro<4, P>(length, am, bk, ldb, cm, ldc, into);
+          micro<4, P, into>(length, am, bk, ldb, cm, ldc);
           break;
         case 2:
-          micro<2, P>(length, am, bk, ldb, cm, ldc, into);
+          micro<2, P, into>(length, am, bk, ldb, cm, ldc);
           break;
         default:
-          micro<1, P>(length, am, bk, ldb, cm, ldc, into);
+          micro<1, P, into>(length, am, bk, ldb, cm, ldc);
       }
     }
     m += step;
   }
 }
 
+template <Into into>
+inline void panels(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Skip skip,
+                   const Band* band) {
+  int n = 0;
+  for (; n + PANEL * LANES <= N; n += PANEL * LANES) panel<PANEL, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
+  for (; n < N; n += LANES) panel<1, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
+}
+
 }  // namespace
 
 void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Into into, Skip skip,
           const Band* band) {
-  int n = 0;
-  for (; n + PANEL * LANES <= N; n += PANEL * LANES) panel<PANEL>(M, n, K, a, b, ldb, c, ldc, into, skip, band);
-  for (; n < N; n += LANES) panel<1>(M, n, K, a, b, ldb, c, ldc, into, skip, band);
+  if (into == Into::set) {
+    panels<Into::set>(M, N, K, a, b, ldb, c, ldc, skip, band);
+  } else {
+    panels<Into::add>(M, N, K, a, b, ldb, c, ldc, skip, band);
+  }
 }
 
 }  // namespace LOL_ISA

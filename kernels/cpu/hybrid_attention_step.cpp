@@ -66,6 +66,13 @@ void many_tokens(const Step& step, const Sequence& s, int64_t state_head, Arena&
   forward_worker(p, s, state_head, c, past, step.a.o, nullptr, nullptr, &final);
 }
 
+// The row itself where it can be read as it is, else a copy of it.
+const float* row_in_fp32(float* copy, const char* row, int width, int dtype) {
+  if (dtype == LOL_F32 && width % LANES == 0) return (const float*)row;
+  load_row(copy, row, width, dtype);
+  return copy;
+}
+
 float dot(const float* a, const float* b, int n) {
   Vec sum = {};
   for (int i = 0; i < n; i += LANES) sum += load(a + i) * load(b + i);
@@ -101,7 +108,7 @@ class OneToken {
   }
 
   void run() {
-    memset(o_, 0, sizeof(float) * G_ * padded(V_));
+    memset(o_, 0, sizeof(float) * G_ * padded(V_));  // the tail of V adds up in place
     memset(linear_, 0, sizeof(float) * G_);
     for (int g = 0; g < G_; g++) {
       load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
@@ -133,7 +140,8 @@ class OneToken {
     }
   }
 
-  // o += phi_q kv and linear += phi_q ksum, folding the token at `leaving` (or none, -1) on the way: one pass over the state.
+  // o += phi_q kv and linear += phi_q ksum, folding the token at `leaving` (or none, -1) on the way: one pass over the state,
+  // in slices of 4 vectors of V whose sums stay in registers; the other heads of a group find the slice in L1.
   void read_state(int64_t leaving) {
     if (leaving >= 0) {
       load_token(leaving);
@@ -142,23 +150,41 @@ class OneToken {
       memset(v_, 0, sizeof(float) * padded(V_));
     }
     float *kv = step_.kv(s_, state_head_), *ksum = step_.ksum(s_, state_head_);
-    const int whole = V_ / LANES * LANES;
+    int j = 0;
+    for (; j + 4 * LANES <= V_; j += 4 * LANES) read_slice<4>(kv + j, j);
+    for (; j + LANES <= V_; j += LANES) read_slice<1>(kv + j, j);
+    for (; j < V_; j++) {
+      for (int i = 0; i < F_; i++) {
+        float& x = kv[(int64_t)i * V_ + j];
+        x += phi_k_[i] * v_[j];
+        for (int g = 0; g < G_; g++) o_[g * padded(V_) + j] += phi_q_[g * F_ + i] * x;
+      }
+    }
     for (int i = 0; i < F_; i++) {
       ksum[i] += phi_k_[i];
-      float* row = kv + (int64_t)i * V_;
-      for (int j = 0; j < whole; j += LANES) {
-        const Vec x = load(row + j) + phi_k_[i] * load(v_ + j);
-        store(row + j, x);
-        for (int g = 0; g < G_; g++) {
-          float* o = o_ + g * padded(V_) + j;
-          store(o, load(o) + phi_q_[g * F_ + i] * x);
+      for (int g = 0; g < G_; g++) linear_[g] += phi_q_[g * F_ + i] * ksum[i];
+    }
+  }
+
+  template <int P>
+  void read_slice(float* kv, int j) {
+    Vec v[P];
+    for (int p = 0; p < P; p++) v[p] = load(v_ + j + p * LANES);
+    for (int g = 0; g < G_; g++) {
+      const float* phi_q = phi_q_ + g * F_;
+      Vec sum[P] = {};
+      for (int i = 0; i < F_; i++) {
+        float* row = kv + (int64_t)i * V_;
+        for (int p = 0; p < P; p++) {
+          Vec x = load(row + p * LANES);
+          if (g == 0) {
+            x += phi_k_[i] * v[p];
+            store(row + p * LANES, x);
+          }
+          sum[p] += phi_q[i] * x;
         }
       }
-      for (int j = whole; j < V_; j++) {
-        row[j] += phi_k_[i] * v_[j];
-        for (int g = 0; g < G_; g++) o_[g * padded(V_) + j] += phi_q_[g * F_ + i] * row[j];
-      }
-      for (int g = 0; g < G_; g++) linear_[g] += phi_q_[g * F_ + i] * ksum[i];
+      for (int p = 0; p < P; p++) store(o_ + g * padded(V_) + j + p * LANES, sum[p]);
     }
   }
 
@@ -183,8 +209,7 @@ class OneToken {
     };
     float m = keys ? -INFINITY : 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < keys; i++) {
-      load_row(k_, sink_or_window(keys_, i), D_, keys_.dtype);
-      scores_[i] = p_.scale * dot(q_, k_, padded(D_));
+      scores_[i] = p_.scale * dot(q_, row_in_fp32(k_, sink_or_window(keys_, i), D_, keys_.dtype), padded(D_));
       m = scores_[i] > m ? scores_[i] : m;
     }
     for (int64_t i = 0; i < keys; i += LANES) store(scores_ + i, exp(load(scores_ + i) - m));
@@ -192,8 +217,8 @@ class OneToken {
     float* o = o_ + g * padded(V_);
     for (int j = 0; j < V_; j++) o[j] *= lambda;
     for (int64_t i = 0; i < keys; i++) {
-      load_row(v_, sink_or_window(values_, i), V_, values_.dtype);
-      add_scaled(o, gate * scores_[i], v_, padded(V_));
+      const float* v = row_in_fp32(v_, sink_or_window(values_, i), V_, values_.dtype);
+      add_scaled(o, gate * scores_[i], v, padded(V_));
       sum += scores_[i];
     }
     const float den = gate * sum + lambda * linear_[g];

@@ -34,9 +34,10 @@ static inline V load_as(const T* p) {
   memcpy(&v, p, sizeof(V));
   return v;
 }
-static inline Vec load(const float* p) { return load_as<Vec>(p); }
-static inline void store(float* p, Vec v) { memcpy(p, &v, sizeof(v)); }
-static inline Vec splat(float x) { return Vec{} + x; }
+typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+static inline Vec load(const float* p) { return *(const VecAnywhere*)p; }
+static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
+static inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x for every x, 0 + x is not for -0: no addition remains
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
 static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
