@@ -1,4 +1,5 @@
-// The C ABI: check the arguments, lay out the sequences, run the kernels of the device and instruction set in use.
+// The C ABI: check the arguments, lay out the sequences, run the kernels of the device and
+// instruction set in use.
 #include <exception>
 #include <vector>
 
@@ -15,11 +16,12 @@ int64_t index_at(const lol_tensor& t, int64_t i) {
   return t.dtype == LOL_I64 ? ((const int64_t*)t.data)[i] : ((const int32_t*)t.data)[i];
 }
 
-// The sequences that cu_seqlens or key_padding_mask describe. Padding on either side leaves a run of rows; only a mask with
-// holes needs an index.
+// The sequences that cu_seqlens or key_padding_mask describe. Padding on either side leaves a run
+// of rows; only a mask with holes needs an index.
 class Layout {
  public:
-  Layout(const lol_tensor& q, const lol_tensor& cu_seqlens, const lol_tensor& mask, const lol_tensor& slots = {}) {
+  Layout(const lol_tensor& q, const lol_tensor& cu_seqlens, const lol_tensor& mask,
+         const lol_tensor& slots = {}) {
     const int64_t B = q.shape[0], T = q.shape[2];
     if (cu_seqlens.data) {
       for (int64_t n = 0; n + 1 < cu_seqlens.shape[0]; n++) {
@@ -28,12 +30,14 @@ class Layout {
       }
     } else if (mask.data) {
       rows_.resize((size_t)(B * T));
-      for (int64_t b = 0; b < B; b++) add(masked(b, (const uint8_t*)mask.data + b * mask.stride[0], T));
+      for (int64_t b = 0; b < B; b++)
+        add(masked(b, (const uint8_t*)mask.data + b * mask.stride[0], T));
     } else {
       for (int64_t b = 0; b < B; b++) add({b, T, 0, nullptr, b});
     }
     if (slots.data) {
-      for (size_t i = 0; i < sequences_.size(); i++) sequences_[i].slot = index_at(slots, (int64_t)i);
+      for (size_t i = 0; i < sequences_.size(); i++)
+        sequences_[i].slot = index_at(slots, (int64_t)i);
     }
     batch_ = {sequences_.data(), (int64_t)sequences_.size(), real_, real_ < B * T};
   }
@@ -62,11 +66,19 @@ class Layout {
 };
 
 const lol_hybrid_attention_args& layout_of(const lol_hybrid_attention_args& a) { return a; }
-const lol_hybrid_attention_args& layout_of(const lol_hybrid_attention_backward_args& a) { return a.forward; }
-const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_args& a) { return a.student; }
-const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_backward_args& a) { return a.forward.student; }
+const lol_hybrid_attention_args& layout_of(const lol_hybrid_attention_backward_args& a) {
+  return a.forward;
+}
+const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_args& a) {
+  return a.student;
+}
+const lol_hybrid_attention_args& layout_of(const lol_attention_transfer_backward_args& a) {
+  return a.forward.student;
+}
 const lol_linear_attention_args& layout_of(const lol_linear_attention_args& a) { return a; }
-const lol_linear_attention_args& layout_of(const lol_linear_attention_backward_args& a) { return a.forward; }
+const lol_linear_attention_args& layout_of(const lol_linear_attention_backward_args& a) {
+  return a.forward;
+}
 
 template <class Args>
 Layout make_layout(const Args& a) {
@@ -126,19 +138,27 @@ using lol::Kernels;
 extern "C" {
 
 int lol_feature_map(const lol_feature_map_args* a) { return lol::run(a, &Kernels::feature_map); }
-int lol_feature_map_backward(const lol_feature_map_backward_args* a) { return lol::run(a, &Kernels::feature_map_backward); }
-int lol_linear_attention(const lol_linear_attention_args* a) { return lol::run(a, &Kernels::linear_attention); }
+int lol_feature_map_backward(const lol_feature_map_backward_args* a) {
+  return lol::run(a, &Kernels::feature_map_backward);
+}
+int lol_linear_attention(const lol_linear_attention_args* a) {
+  return lol::run(a, &Kernels::linear_attention);
+}
 int lol_linear_attention_backward(const lol_linear_attention_backward_args* a) {
   return lol::run(a, &Kernels::linear_attention_backward);
 }
-int lol_hybrid_attention(const lol_hybrid_attention_args* a) { return lol::run(a, &Kernels::hybrid_attention); }
+int lol_hybrid_attention(const lol_hybrid_attention_args* a) {
+  return lol::run(a, &Kernels::hybrid_attention);
+}
 int lol_hybrid_attention_backward(const lol_hybrid_attention_backward_args* a) {
   return lol::run(a, &Kernels::hybrid_attention_backward);
 }
 int lol_hybrid_attention_step(const lol_hybrid_attention_step_args* a) {
   return lol::run(a, &Kernels::hybrid_attention_step);
 }
-int lol_attention_transfer(const lol_attention_transfer_args* a) { return lol::run(a, &Kernels::attention_transfer); }
+int lol_attention_transfer(const lol_attention_transfer_args* a) {
+  return lol::run(a, &Kernels::attention_transfer);
+}
 int lol_attention_transfer_backward(const lol_attention_transfer_backward_args* a) {
   return lol::run(a, &Kernels::attention_transfer_backward);
 }

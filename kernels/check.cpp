@@ -34,8 +34,8 @@ int64_t numel(const lol_tensor& t) {
 
 using Shape = std::initializer_list<int64_t>;
 
-#define LOL_TRY(...)                             \
-  do {                                           \
+#define LOL_TRY(...)                               \
+  do {                                             \
     if (int status = (__VA_ARGS__)) return status; \
   } while (0)
 
@@ -47,10 +47,12 @@ class Checker {
     bool same = t.ndim == (int)expected.size() && t.ndim <= 4;
     for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == expected.begin()[i];
     if (!same) {
-      return fail("%s: %s has shape %s, needs %s", op_, name, shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
+      return fail("%s: %s has shape %s, needs %s", op_, name,
+                  shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
                   shape_text(expected.begin(), (int)expected.size()).c_str());
     }
-    if (t.dtype != dtype) return fail("%s: %s is %s, needs %s", op_, name, name_of(t.dtype), name_of(dtype));
+    if (t.dtype != dtype)
+      return fail("%s: %s is %s, needs %s", op_, name, name_of(t.dtype), name_of(dtype));
     if (!t.data && numel(t) > 0) return fail("%s: %s has no data", op_, name);
     return LOL_OK;
   }
@@ -59,8 +61,8 @@ class Checker {
   int strided(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(shape(name, t, dtype, expected));
     if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1) {
-      return fail("%s: %s has stride %lld in its last dimension, which must be contiguous", op_, name,
-                  (long long)t.stride[t.ndim - 1]);
+      return fail("%s: %s has stride %lld in its last dimension, which must be contiguous", op_,
+                  name, (long long)t.stride[t.ndim - 1]);
     }
     return LOL_OK;
   }
@@ -69,7 +71,8 @@ class Checker {
     LOL_TRY(shape(name, t, dtype, expected));
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; i--) {
-      if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride) return fail("%s: %s must be contiguous", op_, name);
+      if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride)
+        return fail("%s: %s must be contiguous", op_, name);
       stride *= t.shape[i];
     }
     return LOL_OK;
@@ -86,12 +89,14 @@ class Checker {
   }
 
   int sequence(const char* name, const lol_tensor& t) const {
-    if (t.ndim != 4) return fail("%s: %s has %d dimensions, needs 4: [B, H, T, D]", op_, name, t.ndim);
+    if (t.ndim != 4)
+      return fail("%s: %s has %d dimensions, needs 4: [B, H, T, D]", op_, name, t.ndim);
     if (t.dtype > LOL_F16 || t.dtype < 0) {
       return fail("%s: %s is %s, needs float32, bfloat16 or float16", op_, name, name_of(t.dtype));
     }
     if (t.shape[3] < 1 || t.shape[3] > MAX_DIM) {
-      return fail("%s: %s has head dimension %lld, needs 1 to %lld", op_, name, (long long)t.shape[3], (long long)MAX_DIM);
+      return fail("%s: %s has head dimension %lld, needs 1 to %lld", op_, name,
+                  (long long)t.shape[3], (long long)MAX_DIM);
     }
     return strided(name, t, t.dtype, {t.shape[0], t.shape[1], t.shape[2], t.shape[3]});
   }
@@ -105,20 +110,25 @@ class Checker {
     LOL_TRY(strided("k", k, q.dtype, {q.shape[0], Hk, q.shape[2], q.shape[3]}));
     LOL_TRY(strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]}));
     if (Hk < 1 || H % Hk) {
-      return fail("%s: k has %lld heads, which does not divide q's %lld", op_, (long long)Hk, (long long)H);
+      return fail("%s: k has %lld heads, which does not divide q's %lld", op_, (long long)Hk,
+                  (long long)H);
     }
     return LOL_OK;
   }
 
   int features(const char* name, const lol_features& f, int64_t D, int64_t H, int64_t Hk) const {
     const std::string weight = std::string(name) + ".weight", bias = std::string(name) + ".bias";
-    if (f.weight.ndim != 3) return fail("%s: %s has %d dimensions, needs 3: [Hf, D, f]", op_, weight.c_str(), f.weight.ndim);
+    if (f.weight.ndim != 3)
+      return fail("%s: %s has %d dimensions, needs 3: [Hf, D, f]", op_, weight.c_str(),
+                  f.weight.ndim);
     const int64_t Hf = f.weight.shape[0], width = f.weight.shape[2];
     if (Hf != H && Hf != Hk) {
-      return fail("%s: %s has %lld heads, needs %lld or %lld", op_, weight.c_str(), (long long)Hf, (long long)H, (long long)Hk);
+      return fail("%s: %s has %lld heads, needs %lld or %lld", op_, weight.c_str(), (long long)Hf,
+                  (long long)H, (long long)Hk);
     }
     if (width < 1 || width > MAX_DIM) {
-      return fail("%s: %s has width %lld, needs 1 to %lld", op_, weight.c_str(), (long long)width, (long long)MAX_DIM);
+      return fail("%s: %s has width %lld, needs 1 to %lld", op_, weight.c_str(), (long long)width,
+                  (long long)MAX_DIM);
     }
     LOL_TRY(contiguous(weight.c_str(), f.weight, LOL_F32, {Hf, D, width}));
     LOL_TRY(optional(bias.c_str(), f.bias, LOL_F32, {Hf, width}));
@@ -129,20 +139,24 @@ class Checker {
       return fail("%s: %s.two_sided needs the activation softmax or exp", op_, name);
     }
     if (f.skip && width != D) {
-      return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name, (long long)width, (long long)D);
+      return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name,
+                  (long long)width, (long long)D);
     }
     return LOL_OK;
   }
 
-  int feature_pair(const lol_features& q, const lol_features& k, int64_t D, int64_t H, int64_t Hk) const {
+  int feature_pair(const lol_features& q, const lol_features& k, int64_t D, int64_t H,
+                   int64_t Hk) const {
     LOL_TRY(features("feature_q", q, D, H, Hk));
     LOL_TRY(features("feature_k", k, D, H, Hk));
     if (q.weight.shape[2] != k.weight.shape[2]) {
-      return fail("%s: feature_q has width %lld, feature_k %lld: they must agree", op_, (long long)q.weight.shape[2],
-                  (long long)k.weight.shape[2]);
+      return fail("%s: feature_q has width %lld, feature_k %lld: they must agree", op_,
+                  (long long)q.weight.shape[2], (long long)k.weight.shape[2]);
     }
-    if (q.activation != k.activation || q.two_sided != k.two_sided || q.skip != k.skip || q.eps != k.eps) {
-      return fail("%s: feature_q and feature_k must agree in activation, two_sided, skip and eps", op_);
+    if (q.activation != k.activation || q.two_sided != k.two_sided || q.skip != k.skip ||
+        q.eps != k.eps) {
+      return fail("%s: feature_q and feature_k must agree in activation, two_sided, skip and eps",
+                  op_);
     }
     return LOL_OK;
   }
@@ -151,7 +165,8 @@ class Checker {
     LOL_TRY(contiguous("gate", t, LOL_F32, {H}));
     for (int64_t h = 0; h < H; h++) {
       const float value = ((const float*)t.data)[h];
-      if (!std::isfinite(value)) return fail("%s: gate[%lld] is %f, needs a finite value", op_, (long long)h, value);
+      if (!std::isfinite(value))
+        return fail("%s: gate[%lld] is %f, needs a finite value", op_, (long long)h, value);
     }
     return LOL_OK;
   }
@@ -159,28 +174,34 @@ class Checker {
   int window(int64_t size, int32_t kind, int64_t sink) const {
     if (size < 0) return fail("%s: window is %lld, needs 0 or more", op_, (long long)size);
     if (sink < 0) return fail("%s: sink is %lld, needs 0 or more", op_, (long long)sink);
-    if (kind != LOL_SLIDING && kind != LOL_TERRACE) return fail("%s: window_kind is %d, needs 0 or 1", op_, kind);
+    if (kind != LOL_SLIDING && kind != LOL_TERRACE)
+      return fail("%s: window_kind is %d, needs 0 or 1", op_, kind);
     return LOL_OK;
   }
 
   // cu_seqlens, key_padding_mask; `sequences` gets N.
-  int layout(const lol_tensor& cu_seqlens, const lol_tensor& mask, int64_t B, int64_t T, int64_t* sequences) const {
+  int layout(const lol_tensor& cu_seqlens, const lol_tensor& mask, int64_t B, int64_t T,
+             int64_t* sequences) const {
     *sequences = B;
     if (present(mask)) {
-      if (present(cu_seqlens)) return fail("%s: cu_seqlens and key_padding_mask exclude each other", op_);
+      if (present(cu_seqlens))
+        return fail("%s: cu_seqlens and key_padding_mask exclude each other", op_);
       return strided("key_padding_mask", mask, LOL_BOOL, {B, T});
     }
     if (!present(cu_seqlens)) return LOL_OK;
-    if (B != 1) return fail("%s: cu_seqlens packs sequences into a batch of 1, got %lld", op_, (long long)B);
+    if (B != 1)
+      return fail("%s: cu_seqlens packs sequences into a batch of 1, got %lld", op_, (long long)B);
     const bool wide = cu_seqlens.dtype == LOL_I64;
     LOL_TRY(contiguous("cu_seqlens", cu_seqlens, wide ? LOL_I64 : LOL_I32, {numel(cu_seqlens)}));
     if (numel(cu_seqlens) < 1) return fail("%s: cu_seqlens is empty, needs [N + 1] offsets", op_);
     int64_t last = 0;
     for (int64_t i = 0; i < numel(cu_seqlens); i++) {
-      const int64_t at = wide ? ((const int64_t*)cu_seqlens.data)[i] : ((const int32_t*)cu_seqlens.data)[i];
+      const int64_t at =
+          wide ? ((const int64_t*)cu_seqlens.data)[i] : ((const int32_t*)cu_seqlens.data)[i];
       if (at < last || at > T || (i == 0 && at != 0)) {
-        return fail("%s: cu_seqlens[%lld] is %lld, needs offsets from 0 up to at most %lld, in order", op_, (long long)i,
-                    (long long)at, (long long)T);
+        return fail(
+            "%s: cu_seqlens[%lld] is %lld, needs offsets from 0 up to at most %lld, in order", op_,
+            (long long)i, (long long)at, (long long)T);
       }
       last = at;
     }
@@ -189,27 +210,29 @@ class Checker {
   }
 
   // Gradients of the parameters of a pair of maps.
-  int feature_gradients(const lol_features& q, const lol_features& k, const lol_tensor& dweight_q, const lol_tensor& dbias_q,
-                        const lol_tensor& dweight_k, const lol_tensor& dbias_k) const {
+  int feature_gradients(const lol_features& q, const lol_features& k, const lol_tensor& dweight_q,
+                        const lol_tensor& dbias_q, const lol_tensor& dweight_k,
+                        const lol_tensor& dbias_k) const {
     LOL_TRY(features_gradient("dweight_q", "dbias_q", q, dweight_q, dbias_q));
     return features_gradient("dweight_k", "dbias_k", k, dweight_k, dbias_k);
   }
-  int features_gradient(const char* weight, const char* bias, const lol_features& f, const lol_tensor& dweight,
-                        const lol_tensor& dbias) const {
+  int features_gradient(const char* weight, const char* bias, const lol_features& f,
+                        const lol_tensor& dweight, const lol_tensor& dbias) const {
     if (!present(f.weight)) return LOL_OK;
     const int64_t* s = f.weight.shape;
     LOL_TRY(contiguous(weight, dweight, LOL_F32, {s[0], s[1], s[2]}));
     return present(f.bias) ? contiguous(bias, dbias, LOL_F32, {s[0], s[2]}) : LOL_OK;
   }
 
-  int qkv_gradients(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v, const lol_tensor& dq,
-                    const lol_tensor& dk, const lol_tensor& dv) const {
+  int qkv_gradients(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v,
+                    const lol_tensor& dq, const lol_tensor& dk, const lol_tensor& dv) const {
     LOL_TRY(like("dq", dq, q));
     LOL_TRY(like("dk", dk, k));
     return like("dv", dv, v);
   }
   int like(const char* name, const lol_tensor& t, const lol_tensor& other) const {
-    return strided(name, t, other.dtype, {other.shape[0], other.shape[1], other.shape[2], other.shape[3]});
+    return strided(name, t, other.dtype,
+                   {other.shape[0], other.shape[1], other.shape[2], other.shape[3]});
   }
 
  private:
@@ -223,7 +246,8 @@ int64_t width_of(const lol_features& f, int64_t D) {
 template <class Args>
 int check_size(const char* op, const Args& a) {
   return a.struct_size == sizeof(Args) ? LOL_OK
-                                       : fail("%s: struct_size is %zu, this library's is %zu", op, a.struct_size, sizeof(Args));
+                                       : fail("%s: struct_size is %zu, this library's is %zu", op,
+                                              a.struct_size, sizeof(Args));
 }
 
 // What the hybrid and its transfer share: everything but the output.
@@ -243,13 +267,16 @@ int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
 int check_forward(const Checker& c, const lol_linear_attention_args& a) {
   LOL_TRY(c.context(a.context));
   LOL_TRY(c.qkv(a.q, a.k, a.v));
-  const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3], V = a.v.shape[3];
+  const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
+                V = a.v.shape[3];
   const bool maps = present(a.feature_q.weight) || present(a.feature_k.weight);
   if (maps) LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));
-  const int64_t Hs = maps ? a.feature_k.weight.shape[0] : a.k.shape[1], F = width_of(a.feature_k, D);
-  if (present(a.kv0) != present(a.ksum0)) return fail("linear_attention: kv0 and ksum0 come together or not at all");
+  const int64_t Hs = maps ? a.feature_k.weight.shape[0] : a.k.shape[1],
+                F = width_of(a.feature_k, D);
+  if (present(a.kv0) != present(a.ksum0))
+    return fail("linear_attention: kv0 and ksum0 come together or not at all");
   LOL_TRY(c.optional("kv0", a.kv0, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("ksum0", a.ksum0, LOL_F32, {N, Hs, F}));
   LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
@@ -274,7 +301,8 @@ int check(const lol_feature_map_args& a) {
   LOL_TRY(c.context(a.context));
   LOL_TRY(c.sequence("x", a.x));
   const int64_t* s = a.x.shape;
-  if (a.features.weight.ndim == 3 && a.features.weight.shape[0] > 0 && s[1] % a.features.weight.shape[0] == 0) {
+  if (a.features.weight.ndim == 3 && a.features.weight.shape[0] > 0 &&
+      s[1] % a.features.weight.shape[0] == 0) {
     LOL_TRY(c.features("features", a.features, s[3], s[1], a.features.weight.shape[0]));
   } else {
     LOL_TRY(c.features("features", a.features, s[3], s[1], s[1]));
@@ -313,11 +341,11 @@ int check(const lol_linear_attention_backward_args& a) {
   const int64_t Hs = present(f.feature_k.weight) ? f.feature_k.weight.shape[0] : f.k.shape[1];
   const int64_t F = width_of(f.feature_k, f.q.shape[3]), V = f.v.shape[3];
   LOL_TRY(c.like("do", a.do_, f.o));
-  if (present(a.dkv) != present(a.dksum)) return fail("linear_attention_backward: dkv and dksum come together or not at all");
   LOL_TRY(c.optional("dkv", a.dkv, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("dksum", a.dksum, LOL_F32, {N, Hs, F}));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
-  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k));
+  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+                              a.dbias_k));
   if (!present(f.kv0)) return LOL_OK;
   LOL_TRY(c.contiguous("dkv0", a.dkv0, LOL_F32, {N, Hs, F, V}));
   return c.contiguous("dksum0", a.dksum0, LOL_F32, {N, Hs, F});
@@ -337,7 +365,8 @@ int check(const lol_hybrid_attention_backward_args& a) {
   const lol_hybrid_attention_args& f = a.forward;
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
-  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k));
+  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+                              a.dbias_k));
   return c.contiguous("dgate", a.dgate, LOL_F32, {f.q.shape[1]});
 }
 
@@ -347,7 +376,8 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(check_size(op, a));
   LOL_TRY(c.context(a.context));
   LOL_TRY(c.qkv(a.q, a.k, a.v));
-  const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3], Hk = a.k.shape[1], V = a.v.shape[3];
+  const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
+                Hk = a.k.shape[1], V = a.v.shape[3];
   LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, Hk));
   LOL_TRY(c.gate(a.gate, H));
   LOL_TRY(c.window(a.window, a.window_kind, 0));
@@ -356,7 +386,8 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
 
   const lol_state& s = a.state;
-  const int64_t P = s.length.shape[0], Hs = a.feature_k.weight.shape[0], F = width_of(a.feature_k, D);
+  const int64_t P = s.length.shape[0], Hs = a.feature_k.weight.shape[0],
+                F = width_of(a.feature_k, D);
   const int64_t R = s.k_ring.shape[2], sinks = s.k_sink.shape[2];
   LOL_TRY(c.contiguous("state.length", s.length, LOL_I64, {P}));
   LOL_TRY(c.contiguous("state.folded", s.folded, LOL_I64, {P}));
@@ -368,24 +399,28 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.contiguous("state.v_sink", s.v_sink, a.q.dtype, {P, Hk, sinks, V}));
   const int64_t span = a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
   if (R < span) {
-    return fail("%s: state.k_ring holds %lld tokens, the window needs %lld", op, (long long)R, (long long)span);
+    return fail("%s: state.k_ring holds %lld tokens, the window needs %lld", op, (long long)R,
+                (long long)span);
   }
   const bool wide = a.state_indices.dtype == LOL_I64;
   if (!present(a.state_indices)) {
-    if (P != N) return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);
+    if (P != N)
+      return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);
     return LOL_OK;
   }
   LOL_TRY(c.contiguous("state_indices", a.state_indices, wide ? LOL_I64 : LOL_I32, {N}));
   for (int64_t i = 0; i < N; i++) {
     const auto slot = [&](int64_t j) {
-      return wide ? ((const int64_t*)a.state_indices.data)[j] : (int64_t)((const int32_t*)a.state_indices.data)[j];
+      return wide ? ((const int64_t*)a.state_indices.data)[j]
+                  : (int64_t)((const int32_t*)a.state_indices.data)[j];
     };
     if (slot(i) < 0 || slot(i) >= P) {
-      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", op, (long long)i, (long long)slot(i),
-                  (long long)P);
+      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", op, (long long)i,
+                  (long long)slot(i), (long long)P);
     }
     for (int64_t j = 0; j < i; j++) {
-      if (slot(j) == slot(i)) return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
+      if (slot(j) == slot(i))
+        return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
     }
   }
   return LOL_OK;
@@ -393,7 +428,8 @@ int check(const lol_hybrid_attention_step_args& a) {
 
 static int check_transfer(const Checker& c, const lol_attention_transfer_args& a) {
   LOL_TRY(check_student(c, a.student));
-  const int64_t B = a.student.q.shape[0], H = a.student.q.shape[1], T = a.student.q.shape[2], V = a.student.v.shape[3];
+  const int64_t B = a.student.q.shape[0], H = a.student.q.shape[1], T = a.student.q.shape[2],
+                V = a.student.v.shape[3];
   LOL_TRY(c.contiguous("residual", a.residual, LOL_F32, {B, H, T, V}));
   LOL_TRY(c.contiguous("delta", a.delta, LOL_F32, {B, H, T}));
   return c.contiguous("lse", a.lse, LOL_F32, {B, H, T});
@@ -404,7 +440,8 @@ int check(const lol_attention_transfer_args& a) {
   LOL_TRY(check_size("attention_transfer", a));
   LOL_TRY(check_transfer(c, a));
   const lol_tensor& q = a.student.q;
-  LOL_TRY(c.strided("teacher", a.teacher, q.dtype, {q.shape[0], q.shape[1], q.shape[2], a.student.v.shape[3]}));
+  LOL_TRY(c.strided("teacher", a.teacher, q.dtype,
+                    {q.shape[0], q.shape[1], q.shape[2], a.student.v.shape[3]}));
   LOL_TRY(c.contiguous("mse", a.mse, LOL_F32, {}));
   return c.contiguous("xent", a.xent, LOL_F32, {});
 }
@@ -416,7 +453,8 @@ int check(const lol_attention_transfer_backward_args& a) {
   LOL_TRY(c.contiguous("d_mse", a.d_mse, LOL_F32, {}));
   LOL_TRY(c.contiguous("d_xent", a.d_xent, LOL_F32, {}));
   const lol_hybrid_attention_args& s = a.forward.student;
-  LOL_TRY(c.feature_gradients(s.feature_q, s.feature_k, a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k));
+  LOL_TRY(c.feature_gradients(s.feature_q, s.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+                              a.dbias_k));
   return c.contiguous("dgate", a.dgate, LOL_F32, {s.q.shape[1]});
 }
 

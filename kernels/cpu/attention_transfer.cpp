@@ -1,6 +1,7 @@
-// attention_transfer (SPEC 7): teacher = causal softmax attention, student = hybrid attention on the same q, k, v, and how far
-// apart they are. Both are streamed over tiles. FLOPs per head: 2 T^2 (D + V) / 2 for the teacher beside the hybrid's; with the
-// cross-entropy T^2 (D + F) / 2 more for every pair of a query and a key, once forward and three times backward.
+// attention_transfer (SPEC 7): teacher = causal softmax attention, student = hybrid attention on
+// the same q, k, v, and how far apart they are. Both are streamed over tiles. FLOPs per head: 2 T^2
+// (D + V) / 2 for the teacher beside the hybrid's; with the cross-entropy T^2 (D + F) / 2 more for
+// every pair of a query and a key, once forward and three times backward.
 #include "backward.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -11,12 +12,14 @@ namespace {
 
 constexpr float LEAST_WEIGHT = 1e-12f;  // the logarithm's floor
 
-// The teacher walks all earlier keys; four tiles at a time keep its scores (64 KiB) in L2 beside the student's state.
+// The teacher walks all earlier keys; four tiles at a time keep its scores (64 KiB) in L2 beside
+// the student's state.
 constexpr int TEACHER_TILES = 4;
 
 Window everything() { return {INT64_MAX / 4, LOL_SLIDING, 0}; }
 
-// Teacher's and student's normalised weights of one tile of keys, and which keys the student sees as linear.
+// Teacher's and student's normalised weights of one tile of keys, and which keys the student sees
+// as linear.
 struct PairWeights {
   float *teacher, *student;  // [BLOCK x BLOCK], zero above the diagonal
   Band causal, linear;
@@ -24,22 +27,27 @@ struct PairWeights {
 
 class Pairs {
  public:
-  static int64_t floats(const Problem& p) { return KeyTiles::floats(p, TEACHER_TILES) + 2 * BLOCK * BLOCK; }
+  static int64_t floats(const Problem& p) {
+    return KeyTiles::floats(p, TEACHER_TILES) + 2 * BLOCK * BLOCK;
+  }
   Pairs(const Problem& p, int64_t state_head, const Sequence& s, Arena& arena)
-      : tiles(p, TEACHER_TILES, tokens_of(p.k, s, p.kv_head_of(state_head)), tokens_of(p.v, s, p.kv_head_of(state_head)),
-              p.map_k(state_head), s.tokens, arena),
+      : tiles(p, TEACHER_TILES, tokens_of(p.k, s, p.kv_head_of(state_head)),
+              tokens_of(p.v, s, p.kv_head_of(state_head)), p.map_k(state_head), s.tokens, arena),
         p_(p) {
     w.teacher = arena.take(BLOCK * BLOCK);
     w.student = arena.take(BLOCK * BLOCK);
   }
 
-  KeyTile& weigh(int64_t start, const Queries& block, int64_t h, const float* m, const float* den, const float* lse) {
+  KeyTile& weigh(int64_t start, const Queries& block, int64_t h, const float* m, const float* den,
+                 const float* lse) {
     KeyTile& tile = tiles.at(start);
     const int64_t sink = p_.window.sink;
     w.causal = causal_band(start, tile.n, block.first, block.n);
-    w.linear = make_band(start, tile.n, block.first, block.n, [&](int64_t) { return sink; },
-                         [&](int64_t i) { return p_.window.start(i); });
-    gemm((int)tile.n, BLOCK, (int)p_.D(), transposed(tile.keys, BLOCK), block.q, BLOCK, w.teacher, BLOCK, Into::set);
+    w.linear = make_band(
+        start, tile.n, block.first, block.n, [&](int64_t) { return sink; },
+        [&](int64_t i) { return p_.window.start(i); });
+    gemm((int)tile.n, BLOCK, (int)p_.D(), transposed(tile.keys, BLOCK), block.q, BLOCK, w.teacher,
+         BLOCK, Into::set);
     linear_scores(tiles, tile, block, (int)p_.F(), w.linear, w.student);
     const float g = p_.g(h), lambda = p_.lambda(h);
     for (int j = 0; j < tile.n; j++) {
@@ -47,8 +55,8 @@ class Pairs {
         const int at = j * BLOCK + c;
         const VecI seen = in_band(w.causal, c, j);
         const Vec s = p_.scale * load(w.teacher + at);
-        const Vec unnormalised =
-            select(in_band(w.linear, c, j), lambda * load(w.student + at), g * exp(s - load(m + c)));
+        const Vec unnormalised = select(in_band(w.linear, c, j), lambda * load(w.student + at),
+                                        g * exp(s - load(m + c)));
         store(w.student + at, select(seen, unnormalised / load(den + c), Vec{}));
         store(w.teacher + at, select(seen, exp(s - load(lse + c)), Vec{}));
       }
@@ -64,14 +72,16 @@ class Pairs {
 };
 
 // sum_j a*_ij log max(a_ij, 1e-12) of the block, query by query.
-double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float* m, const float* den, const float* lse) {
+double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float* m,
+                     const float* den, const float* lse) {
   float sum[BLOCK] = {};
   for (int64_t start = 0; start < block.first + block.n; start += BLOCK) {
     const KeyTile& tile = pairs.weigh(start, block, h, m, den, lse);
     for (int c = 0; c < BLOCK; c += LANES) {
       Vec total = load(sum + c);
       for (int at = c; at < tile.n * BLOCK; at += BLOCK) {
-        total -= load(pairs.w.teacher + at) * log(max(load(pairs.w.student + at), splat(LEAST_WEIGHT)));
+        total -=
+            load(pairs.w.teacher + at) * log(max(load(pairs.w.student + at), splat(LEAST_WEIGHT)));
       }
       store(sum + c, total);
     }
@@ -82,8 +92,8 @@ double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float*
 }
 
 // Copies a block's statistics out of [B, H, T]; `fallback` for the padding of a short block.
-void load_statistics(const lol_tensor& from, const Problem& p, const Sequence& s, int64_t h, const Queries& block,
-                     float fallback, float* to) {
+void load_statistics(const lol_tensor& from, const Problem& p, const Sequence& s, int64_t h,
+                     const Queries& block, float fallback, float* to) {
   const float* row0 = (const float*)from.data + (s.batch * p.heads() + h) * p.q.shape[2];
   for (int64_t i = 0; i < BLOCK; i++) to[i] = i < block.n ? row0[s.row(block.first + i)] : fallback;
 }
@@ -93,8 +103,12 @@ class TransferWorker {
   static int64_t floats(const Problem& p) {
     return Chunkwise::floats(p) + Pairs::floats(p) + lanes_size(p.V()) + rows_size(p.V());
   }
-  TransferWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s, int64_t state_head, Arena& arena)
-      : a_(a), p_(p), s_(s), state_head_(state_head),
+  TransferWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
+                 int64_t state_head, Arena& arena)
+      : a_(a),
+        p_(p),
+        s_(s),
+        state_head_(state_head),
         student_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena),
         pairs_(p, state_head, s, arena) {
@@ -117,7 +131,8 @@ class TransferWorker {
         student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h));
     float m[BLOCK], den[BLOCK], lse[BLOCK], delta[BLOCK];
     float* y = const_cast<float*>(student_.attend(block, h, m, den));
-    attend_softmax(pairs_.tiles, everything(), block, (int)p_.D(), V, p_.scale, student_.scores, teacher_);
+    attend_softmax(pairs_.tiles, everything(), block, (int)p_.D(), V, p_.scale, student_.scores,
+                   teacher_);
     for (int c = 0; c < BLOCK; c += LANES) {
       store(lse + c, load(teacher_.m + c) + log(load(teacher_.sum + c)));
       const Vec factor = 1.0f / load(teacher_.sum + c);
@@ -135,7 +150,8 @@ class TransferWorker {
     to_rows(rows_, y, V);
     store_rows(tokens_of(a_.residual, s_, h), first, block.n, rows_);
     for (int64_t i = 0; i < block.n; i++) {
-      for (int j = 0; j < V; j++) *squares += (double)rows_[i * padded(V) + j] * rows_[i * padded(V) + j];
+      for (int j = 0; j < V; j++)
+        *squares += (double)rows_[i * padded(V) + j] * rows_[i * padded(V) + j];
     }
     const int64_t row0 = (s_.batch * p_.heads() + h) * p_.q.shape[2];
     for (int64_t i = 0; i < block.n; i++) {
@@ -158,19 +174,27 @@ class TransferWorker {
   float* rows_;
 };
 
-// Gradient of the cross-entropy. With a = u / den, u the unnormalised weight: d xent_i / d u_ij = (c_i - a*_ij / a_ij) / den_i,
-// the second term where a_ij > 1e-12 only, and c_i the teacher's weight there. So lambda (phi_q . phi_k) and the gate get
-// their gradients like those of mse, but for every pair.
+// Gradient of the cross-entropy. With a = u / den, u the unnormalised weight: d xent_i / d u_ij =
+// (c_i - a*_ij / a_ij) / den_i, the second term where a_ij > 1e-12 only, and c_i the teacher's
+// weight there. So lambda (phi_q . phi_k) and the gate get their gradients like those of mse, but
+// for every pair.
 class EntropyBackwardWorker {
  public:
   static int64_t floats(const Problem& p, int64_t most_tokens) {
     const int64_t f_rows = has_map(p.feature_k) ? rows_size(p.feature_k.weight.shape[2]) : 0;
-    return Pairs::floats(p) + Chunkwise::floats(p) + 2 * lanes_size(p.F()) + at_least(f_rows, BLOCK * BLOCK) +
-           p.group() * most_tokens;
+    return Pairs::floats(p) + Chunkwise::floats(p) + 2 * lanes_size(p.F()) +
+           at_least(f_rows, BLOCK * BLOCK) + p.group() * most_tokens;
   }
-  EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s, int64_t state_head,
-                        float factor, const ParameterPartials& partials, int64_t worker, Arena& arena)
-      : a_(a), p_(p), s_(s), state_head_(state_head), worker_(worker), factor_(factor), partials_(partials),
+  EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
+                        int64_t state_head, float factor, const ParameterPartials& partials,
+                        int64_t worker, Arena& arena)
+      : a_(a),
+        p_(p),
+        s_(s),
+        state_head_(state_head),
+        worker_(worker),
+        factor_(factor),
+        partials_(partials),
         pairs_(p, state_head, s, arena),
         queries_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena) {
@@ -189,18 +213,24 @@ class EntropyBackwardWorker {
   }
 
  private:
-  float* above(int64_t h, int64_t first) const { return above_ + (h - state_head_ * p_.group()) * s_.tokens + first; }
+  float* above(int64_t h, int64_t first) const {
+    return above_ + (h - state_head_ * p_.group()) * s_.tokens + first;
+  }
 
   void load_block(int64_t h, int64_t first) {
-    block_ = queries_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h));
+    block_ =
+        queries_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h));
     load_statistics(a_.student.m, p_, s_, h, block_, 0.0f, m_);
     load_statistics(a_.student.den, p_, s_, h, block_, 1.0f, den_);
     load_statistics(a_.lse, p_, s_, h, block_, 0.0f, lse_);
     memset(c_, 0, sizeof(c_));
   }
-  KeyTile& weigh(int64_t start, int64_t h) { return pairs_.weigh(start, block_, h, m_, den_, lse_); }
+  KeyTile& weigh(int64_t start, int64_t h) {
+    return pairs_.weigh(start, block_, h, m_, den_, lse_);
+  }
 
-  // Replaces the student's weights by factor * den * d xent / d u, and sums u times it over the softmax keys into r.
+  // Replaces the student's weights by factor * den * d xent / d u, and sums u times it over the
+  // softmax keys into r.
   void weight_gradients(const KeyTile& tile, float* r) {
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec above = load(c_ + c);
@@ -249,14 +279,15 @@ class EntropyBackwardWorker {
       KeyTile& tile = weigh(start, h);
       weight_gradients(tile, r);
       keep_linear(tile, h);
-      gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK, dphi_, BLOCK, Into::add,
-           Skip::depth_keys, &pairs_.w.linear);
+      gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
+           dphi_, BLOCK, Into::add, Skip::depth_keys, &pairs_.w.linear);
     }
     const FeatureMap map = p_.map_q(h);
     features_backward(map, block_.q, block_.phi, dphi_, nullptr, Into::set);
     features_backward_weight(map, block_.q, dphi_, partials_.q(worker_, h), scratch_);
     const float g = p_.g(h);
-    for (int64_t i = 0; i < block_.n; i++) partials_.gate(worker_, h) += r[i] * (p_.affine ? 1.0f : 1.0f - g);
+    for (int64_t i = 0; i < block_.n; i++)
+      partials_.gate(worker_, h) += r[i] * (p_.affine ? 1.0f : 1.0f - g);
   }
 
   void keys_part(int64_t start, int64_t h0, int64_t h1) {
@@ -273,8 +304,8 @@ class EntropyBackwardWorker {
         keep_linear(tile, h);
         memset(pairs_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
         transpose(scratch_, BLOCK, pairs_.w.student, BLOCK, BLOCK, BLOCK);
-        gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add, Skip::depth_queries_n,
-             &pairs_.w.linear);
+        gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
+             Skip::depth_queries_n, &pairs_.w.linear);
       }
     }
     KeyTile& tile = pairs_.tiles.at(start);
@@ -351,12 +382,15 @@ int attention_transfer_backward(const lol_attention_transfer_backward_args& a, c
     int64_t most = 0;
     for (int64_t i = 0; i < batch.count; i++) most = at_least(most, batch.sequences[i].tokens);
     const float factor = (float)(*(const float*)a.d_xent.data / queries);
-    status = run_workers(partials.workers(), EntropyBackwardWorker::floats(p, most), [&](int64_t w, Arena arena) {
-      for (int64_t i = partials.begin(w); i < partials.end(w); i++) {
-        Arena own = arena;
-        EntropyBackwardWorker(fwd, p, batch.sequences[i], partials.state_head(w), factor, partials, w, own).run();
-      }
-    });
+    status = run_workers(partials.workers(), EntropyBackwardWorker::floats(p, most),
+                         [&](int64_t w, Arena arena) {
+                           for (int64_t i = partials.begin(w); i < partials.end(w); i++) {
+                             Arena own = arena;
+                             EntropyBackwardWorker(fwd, p, batch.sequences[i],
+                                                   partials.state_head(w), factor, partials, w, own)
+                                 .run();
+                           }
+                         });
   }
   if (status == LOL_OK) partials.reduce(b);
   return status;

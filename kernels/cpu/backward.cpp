@@ -4,22 +4,26 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// Partial sums per state head are cheap to add up and expensive to hold (D f floats per head), so sequences share them in
-// groups; 64 workers are enough for any CPU.
+// Partial sums per state head are cheap to add up and expensive to hold (D f floats per head), so
+// sequences share them in groups; 64 workers are enough for any CPU.
 constexpr int64_t WORKERS = 64;
 
-// Gradients of one sequence's keys and values as its workers sum them, [batch x state heads x T x padded(D | V)].
+// Gradients of one sequence's keys and values as its workers sum them, [batch x state heads x T x
+// padded(D | V)].
 struct KeyGradients {
   float *dk = nullptr, *dv = nullptr;
   int64_t T = 0;
-  static int64_t row(const Sequence& s, int64_t position) { return (s.index ? 0 : s.first) + position; }
+  static int64_t row(const Sequence& s, int64_t position) {
+    return (s.index ? 0 : s.first) + position;
+  }
 };
 
 class BackwardWorker {
  public:
   static int64_t floats(const Problem& p);
-  BackwardWorker(const BackwardProblem& b, const Sequence& s, int64_t state_head, const KeyGradients& keys,
-                 const ParameterPartials& partials, int64_t worker, Arena& arena);
+  BackwardWorker(const BackwardProblem& b, const Sequence& s, int64_t state_head,
+                 const KeyGradients& keys, const ParameterPartials& partials, int64_t worker,
+                 Arena& arena);
   void run();
 
  private:
@@ -37,8 +41,12 @@ class BackwardWorker {
   void mixed_part(KeyTile& tile, const Band& band);
   void add_rows(float* to, int64_t ld, const float* from, int64_t n) const;
   bool wants_inputs() const { return b_.dq.data != nullptr; }
-  float* dk_at(int64_t position) const { return dk_ + KeyGradients::row(s_, position) * padded(p_.D()); }
-  float* dv_at(int64_t position) const { return dv_ + KeyGradients::row(s_, position) * padded(p_.V()); }
+  float* dk_at(int64_t position) const {
+    return dk_ + KeyGradients::row(s_, position) * padded(p_.D());
+  }
+  float* dv_at(int64_t position) const {
+    return dv_ + KeyGradients::row(s_, position) * padded(p_.V());
+  }
   float* dp_at(int t) const { return dp_ + t * BLOCK * BLOCK; }
 
   const BackwardProblem& b_;
@@ -61,15 +69,23 @@ class BackwardWorker {
 
 int64_t BackwardWorker::floats(const Problem& p) {
   const int64_t f_rows = has_map(p.feature_k) ? rows_size(p.feature_k.weight.shape[2]) : 0;
-  return Chunkwise::floats(p) + p.F() * padded(p.V()) + p.F() + rows_size(p.D()) + rows_size(p.V()) +
-         2 * lanes_size(p.V()) + lanes_size(p.D()) + lanes_size(p.F()) + MOST_TILES * BLOCK * BLOCK +
-         at_least(f_rows, BLOCK * BLOCK);
+  return Chunkwise::floats(p) + p.F() * padded(p.V()) + p.F() + rows_size(p.D()) +
+         rows_size(p.V()) + 2 * lanes_size(p.V()) + lanes_size(p.D()) + lanes_size(p.F()) +
+         MOST_TILES * BLOCK * BLOCK + at_least(f_rows, BLOCK * BLOCK);
 }
 
-BackwardWorker::BackwardWorker(const BackwardProblem& b, const Sequence& s, int64_t state_head, const KeyGradients& keys,
-                               const ParameterPartials& partials, int64_t worker, Arena& arena)
-    : b_(b), p_(b.p), s_(s), partials_(partials), state_head_(state_head), worker_(worker), D_((int)p_.D()),
-      V_((int)p_.V()), F_((int)p_.F()),
+BackwardWorker::BackwardWorker(const BackwardProblem& b, const Sequence& s, int64_t state_head,
+                               const KeyGradients& keys, const ParameterPartials& partials,
+                               int64_t worker, Arena& arena)
+    : b_(b),
+      p_(b.p),
+      s_(s),
+      partials_(partials),
+      state_head_(state_head),
+      worker_(worker),
+      D_((int)p_.D()),
+      V_((int)p_.V()),
+      F_((int)p_.F()),
       c_(p_, state_head, s.tokens, tokens_of(p_.k, s, p_.kv_head_of(state_head)),
          tokens_of(p_.v, s, p_.kv_head_of(state_head)), arena) {
   const int64_t head = s.batch * p_.state_heads() + state_head;
@@ -121,12 +137,14 @@ void BackwardWorker::add_rows(float* to, int64_t ld, const float* from, int64_t 
   for (int64_t i = 0; i < n * ld; i += LANES) store(to + i, load(to + i) + load(from + i));
 }
 
-// u into each tile's scores and u dp into its dp; sums R and counts the keys at the maximum, where u is exactly g.
+// u into each tile's scores and u dp into its dp; sums R and counts the keys at the maximum, where
+// u is exactly g.
 void BackwardWorker::score_gradients(WindowTile* piece, int count, float g, SoftmaxGradient& sum) {
   for (int t = 0; t < count; t++) {
     const int n = (int)piece[t].tile->n;
     const Band& band = piece[t].band;
-    gemm(n, BLOCK, V_, rows(piece[t].tile->v, padded(V_)), g_, BLOCK, dp_at(t), BLOCK, Into::set, Skip::outputs, &band);
+    gemm(n, BLOCK, V_, rows(piece[t].tile->v, padded(V_)), g_, BLOCK, dp_at(t), BLOCK, Into::set,
+         Skip::outputs, &band);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec m = load(m_ + c), delta = load(delta_ + c);
       Vec r = load(sum.r + c), ties = load(sum.ties + c);
@@ -148,7 +166,8 @@ void BackwardWorker::score_gradients(WindowTile* piece, int count, float g, Soft
 }
 
 // ds = scale (u dp - R at the maximum), then dq, dk and dv.
-void BackwardWorker::apply_score_gradients(WindowTile* piece, int count, float g, const SoftmaxGradient& sum) {
+void BackwardWorker::apply_score_gradients(WindowTile* piece, int count, float g,
+                                           const SoftmaxGradient& sum) {
   for (int t = 0; t < count; t++) {
     const int n = (int)piece[t].tile->n, ldd = padded(D_), ldv = padded(V_);
     const Band& band = piece[t].band;
@@ -159,11 +178,12 @@ void BackwardWorker::apply_score_gradients(WindowTile* piece, int count, float g
         store(ds + at, p_.scale * (load(ds + at) - select(load(u + at) == splat(g), share, Vec{})));
       }
     }
-    gemm(D_, BLOCK, n, rows(piece[t].tile->keys, BLOCK), ds, BLOCK, dq_, BLOCK, Into::add, Skip::depth_keys, &band);
-    gemm(n, ldd, BLOCK, rows(ds, BLOCK), q_rows_, ldd, dk_at(piece[t].tile->start), ldd, Into::add, Skip::depth_queries,
-         &band);
-    gemm(n, ldv, BLOCK, rows(u, BLOCK), g_rows_, ldv, dv_at(piece[t].tile->start), ldv, Into::add, Skip::depth_queries,
-         &band);
+    gemm(D_, BLOCK, n, rows(piece[t].tile->keys, BLOCK), ds, BLOCK, dq_, BLOCK, Into::add,
+         Skip::depth_keys, &band);
+    gemm(n, ldd, BLOCK, rows(ds, BLOCK), q_rows_, ldd, dk_at(piece[t].tile->start), ldd, Into::add,
+         Skip::depth_queries, &band);
+    gemm(n, ldv, BLOCK, rows(u, BLOCK), g_rows_, ldv, dv_at(piece[t].tile->start), ldv, Into::add,
+         Skip::depth_queries, &band);
   }
 }
 
@@ -178,7 +198,8 @@ void BackwardWorker::softmax_part(int64_t h) {
     if (wants_inputs()) apply_score_gradients(piece, count, g, sum);
   } else {
     // R of the whole window comes before any ds: a window of several pieces is walked twice.
-    while ((count = pieces.next(piece, c_.scores, D_, p_.scale))) score_gradients(piece, count, g, sum);
+    while ((count = pieces.next(piece, c_.scores, D_, p_.scale)))
+      score_gradients(piece, count, g, sum);
     WindowPieces again(c_.tiles, p_.window, block_);
     while (wants_inputs() && (count = again.next(piece, c_.scores, D_, p_.scale))) {
       SoftmaxGradient seen = {};
@@ -212,11 +233,12 @@ void BackwardWorker::forward_in_time(int64_t h, int64_t first) {
     KeyTile& tile = c_.tiles.at(start);
     const Band band = linear_band(p_.window, start, tile.n, first, block_.n);
     linear_score_gradients(tile, band);
-    gemm(F_, BLOCK, (int)tile.n, rows(c_.tiles.phi(tile), BLOCK), dp_, BLOCK, dphi_, BLOCK, Into::add, Skip::depth_keys,
-         &band);
+    gemm(F_, BLOCK, (int)tile.n, rows(c_.tiles.phi(tile), BLOCK), dp_, BLOCK, dphi_, BLOCK,
+         Into::add, Skip::depth_keys, &band);
   }
   const float lambda = p_.lambda(h);
-  for (int i = 0; lambda != 1.0f && i < F_ * BLOCK; i += LANES) store(dphi_ + i, lambda * load(dphi_ + i));
+  for (int i = 0; lambda != 1.0f && i < F_ * BLOCK; i += LANES)
+    store(dphi_ + i, lambda * load(dphi_ + i));
 
   const FeatureMap map = p_.map_q(h);
   features_backward(map, block_.q, block_.phi, dphi_, wants_inputs() ? dq_ : nullptr, Into::add);
@@ -229,7 +251,8 @@ void BackwardWorker::forward_in_time(int64_t h, int64_t first) {
 
 // dp of a tile's linear keys, zero outside the band.
 void BackwardWorker::linear_score_gradients(KeyTile& tile, const Band& band) {
-  gemm((int)tile.n, BLOCK, V_, rows(tile.v, padded(V_)), g_, BLOCK, dp_, BLOCK, Into::set, Skip::outputs, &band);
+  gemm((int)tile.n, BLOCK, V_, rows(tile.v, padded(V_)), g_, BLOCK, dp_, BLOCK, Into::set,
+       Skip::outputs, &band);
   for (int j = 0; j < tile.n; j++) {
     for (int c = 0; c < BLOCK; c += LANES) {
       float* d = dp_ + j * BLOCK + c;
@@ -239,22 +262,25 @@ void BackwardWorker::linear_score_gradients(KeyTile& tile, const Band& band) {
   keep_band(dp_, band, tile.n);
 }
 
-// The queries at hand, with lambda phi_q, against a tile of keys that some of them see as linear: dphi_k and dv.
+// The queries at hand, with lambda phi_q, against a tile of keys that some of them see as linear:
+// dphi_k and dv.
 void BackwardWorker::mixed_part(KeyTile& tile, const Band& band) {
   if (wants_inputs()) {
     const int ldv = padded(V_);
     linear_scores(c_.tiles, tile, block_, F_, band, c_.scores);
-    gemm((int)tile.n, ldv, BLOCK, rows(c_.scores, BLOCK), g_rows_, ldv, dv_at(tile.start), ldv, Into::add,
-         Skip::depth_queries, &band);
+    gemm((int)tile.n, ldv, BLOCK, rows(c_.scores, BLOCK), g_rows_, ldv, dv_at(tile.start), ldv,
+         Into::add, Skip::depth_queries, &band);
   }
   linear_score_gradients(tile, band);
   memset(dp_ + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
   transpose(scratch_, BLOCK, dp_, BLOCK, BLOCK, BLOCK);
-  gemm(F_, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add, Skip::depth_queries_n, &band);
+  gemm(F_, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
+       Skip::depth_queries_n, &band);
 }
 
-// The keys [begin, end), which the block at `first` and earlier ones see in full by softmax at most, later ones as linear;
-// then the block's own contribution to dkv and dksum. first < 0: keys that every query sees as linear.
+// The keys [begin, end), which the block at `first` and earlier ones see in full by softmax at
+// most, later ones as linear; then the block's own contribution to dkv and dksum. first < 0: keys
+// that every query sees as linear.
 void BackwardWorker::backward_in_time(int64_t first, int64_t begin, int64_t end) {
   const int64_t h0 = state_head_ * p_.group(), h1 = h0 + p_.group();
   const int ldd = padded(D_), ldv = padded(V_);
@@ -262,7 +288,8 @@ void BackwardWorker::backward_in_time(int64_t first, int64_t begin, int64_t end)
     load_block(h, first);
     const float lambda = p_.lambda(h);
     float* phi = const_cast<float*>(block_.phi);
-    for (int i = 0; lambda != 1.0f && i < F_ * BLOCK; i += LANES) store(phi + i, lambda * load(phi + i));
+    for (int i = 0; lambda != 1.0f && i < F_ * BLOCK; i += LANES)
+      store(phi + i, lambda * load(phi + i));
   };
   for (int64_t start = begin; start < end; start += BLOCK) {
     KeyTile& tile = c_.tiles.at(start);
@@ -272,9 +299,11 @@ void BackwardWorker::backward_in_time(int64_t first, int64_t begin, int64_t end)
       to_lanes(value_lanes_, tile.v, V_);
       gemm(F_, BLOCK, V_, rows(dkv_, ldv), value_lanes_, BLOCK, dphi_, BLOCK, Into::set);
       for (int i = 0; i < F_; i++) {
-        for (int c = 0; c < BLOCK; c += LANES) store(dphi_ + i * BLOCK + c, load(dphi_ + i * BLOCK + c) + dksum_[i]);
+        for (int c = 0; c < BLOCK; c += LANES)
+          store(dphi_ + i * BLOCK + c, load(dphi_ + i * BLOCK + c) + dksum_[i]);
       }
-      if (wants_inputs()) gemm(n, ldv, F_, transposed(phi, BLOCK), dkv_, ldv, dv_at(start), ldv, Into::add);
+      if (wants_inputs())
+        gemm(n, ldv, F_, transposed(phi, BLOCK), dkv_, ldv, dv_at(start), ldv, Into::add);
     } else {
       memset(dphi_, 0, sizeof(float) * F_ * BLOCK);
     }
@@ -300,13 +329,14 @@ void BackwardWorker::backward_in_time(int64_t first, int64_t begin, int64_t end)
   if (first < 0) return;
   for (int64_t h = h0; h < h1; h++) {
     load_scaled(h);
-    gemm(F_, ldv, BLOCK, rows(block_.phi, BLOCK), g_rows_, ldv, dkv_, ldv, has_dstate_ ? Into::add : Into::set);
+    gemm(F_, ldv, BLOCK, rows(block_.phi, BLOCK), g_rows_, ldv, dkv_, ldv, Into::add);
     for (int i = 0; i < F_; i++) {
       Vec sum = {};
-      for (int c = 0; c < BLOCK; c += LANES) sum += load(block_.phi + i * BLOCK + c) * load(delta_ + c);
+      for (int c = 0; c < BLOCK; c += LANES)
+        sum += load(block_.phi + i * BLOCK + c) * load(delta_ + c);
       float total = 0.0f;
       for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-      dksum_[i] = has_dstate_ ? dksum_[i] - total : -total;
+      dksum_[i] -= total;
     }
     has_dstate_ = true;
   }
@@ -324,17 +354,17 @@ void BackwardWorker::run() {
     for (int64_t h = h0; h < h0 + p_.group(); h++) forward_in_time(h, first);
   }
 
-  if (b_.dkv) {
-    for (int i = 0; i < F_; i++) {
-      memcpy(dkv_ + i * padded(V_), b_.dkv + (at * F_ + i) * V_, sizeof(float) * V_);
-      fill(dkv_ + i * padded(V_) + V_, padded(V_) - V_, 0.0f);
-    }
-    memcpy(dksum_, b_.dksum + at * F_, sizeof(float) * F_);
-    has_dstate_ = true;
+  memset(dkv_, 0, sizeof(float) * F_ * padded(V_));
+  memset(dksum_, 0, sizeof(float) * F_);
+  for (int i = 0; b_.dkv && i < F_; i++) {
+    memcpy(dkv_ + i * padded(V_), b_.dkv + (at * F_ + i) * V_, sizeof(float) * V_);
   }
-  // Keys that no later block takes as linear matter to the last block alone, unless the final state has a gradient.
+  if (b_.dksum) memcpy(dksum_, b_.dksum + at * F_, sizeof(float) * F_);
+  has_dstate_ = b_.dkv || b_.dksum;
+  // Keys that no later block takes as linear matter to the last block alone, unless the final state
+  // has a gradient.
   const int64_t blocks = (s_.tokens + BLOCK - 1) / BLOCK;
-  int64_t end = b_.dkv ? s_.tokens : p_.window.start(s_.tokens - 1);
+  int64_t end = has_dstate_ ? s_.tokens : p_.window.start(s_.tokens - 1);
   end = at_most(end, s_.tokens);
   for (int64_t b = blocks - 1; b >= 0; b--) {
     const int64_t begin = at_most(p_.window.start(b * BLOCK), end);
@@ -343,16 +373,14 @@ void BackwardWorker::run() {
   }
   backward_in_time(-1, p_.window.sink, end);
   if (!b_.dkv0) return;
-  if (!has_dstate_) {
-    memset(dkv_, 0, sizeof(float) * F_ * padded(V_));
-    memset(dksum_, 0, sizeof(float) * F_);
-  }
-  for (int i = 0; i < F_; i++) memcpy(b_.dkv0 + (at * F_ + i) * V_, dkv_ + i * padded(V_), sizeof(float) * V_);
+  for (int i = 0; i < F_; i++)
+    memcpy(b_.dkv0 + (at * F_ + i) * V_, dkv_ + i * padded(V_), sizeof(float) * V_);
   memcpy(b_.dksum0 + at * F_, dksum_, sizeof(float) * F_);
 }
 
 // dk or dv: the state heads' parts of each kv head, added up and rounded once.
-void store_key_gradients(const lol_tensor& out, const float* parts, const Problem& p, const Batch& batch) {
+void store_key_gradients(const lol_tensor& out, const float* parts, const Problem& p,
+                         const Batch& batch) {
   const int64_t T = out.shape[2], Hk = p.kv_heads(), Hs = p.state_heads(), shared = Hs / Hk;
   const int ld = padded(out.shape[3]);
   run_workers(batch.count * Hk, ld, [&](int64_t w, Arena arena) {
@@ -360,10 +388,12 @@ void store_key_gradients(const lol_tensor& out, const float* parts, const Proble
     const Tokens to = tokens_of(out, s, w % Hk);
     float* sum = arena.take(ld);
     for (int64_t i = 0; i < s.tokens; i++) {
-      const float* part = parts + ((s.batch * Hs + w % Hk * shared) * T + KeyGradients::row(s, i)) * ld;
+      const float* part =
+          parts + ((s.batch * Hs + w % Hk * shared) * T + KeyGradients::row(s, i)) * ld;
       memcpy(sum, part, sizeof(float) * ld);
       for (int64_t head = 1; head < shared; head++) {
-        for (int j = 0; j < ld; j += LANES) store(sum + j, load(sum + j) + load(part + head * T * ld + j));
+        for (int j = 0; j < ld; j += LANES)
+          store(sum + j, load(sum + j) + load(part + head * T * ld + j));
       }
       store_row(to.row(i), sum, to.width, to.dtype);
     }
@@ -373,9 +403,11 @@ void store_key_gradients(const lol_tensor& out, const float* parts, const Proble
 }  // namespace
 
 ParameterPartials::ParameterPartials(const Problem& p, const Batch& batch)
-    : p_(p), sequences_(batch.count),
+    : p_(p),
+      sequences_(batch.count),
       groups_(at_most(batch.count, at_least(WORKERS / p.state_heads(), 1))),
-      weight_(has_map(p.feature_k) ? WeightGradient::floats(p.D(), p.feature_k.weight.shape[2]) : 0),
+      weight_(has_map(p.feature_k) ? WeightGradient::floats(p.D(), p.feature_k.weight.shape[2])
+                                   : 0),
       memory_(groups_ * ((p.heads() + p.state_heads()) * weight_ + p.heads())) {
   q_ = memory_.data;
   k_ = q_ + groups_ * p.heads() * weight_;
@@ -385,11 +417,13 @@ ParameterPartials::ParameterPartials(const Problem& p, const Batch& batch)
 
 WeightGradient ParameterPartials::q(int64_t worker, int64_t h) const {
   const int64_t group = worker / p_.state_heads();
-  return weight_ ? WeightGradient::at(q_ + (group * p_.heads() + h) * weight_, p_.D(), p_.feature_q.weight.shape[2])
+  return weight_ ? WeightGradient::at(q_ + (group * p_.heads() + h) * weight_, p_.D(),
+                                      p_.feature_q.weight.shape[2])
                  : WeightGradient{};
 }
 WeightGradient ParameterPartials::k(int64_t worker) const {
-  return weight_ ? WeightGradient::at(k_ + worker * weight_, p_.D(), p_.feature_k.weight.shape[2]) : WeightGradient{};
+  return weight_ ? WeightGradient::at(k_ + worker * weight_, p_.D(), p_.feature_k.weight.shape[2])
+                 : WeightGradient{};
 }
 float& ParameterPartials::gate(int64_t worker, int64_t h) const {
   return gate_[worker / p_.state_heads() * p_.heads() + h];
@@ -397,7 +431,8 @@ float& ParameterPartials::gate(int64_t worker, int64_t h) const {
 
 void ParameterPartials::reduce(const BackwardProblem& b) const {
   WeightGradient::reduce(q_, groups_, p_.heads(), p_.feature_q, p_.D(), b.dweight_q, b.dbias_q);
-  WeightGradient::reduce(k_, groups_, p_.state_heads(), p_.feature_k, p_.D(), b.dweight_k, b.dbias_k);
+  WeightGradient::reduce(k_, groups_, p_.state_heads(), p_.feature_k, p_.D(), b.dweight_k,
+                         b.dbias_k);
   for (int64_t h = 0; b.dgate && h < p_.heads(); h++) {
     b.dgate[h] = 0.0f;
     for (int64_t group = 0; group < groups_; group++) b.dgate[h] += gate_[group * p_.heads() + h];

@@ -1,14 +1,17 @@
 // The chunkwise backward shared by linear attention, hybrid attention and attention transfer.
 //
-// With G_i = dy_i / den_i, delta_i = (dy_i . y_i) / den_i and dp_ij = G_i . v_j - delta_i, the gradient of the unnormalised
-// weight of key j in query i is dp_ij, so that
-//   softmax keys  ds_ij = u_ij dp_ij, u_ij = g e^{s_ij - m_i}, less R_i = sum_W u_ij dp_ij at the maximum (m_i moves with it:
+// With G_i = dy_i / den_i, delta_i = (dy_i . y_i) / den_i and dp_ij = G_i . v_j - delta_i, the
+// gradient of the unnormalised weight of key j in query i is dp_ij, so that
+//   softmax keys  ds_ij = u_ij dp_ij, u_ij = g e^{s_ij - m_i}, less R_i = sum_W u_ij dp_ij at the
+//   maximum (m_i moves with it:
 //                 the linear part is not rescaled), shared by ties
 //   linear keys   dphi_q,i = lambda sum_N dp_ij phi_k,j and dphi_k,j = lambda sum_i dp_ij phi_q,i
-//   gate          R_i (1 - g), or R_i when affine, since sum_W u dp + lambda sum_N (phi_q . phi_k) dp = 0
-// A pass forward in time rebuilds the state (kv, ksum) and yields dq, the softmax parts of dk and dv, and dgate. A pass
-// backward in time carries dkv = lambda sum_i phi_q,i (x) G_i and dksum = -lambda sum_i delta_i phi_q,i over the queries
-// later than the keys at hand, and yields the rest. Features and states are recomputed, never stored: memory O(T (D + V)).
+//   gate          R_i (1 - g), or R_i when affine, since sum_W u dp + lambda sum_N (phi_q . phi_k)
+//   dp = 0
+// A pass forward in time rebuilds the state (kv, ksum) and yields dq, the softmax parts of dk and
+// dv, and dgate. A pass backward in time carries dkv = lambda sum_i phi_q,i (x) G_i and dksum =
+// -lambda sum_i delta_i phi_q,i over the queries later than the keys at hand, and yields the rest.
+// Features and states are recomputed, never stored: memory O(T (D + V)).
 #pragma once
 #include "chunkwise.h"
 #include "parallel.h"
@@ -19,21 +22,21 @@ namespace LOL_ISA {
 struct BackwardProblem {
   explicit BackwardProblem(const Problem& problem) : p(problem) {}
   Problem p;
-  lol_tensor dy = {};                                         // [B, H, T, V]
-  float dy_factor = 1.0f;                                  // multiplies dy
-  lol_tensor y = {};                                       // the output, or absent: then
-  const float* delta = nullptr;                            // dy . y [B, H, T], to be multiplied by dy_factor as well
-  const float *m = nullptr, *den = nullptr;                // [B, H, T]
-  const float *kv0 = nullptr, *ksum0 = nullptr;            // initial state, or null
-  const float *dkv = nullptr, *dksum = nullptr;            // gradient of the final state, or null
-  lol_tensor dq = {}, dk = {}, dv = {};                    // absent: not wanted (all three)
+  lol_tensor dy = {};            // [B, H, T, V]
+  float dy_factor = 1.0f;        // multiplies dy
+  lol_tensor y = {};             // the output, or absent: then
+  const float* delta = nullptr;  // dy . y [B, H, T], to be multiplied by dy_factor as well
+  const float *m = nullptr, *den = nullptr;      // [B, H, T]
+  const float *kv0 = nullptr, *ksum0 = nullptr;  // initial state, or null
+  const float *dkv = nullptr, *dksum = nullptr;  // gradient of the final state, or null
+  lol_tensor dq = {}, dk = {}, dv = {};          // absent: not wanted (all three)
   lol_tensor dweight_q = {}, dbias_q = {}, dweight_k = {}, dbias_k = {};
-  float* dgate = nullptr;                                  // [H]
+  float* dgate = nullptr;  // [H]
   float *dkv0 = nullptr, *dksum0 = nullptr;
 };
 
-// Sums of the parameters' gradients, one slot for each (group of sequences, head), added up in order: the result does not
-// depend on the number of threads.
+// Sums of the parameters' gradients, one slot for each (group of sequences, head), added up in
+// order: the result does not depend on the number of threads.
 class ParameterPartials {
  public:
   ParameterPartials(const Problem& p, const Batch& batch);
@@ -42,7 +45,9 @@ class ParameterPartials {
   // The sequences [begin, end) and the state head of a worker.
   int64_t state_head(int64_t worker) const { return worker % p_.state_heads(); }
   int64_t begin(int64_t worker) const { return sequences_ * (worker / p_.state_heads()) / groups_; }
-  int64_t end(int64_t worker) const { return sequences_ * (worker / p_.state_heads() + 1) / groups_; }
+  int64_t end(int64_t worker) const {
+    return sequences_ * (worker / p_.state_heads() + 1) / groups_;
+  }
   WeightGradient q(int64_t worker, int64_t h) const;
   WeightGradient k(int64_t worker) const;
   float& gate(int64_t worker, int64_t h) const;
@@ -56,7 +61,8 @@ class ParameterPartials {
 };
 
 int backward(const BackwardProblem& b, const Batch& batch);
-int backward(const BackwardProblem& b, const Batch& batch, const ParameterPartials& partials);  // without the final sums
+int backward(const BackwardProblem& b, const Batch& batch,
+             const ParameterPartials& partials);  // without the final sums
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -5,18 +5,27 @@ namespace LOL_ISA {
 
 Problem problem_of(const lol_hybrid_attention_args& a) {
   const Window window = {a.window, a.window_kind, a.sink};
-  return {a.q,    a.k,    a.v, a.feature_q, a.feature_k, (const float*)a.gate.data, window, (float)a.scale, a.affine != 0,
-          true, 0.0f};
+  return {a.q,           a.k,
+          a.v,           a.feature_q,
+          a.feature_k,   (const float*)a.gate.data,
+          window,        (float)a.scale,
+          a.affine != 0, true,
+          0.0f};
 }
 
 Problem problem_of(const lol_linear_attention_args& a) {
   const Window window = {0, LOL_SLIDING, 0};
-  return {a.q,    a.k,  a.v, a.feature_q, a.feature_k, nullptr, window, (float)a.scale, false, a.normalize != 0,
+  return {a.q,         a.k,
+          a.v,         a.feature_q,
+          a.feature_k, nullptr,
+          window,      (float)a.scale,
+          false,       a.normalize != 0,
           (float)a.eps};
 }
 
-// The tiles of a window, one more for the tile being folded and those of the sinks. Past MOST_TILES, wide windows load tiles
-// again: a load costs a few per cent of the products of a tile pair, while more tiles would push the state out of L2.
+// The tiles of a window, one more for the tile being folded and those of the sinks. Past
+// MOST_TILES, wide windows load tiles again: a load costs a few per cent of the products of a tile
+// pair, while more tiles would push the state out of L2.
 int KeyTiles::for_window(const Problem& p) {
   const int64_t span = p.window.size * (p.window.kind == LOL_TERRACE ? 2 : 1) + BLOCK - 1;
   return (int)at_most(span / BLOCK + 2 + (p.window.sink + BLOCK - 1) / BLOCK, MOST_TILES);
@@ -26,8 +35,8 @@ int64_t KeyTiles::floats(const Problem& p, int count) {
   return count * (lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F())) + rows_size(p.D());
 }
 
-KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v, const FeatureMap& map, int64_t total,
-                   Arena& arena)
+KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v,
+                   const FeatureMap& map, int64_t total, Arena& arena)
     : k_(k), v_(v), map_(map), total_(total), sinks_(p.window.sink), count_(count) {
   for (int i = 0; i < count_; i++) {
     keys_[i] = arena.take(lanes_size(p.D()));
@@ -67,7 +76,11 @@ const float* KeyTiles::phi(KeyTile& tile) {
 }
 
 WindowPieces::WindowPieces(KeyTiles& tiles, const Window& window, const Queries& block)
-    : tiles_(tiles), window_(window), block_(block), sink_(0), position_(window.start(block.first)),
+    : tiles_(tiles),
+      window_(window),
+      block_(block),
+      sink_(0),
+      position_(window.start(block.first)),
       end_(block.first + block.n) {
   if (window.size == 0) position_ = end_;
 }
@@ -83,17 +96,18 @@ int WindowPieces::next(WindowTile* piece, float* scores, int D, float scale) {
     w.band = sink ? causal_band(position, w.tile->n, block_.first, block_.n)
                   : softmax_band(window_, position, w.tile->n, block_.first, block_.n);
     w.scores = scores + count * BLOCK * BLOCK;
-    gemm((int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q, BLOCK, w.scores, BLOCK, Into::set,
-         Skip::outputs, &w.band);
-    for (int64_t i = 0; i < w.tile->n * BLOCK; i += LANES) store(w.scores + i, scale * load(w.scores + i));
+    gemm((int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q, BLOCK, w.scores,
+         BLOCK, Into::set, Skip::outputs, &w.band);
+    for (int64_t i = 0; i < w.tile->n * BLOCK; i += LANES)
+      store(w.scores + i, scale * load(w.scores + i));
     position += BLOCK;
     count++;
   }
   return count;
 }
 
-void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V, float scale, float* scores,
-                    SoftmaxSums& out) {
+void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V,
+                    float scale, float* scores, SoftmaxSums& out) {
   fill(out.m, BLOCK, -INFINITY);
   memset(out.sum, 0, sizeof(out.sum));
   memset(out.o, 0, sizeof(float) * V * BLOCK);
@@ -105,16 +119,19 @@ void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block,
       for (int t = 0; t < count; t++) {
         const Band& band = piece[t].band;
         for (int j = band.lo[c]; j < band.hi[c + LANES - 1]; j++) {
-          m = max(m, select(in_band(band, c, j), load(piece[t].scores + j * BLOCK + c), splat(-INFINITY)));
+          m = max(m, select(in_band(band, c, j), load(piece[t].scores + j * BLOCK + c),
+                            splat(-INFINITY)));
         }
       }
-      // A query with no key so far keeps m = -inf; shifting by 0 instead keeps its (all masked) exponentials finite.
+      // A query with no key so far keeps m = -inf; shifting by 0 instead keeps its (all masked)
+      // exponentials finite.
       const Vec shift = select(m == splat(-INFINITY), Vec{}, m);
       Vec sum = load(out.sum + c);
       if (!first) {
         const Vec correction = exp(load(out.m + c) - shift);
         sum *= correction;
-        for (int i = 0; i < V; i++) store(out.o + i * BLOCK + c, correction * load(out.o + i * BLOCK + c));
+        for (int i = 0; i < V; i++)
+          store(out.o + i * BLOCK + c, correction * load(out.o + i * BLOCK + c));
       }
       for (int t = 0; t < count; t++) {
         const Band& band = piece[t].band;
@@ -133,25 +150,30 @@ void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block,
       store(out.sum + c, sum);
     }
     for (int t = 0; t < count; t++) {
-      gemm(V, BLOCK, (int)piece[t].tile->n, transposed(piece[t].tile->v, padded(V)), piece[t].scores, BLOCK, out.o, BLOCK,
-           Into::add, Skip::depth_keys, &piece[t].band);
+      gemm(V, BLOCK, (int)piece[t].tile->n, transposed(piece[t].tile->v, padded(V)),
+           piece[t].scores, BLOCK, out.o, BLOCK, Into::add, Skip::depth_keys, &piece[t].band);
     }
   }
 }
 
-void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band, float* scores) {
-  gemm((int)tile.n, BLOCK, F, transposed(tiles.phi(tile), BLOCK), block.phi, BLOCK, scores, BLOCK, Into::set, Skip::outputs,
-       &band);
+void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
+                   float* scores) {
+  gemm((int)tile.n, BLOCK, F, transposed(tiles.phi(tile), BLOCK), block.phi, BLOCK, scores, BLOCK,
+       Into::set, Skip::outputs, &band);
   keep_band(scores, band, tile.n);
 }
 
 int64_t Chunkwise::floats(const Problem& p) {
-  return KeyTiles::floats(p, KeyTiles::for_window(p)) + p.F() * padded(p.V()) + p.F() + MOST_TILES * BLOCK * BLOCK + BLOCK * padded(p.D()) +
-         BLOCK * padded(p.V()) + lanes_size(p.D()) + lanes_size(p.F()) + 2 * lanes_size(p.V()) + 256;
+  return KeyTiles::floats(p, KeyTiles::for_window(p)) + p.F() * padded(p.V()) + p.F() +
+         MOST_TILES * BLOCK * BLOCK + BLOCK * padded(p.D()) + BLOCK * padded(p.V()) +
+         lanes_size(p.D()) + lanes_size(p.F()) + 2 * lanes_size(p.V()) + 256;
 }
 
-Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v, Arena& arena)
-    : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena), p_(p), folded_(p.window.sink) {
+Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
+                     const Tokens& v, Arena& arena)
+    : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena),
+      p_(p),
+      folded_(p.window.sink) {
   kv = arena.take(p.F() * padded(p.V()));
   ksum = arena.take(p.F());
   scores = arena.take(MOST_TILES * BLOCK * BLOCK);
@@ -228,8 +250,8 @@ const float* Chunkwise::attend(const Queries& block, int64_t h, float* m, float*
       for (int j = 0; j < tile.n; j++) sum += load(scores + j * BLOCK + c);
       store(den + c, sum);
     }
-    gemm(V, BLOCK, (int)tile.n, transposed(tile.v, padded(V)), scores, BLOCK, o_linear_, BLOCK, Into::add, Skip::depth_keys,
-         &band);
+    gemm(V, BLOCK, (int)tile.n, transposed(tile.v, padded(V)), scores, BLOCK, o_linear_, BLOCK,
+         Into::add, Skip::depth_keys, &band);
   }
 
   const float g = p_.g(h), lambda = p_.lambda(h);
@@ -259,10 +281,12 @@ const float* Chunkwise::attend(const Queries& block, int64_t h, float* m, float*
   return o_linear_;
 }
 
-void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c, int64_t past, const lol_tensor& o,
-                    float* m, float* den, const FinalState* final) {
+void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c,
+                    int64_t past, const lol_tensor& o, float* m, float* den,
+                    const FinalState* final) {
   const int64_t total = c.tiles.total(), T = o.shape[2];
-  // Blocks fold further than the final state may hold when some of it must stay revocable: take the copy on the way.
+  // Blocks fold further than the final state may hold when some of it must stay revocable: take the
+  // copy on the way.
   const auto fold = [&](int64_t end) {
     if (final && end >= final->fold) {
       c.fold(final->fold);

@@ -1,12 +1,13 @@
-// The chunkwise algorithm shared by linear attention, hybrid attention and attention transfer: forward.
+// The chunkwise algorithm shared by linear attention, hybrid attention and attention transfer:
+// forward.
 //
-// One worker handles one recurrent state: a sequence and a state head, with the 1 or G query heads that read it. Queries go
-// in blocks of 64. For the block at i0, with e0 = window.start(i0):
+// One worker handles one recurrent state: a sequence and a state head, with the 1 or G query heads
+// that read it. Queries go in blocks of 64. For the block at i0, with e0 = window.start(i0):
 //   keys j < e0 are in the state (kv, ksum);
 //   keys in [e0, start(i0 + 63)) are linear for some queries: a tile of feature scores, banded;
 //   keys in [start(i), i] and the sinks: softmax, banded.
-// Then the state absorbs what the next block calls old. Useful FLOPs per token and head: 2 D f (twice), 2 F V (read and write
-// of the state), 2 w (D + V); nothing of size T x T or T x F exists.
+// Then the state absorbs what the next block calls old. Useful FLOPs per token and head: 2 D f
+// (twice), 2 F V (read and write of the state), 2 w (D + V); nothing of size T x T or T x F exists.
 #pragma once
 #include "features.h"
 #include "window.h"
@@ -26,17 +27,23 @@ struct Problem {
 
   int64_t heads() const { return q.shape[1]; }
   int64_t kv_heads() const { return k.shape[1]; }
-  int64_t state_heads() const { return has_map(feature_k) ? feature_k.weight.shape[0] : kv_heads(); }
+  int64_t state_heads() const {
+    return has_map(feature_k) ? feature_k.weight.shape[0] : kv_heads();
+  }
   int64_t group() const { return heads() / state_heads(); }  // query heads per state
   int64_t kv_head_of(int64_t state_head) const { return state_head / (state_heads() / kv_heads()); }
   int64_t D() const { return q.shape[3]; }
   int64_t V() const { return v.shape[3]; }
   int64_t F() const { return feature_dim(feature_k, D()); }
   FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
-  FeatureMap map_k(int64_t state_head) const { return map_of(feature_k, state_head, state_heads(), D()); }
+  FeatureMap map_k(int64_t state_head) const {
+    return map_of(feature_k, state_head, state_heads(), D());
+  }
   // Weights of the softmax and of the linear part.
   float g(int64_t h) const { return gate ? 1.0f / (1.0f + expf(-gate[h])) : 0.0f; }
-  float lambda(int64_t h) const { return !gate ? scale : affine ? 1.0f / (1.0f + expf(gate[h])) : 1.0f; }
+  float lambda(int64_t h) const {
+    return !gate ? scale : affine ? 1.0f / (1.0f + expf(gate[h])) : 1.0f;
+  }
 };
 
 Problem problem_of(const lol_hybrid_attention_args& args);
@@ -60,8 +67,8 @@ class KeyTiles {
   static int64_t floats(const Problem& p, int count);
   static int for_window(const Problem& p);  // how many tiles serve its window
   // `total` keys exist; positions below k.past are in the ring or among the sinks.
-  KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v, const FeatureMap& map, int64_t total,
-           Arena& arena);
+  KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v, const FeatureMap& map,
+           int64_t total, Arena& arena);
   KeyTile& at(int64_t start) { return find(start, total_, false); }
   KeyTile& sinks_at(int64_t start) { return find(start, at_most(sinks_, total_), true); }
   const float* phi(KeyTile& tile);
@@ -85,7 +92,8 @@ struct Queries {
   const float *q, *phi;  // [D x BLOCK], [F x BLOCK]
 };
 
-// The keys that a block attends by softmax: sinks first, then from the oldest on, in pieces of as many tiles as stay loaded.
+// The keys that a block attends by softmax: sinks first, then from the oldest on, in pieces of as
+// many tiles as stay loaded.
 struct WindowTile {
   KeyTile* tile;
   Band band;
@@ -95,7 +103,8 @@ class WindowPieces {
  public:
   WindowPieces(KeyTiles& tiles, const Window& window, const Queries& block);
   bool more() const { return sink_ < at_most(window_.sink, end_) || position_ < end_; }
-  // Fills `piece` with the next tiles, their scaled scores in `scores` [MOST_TILES * BLOCK x BLOCK]; returns how many, or 0.
+  // Fills `piece` with the next tiles, their scaled scores in `scores` [MOST_TILES * BLOCK x
+  // BLOCK]; returns how many, or 0.
   int next(WindowTile* piece, float* scores, int D, float scale);
 
  private:
@@ -105,22 +114,25 @@ class WindowPieces {
   int64_t sink_, position_, end_;
 };
 
-// Causal softmax over a window, unnormalised: o = sum e^{s - m} v, sum = sum e^{s - m}, m the maximum (-inf: no key).
+// Causal softmax over a window, unnormalised: o = sum e^{s - m} v, sum = sum e^{s - m}, m the
+// maximum (-inf: no key).
 struct SoftmaxSums {
   float* o;  // [V x BLOCK]
   float m[BLOCK], sum[BLOCK];
 };
-void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V, float scale, float* scores,
-                    SoftmaxSums& out);
+void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V,
+                    float scale, float* scores, SoftmaxSums& out);
 
 // Feature scores of one tile: L = phi_k phi_q, zero outside the band.
-void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band, float* scores);
+void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
+                   float* scores);
 
 class Chunkwise {
  public:
   static int64_t floats(const Problem& p);
   // The state starts empty, or holds [sinks, folded) after load_state.
-  Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v, Arena& arena);
+  Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v,
+            Arena& arena);
   void load_state(const float* kv, const float* ksum, int64_t folded);
   void store_state(float* kv, float* ksum) const;
   void fold(int64_t end);  // takes the keys before `end` into the state
@@ -150,8 +162,9 @@ struct FinalState {
 };
 
 // Outputs of the queries [first, total) of one worker. m and den [B, H, T] and `final` may be null.
-void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c, int64_t first, const lol_tensor& o,
-                    float* m, float* den, const FinalState* final);
+void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c,
+                    int64_t first, const lol_tensor& o, float* m, float* den,
+                    const FinalState* final);
 
 // Before the workers of a padded batch: outputs of padded queries are 0, their m 0 and den 1.
 void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den);

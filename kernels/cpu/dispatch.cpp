@@ -1,4 +1,5 @@
-// Which instruction set runs: the best that this CPU has, or the one that LOLCATS_ISA or lol_set_cpu_isa names.
+// Which instruction set runs: the best that this CPU has, or the one that LOLCATS_ISA or
+// lol_set_cpu_isa names.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +40,8 @@ struct Available {
     const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
     (void)v3;
     (void)v4;
 #endif
@@ -96,7 +98,8 @@ const char* lol_cpu_isa_name(int index) {
 int lol_set_cpu_isa(const char* name) {
   const lol::Kernels* kernels = name ? lol::available().find(name) : nullptr;
   if (!kernels) {
-    lol::fail("lol_set_cpu_isa: %s is not an instruction set of this build and CPU", name ? name : "null");
+    lol::fail("lol_set_cpu_isa: %s is not an instruction set of this build and CPU",
+              name ? name : "null");
     return LOL_EUNSUPPORTED;
   }
   lol::chosen.store(kernels, std::memory_order_release);

@@ -17,22 +17,26 @@ inline void exponentials(const float* z, float* out, int f, float sign, bool nor
     store(out + i * BLOCK, e);
   }
   const Vec factor = normalize ? 1.0f / sum : splat(1.0f);
-  for (int i = 0; i < f; i++) store(out + i * BLOCK, max(load(out + i * BLOCK) * factor, splat(eps)));
+  for (int i = 0; i < f; i++)
+    store(out + i * BLOCK, max(load(out + i * BLOCK) * factor, splat(eps)));
 }
 
 // The gradient passes a clamp where the value was not raised; eps itself stands for a raised value.
-inline Vec through_clamp(Vec dphi, Vec phi, float eps) { return select(phi > splat(eps), dphi, Vec{}); }
+inline Vec through_clamp(Vec dphi, Vec phi, float eps) {
+  return select(phi > splat(eps), dphi, Vec{});
+}
 
 // dz = sign * d(exponentials)/dz applied to dphi, added to `dz`.
-inline void exponentials_backward(const float* phi, const float* dphi, float* dz, int f, float sign, bool normalize,
-                                  float eps, Into into) {
+inline void exponentials_backward(const float* phi, const float* dphi, float* dz, int f, float sign,
+                                  bool normalize, float eps, Into into) {
   Vec dot = {}, ties = {};
   for (int i = 0; i < f; i++) {
     const Vec p = load(phi + i * BLOCK);
     dot += p * through_clamp(load(dphi + i * BLOCK), p, eps);
     ties += select(p == splat(1.0f), splat(1.0f), Vec{});
   }
-  // softmax: dz = p (dphi - dot). exp(z - max z): dz = p dphi, less dot at the maximum, shared by ties.
+  // softmax: dz = p (dphi - dot). exp(z - max z): dz = p dphi, less dot at the maximum, shared by
+  // ties.
   const Vec share = normalize ? Vec{} : dot / ties;
   for (int i = 0; i < f; i++) {
     const Vec p = load(phi + i * BLOCK);
@@ -43,7 +47,9 @@ inline void exponentials_backward(const float* phi, const float* dphi, float* dz
   }
 }
 
-inline bool is_exponential(int activation) { return activation == LOL_SOFTMAX || activation == LOL_EXP; }
+inline bool is_exponential(int activation) {
+  return activation == LOL_SOFTMAX || activation == LOL_EXP;
+}
 
 }  // namespace
 
@@ -52,11 +58,13 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
     memcpy(phi, x, sizeof(float) * map.D * BLOCK);
     return;
   }
-  // The upper half of a two-sided map is computed from z in the lower half, then z gives way to its own features.
+  // The upper half of a two-sided map is computed from z in the lower half, then z gives way to its
+  // own features.
   float* z = phi;
   gemm(map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK, Into::set);
   const Vec eps = splat(map.eps);
-  const bool exponential = is_exponential(map.activation), normalize = map.activation == LOL_SOFTMAX;
+  const bool exponential = is_exponential(map.activation),
+             normalize = map.activation == LOL_SOFTMAX;
   for (int t = 0; t < BLOCK; t += LANES) {
     float* zt = z + t;
     for (int i = 0; i < map.f; i++) {
@@ -70,7 +78,8 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
     }
     Vec half_norm = {};
     if (map.activation == LOL_FAVOR) {
-      for (int i = 0; i < map.D; i++) half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
+      for (int i = 0; i < map.D; i++)
+        half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
     }
     const float favor_factor = 1.0f / sqrtf((float)map.f);
     for (int i = 0; i < map.f; i++) {
@@ -92,7 +101,8 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   const int f = map.f;
   float z[MAX_FEATURES + LANES], e[MAX_FEATURES + LANES];
   for (int j = 0; j < f; j++) z[j] = (map.bias ? map.bias[j] : 0.0f) + (map.skip ? x[j] : 0.0f);
-  // Four vectors of z stay in registers over the sum: enough independent chains to hide the latency of an FMA.
+  // Four vectors of z stay in registers over the sum: enough independent chains to hide the latency
+  // of an FMA.
   int j = 0;
   for (; j + 4 * LANES <= f; j += 4 * LANES) {
     Vec a[4];
@@ -129,14 +139,16 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   }
 }
 
-void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi, float* dx, Into into) {
+void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi,
+                       float* dx, Into into) {
   if (!map.weight) {
     for (int i = 0; dx && i < map.D * BLOCK; i += LANES) {
       store(dx + i, into == Into::add ? load(dx + i) + load(dphi + i) : load(dphi + i));
     }
     return;
   }
-  const bool exponential = is_exponential(map.activation), normalize = map.activation == LOL_SOFTMAX;
+  const bool exponential = is_exponential(map.activation),
+             normalize = map.activation == LOL_SOFTMAX;
   const bool favor = map.activation == LOL_FAVOR;
   float norm_gradient[BLOCK] = {};  // favor: d(-|x|^2 / 2) collects the sum of dz
   for (int t = 0; t < BLOCK; t += LANES) {
@@ -175,8 +187,8 @@ void features_backward(const FeatureMap& map, const float* x, const float* phi, 
   }
 }
 
-void features_backward_weight(const FeatureMap& map, const float* x, const float* dz, const WeightGradient& gradient,
-                              float* scratch) {
+void features_backward_weight(const FeatureMap& map, const float* x, const float* dz,
+                              const WeightGradient& gradient, float* scratch) {
   if (!map.weight) return;
   to_rows(scratch, dz, map.f);
   const int ld = padded(map.f);
@@ -186,10 +198,12 @@ void features_backward_weight(const FeatureMap& map, const float* x, const float
   }
 }
 
-void WeightGradient::reduce(const float* partials, int64_t groups, int64_t heads, const lol_features& features, int64_t D,
-                            const lol_tensor& dweight, const lol_tensor& dbias) {
+void WeightGradient::reduce(const float* partials, int64_t groups, int64_t heads,
+                            const lol_features& features, int64_t D, const lol_tensor& dweight,
+                            const lol_tensor& dbias) {
   if (!has_map(features)) return;
-  const int64_t maps = features.weight.shape[0], f = features.weight.shape[2], shared = heads / maps;
+  const int64_t maps = features.weight.shape[0], f = features.weight.shape[2],
+                shared = heads / maps;
   float *dw = (float*)dweight.data, *db = (float*)dbias.data;
   memset(dw, 0, sizeof(float) * maps * D * f);
   if (db) memset(db, 0, sizeof(float) * maps * f);

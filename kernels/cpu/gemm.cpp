@@ -4,8 +4,9 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// Register blocking. An FMA has a latency of 4-5 cycles and two ports, so 8-10 accumulators are the least; more rows share
-// each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B + 1 of A. 32 registers (AVX-512): 12 x 2 + 2 + 1.
+// Register blocking. An FMA has a latency of 4-5 cycles and two ports, so 8-10 accumulators are the
+// least; more rows share each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B + 1 of A.
+// 32 registers (AVX-512): 12 x 2 + 2 + 1.
 constexpr int ROWS = LANES == 16 ? 12 : 6;
 constexpr int PANEL = 2;
 
@@ -60,8 +61,8 @@ inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Ba
 }
 
 template <int P, Into into>
-inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Skip skip,
-                  const Band* band) {
+inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, float* c,
+                  int64_t ldc, Skip skip, const Band* band) {
   for (int m = 0; m < M;) {
     const int rest = M - m;
     const int step = rest >= ROWS ? ROWS : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
@@ -90,17 +91,18 @@ inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, 
 }
 
 template <Into into>
-inline void panels(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Skip skip,
-                   const Band* band) {
+inline void panels(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
+                   int64_t ldc, Skip skip, const Band* band) {
   int n = 0;
-  for (; n + PANEL * LANES <= N; n += PANEL * LANES) panel<PANEL, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
+  for (; n + PANEL * LANES <= N; n += PANEL * LANES)
+    panel<PANEL, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
   for (; n < N; n += LANES) panel<1, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
 }
 
 }  // namespace
 
-void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Into into, Skip skip,
-          const Band* band) {
+void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
+          Into into, Skip skip, const Band* band) {
   if (into == Into::set) {
     panels<Into::set>(M, N, K, a, b, ldb, c, ldc, skip, band);
   } else {

@@ -1,8 +1,10 @@
-// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] on small fp32 tiles in cache.
+// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] on small fp32 tiles in
+// cache.
 //
-// A is read one broadcast element at a time, so it may be transposed at no cost (row stride rs, depth stride ks). B and C are
-// row-major with lanes along N; N is padded to a multiple of LANES. Attention is banded: query i sees the key rows
-// [lo_i, hi_i). A Band says so, and products skip the micro-tiles it leaves out, so that a triangle costs a triangle.
+// A is read one broadcast element at a time, so it may be transposed at no cost (row stride rs,
+// depth stride ks). B and C are row-major with lanes along N; N is padded to a multiple of LANES.
+// Attention is banded: query i sees the key rows [lo_i, hi_i). A Band says so, and products skip
+// the micro-tiles it leaves out, so that a triangle costs a triangle.
 #pragma once
 #include "simd.h"
 
@@ -11,7 +13,8 @@ namespace LOL_ISA {
 
 constexpr int BLOCK = 64;  // tokens in a tile: 64 x 64 floats are half of a 32 KiB L1
 
-// Which rows (keys) of a tile belong to each column (query): [lo, hi), both non-decreasing in the column.
+// Which rows (keys) of a tile belong to each column (query): [lo, hi), both non-decreasing in the
+// column.
 struct Band {
   int32_t lo[BLOCK], hi[BLOCK];
   bool empty() const { return hi[BLOCK - 1] == 0 || lo[0] >= hi[BLOCK - 1]; }
@@ -35,8 +38,8 @@ static inline Operand transposed(const float* a, int64_t lda) { return {a, 1, ld
 
 enum class Into { set, add };
 
-void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc, Into into,
-          Skip skip = Skip::none, const Band* band = nullptr);
+void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
+          Into into, Skip skip = Skip::none, const Band* band = nullptr);
 
 }  // namespace LOL_ISA
 }  // namespace lol

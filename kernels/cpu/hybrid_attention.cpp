@@ -1,5 +1,6 @@
-// hybrid_attention (SPEC 3): y = (g sum_W e^{s - m} v + lambda sum_N phi_q phi_k v) / den, chunkwise, one worker per sequence
-// and state head. Per token and head 2 (2 D f + 2 F V + w (D + V)) useful FLOPs; q, k, v are read and o written once.
+// hybrid_attention (SPEC 3): y = (g sum_W e^{s - m} v + lambda sum_N phi_q phi_k v) / den,
+// chunkwise, one worker per sequence and state head. Per token and head 2 (2 D f + 2 F V + w (D +
+// V)) useful FLOPs; q, k, v are read and o written once.
 #include "backward.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -10,12 +11,16 @@ namespace LOL_ISA {
 int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
   const Problem p = problem_of(a);
   float *m = (float*)a.m.data, *den = (float*)a.den.data;
-  return run_workers(batch.count * p.state_heads(), Chunkwise::floats(p), [&](int64_t w, Arena arena) {
-    const Sequence& s = batch.sequences[w / p.state_heads()];
-    const int64_t state_head = w % p.state_heads(), kv_head = p.kv_head_of(state_head);
-    Chunkwise c(p, state_head, s.tokens, tokens_of(a.k, s, kv_head), tokens_of(a.v, s, kv_head), arena);
-    forward_worker(p, s, state_head, c, 0, a.o, m, den, nullptr);
-  }, [&] { clear_padding(batch, a.o, m, den); });
+  return run_workers(
+      batch.count * p.state_heads(), Chunkwise::floats(p),
+      [&](int64_t w, Arena arena) {
+        const Sequence& s = batch.sequences[w / p.state_heads()];
+        const int64_t state_head = w % p.state_heads(), kv_head = p.kv_head_of(state_head);
+        Chunkwise c(p, state_head, s.tokens, tokens_of(a.k, s, kv_head), tokens_of(a.v, s, kv_head),
+                    arena);
+        forward_worker(p, s, state_head, c, 0, a.o, m, den, nullptr);
+      },
+      [&] { clear_padding(batch, a.o, m, den); });
 }
 
 int hybrid_attention_backward(const lol_hybrid_attention_backward_args& a, const Batch& batch) {

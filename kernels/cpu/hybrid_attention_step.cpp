@@ -1,7 +1,8 @@
 // hybrid_attention_step_ (SPEC 5): T new tokens on recurrent states, in place.
 //
-// T > 1 runs the chunkwise forward on the ring's tokens followed by the new ones. T = 1 is the decode step, bound by reading
-// and writing the state once: 8 F V bytes, 2 (2 D f + 2 F V + w (D + V)) FLOPs per head; lanes run along features and values.
+// T > 1 runs the chunkwise forward on the ring's tokens followed by the new ones. T = 1 is the
+// decode step, bound by reading and writing the state once: 8 F V bytes, 2 (2 D f + 2 F V + w (D +
+// V)) FLOPs per head; lanes run along features and values.
 #include "chunkwise.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -13,15 +14,20 @@ namespace {
 struct Step {
   explicit Step(const lol_hybrid_attention_step_args& args) : a(args) {
     const Window window = {a.window, a.window_kind, a.state.k_sink.shape[2]};
-    p = {a.q,    a.k,    a.v, a.feature_q, a.feature_k, (const float*)a.gate.data, window, (float)a.scale, a.affine != 0,
-         true, 0.0f};
+    p = {a.q,           a.k,
+         a.v,           a.feature_q,
+         a.feature_k,   (const float*)a.gate.data,
+         window,        (float)a.scale,
+         a.affine != 0, true,
+         0.0f};
     ring = a.state.k_ring.shape[2];
     slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
   }
 
   int64_t length(const Sequence& s) const { return ((const int64_t*)a.state.length.data)[s.slot]; }
   int64_t folded(const Sequence& s) const { return ((const int64_t*)a.state.folded.data)[s.slot]; }
-  // Positions in (kv, ksum) once `total` tokens have come: all that no query would need after `slack` tokens are taken back.
+  // Positions in (kv, ksum) once `total` tokens have come: all that no query would need after
+  // `slack` tokens are taken back.
   int64_t folded_after(const Sequence& s, int64_t total) const {
     const Window without_sink = {p.window.size, p.window.kind, 0};
     const int64_t earliest = total - 1 - slack;
@@ -33,8 +39,8 @@ struct Step {
   float* ksum(const Sequence& s, int64_t state_head) const {
     return (float*)a.state.ksum.data + (s.slot * p.state_heads() + state_head) * p.F();
   }
-  Tokens tokens(const lol_tensor& t, const lol_tensor& rings, const lol_tensor& sinks, const Sequence& s,
-                int64_t kv_head) const {
+  Tokens tokens(const lol_tensor& t, const lol_tensor& rings, const lol_tensor& sinks,
+                const Sequence& s, int64_t kv_head) const {
     Tokens tokens = tokens_of(t, s, kv_head);
     const int64_t at = (s.slot * p.kv_heads() + kv_head) * tokens.row_bytes();
     tokens.past = length(s);
@@ -85,18 +91,27 @@ void add_scaled(float* to, float factor, const float* x, int n) {
   for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
 }
 
-// One token of a sequence for one state head and the query heads that share it. Nothing is allocated.
+// One token of a sequence for one state head and the query heads that share it. Nothing is
+// allocated.
 class OneToken {
  public:
   static int64_t floats(const Problem& p, int64_t ring) {
-    return 2 * padded(p.D()) + padded(p.V()) * (1 + p.group()) + p.F() * (1 + p.group()) + p.group() + ring +
-           p.window.sink + LANES;
+    return 2 * padded(p.D()) + padded(p.V()) * (1 + p.group()) + p.F() * (1 + p.group()) +
+           p.group() + ring + p.window.sink + LANES;
   }
 
   OneToken(const Step& step, const Sequence& s, int64_t state_head, Arena arena)
-      : step_(step), p_(step.p), s_(s), state_head_(state_head), position_(step.length(s)),
-        keys_(step.keys(s, p_.kv_head_of(state_head))), values_(step.values(s, p_.kv_head_of(state_head))), D_((int)p_.D()),
-        V_((int)p_.V()), F_((int)p_.F()), G_((int)p_.group()) {
+      : step_(step),
+        p_(step.p),
+        s_(s),
+        state_head_(state_head),
+        position_(step.length(s)),
+        keys_(step.keys(s, p_.kv_head_of(state_head))),
+        values_(step.values(s, p_.kv_head_of(state_head))),
+        D_((int)p_.D()),
+        V_((int)p_.V()),
+        F_((int)p_.F()),
+        G_((int)p_.group()) {
     q_ = arena.take(padded(D_));
     k_ = arena.take(padded(D_));
     v_ = arena.take(padded(V_));
@@ -116,10 +131,12 @@ class OneToken {
     }
     const int64_t fold_to = at_least(step_.folded_after(s_, position_ + 1), p_.window.sink);
     int64_t position = at_least(step_.folded(s_), p_.window.sink);
-    // All but the last of the leaving tokens go into the state unread; the last one in the pass that reads the state.
+    // All but the last of the leaving tokens go into the state unread; the last one in the pass
+    // that reads the state.
     for (; position + 1 < fold_to; position++) fold(position);
     read_state(position < fold_to ? position : -1);
-    for (position = at_least(position, fold_to); position < p_.window.start(position_); position++) read_token(position);
+    for (position = at_least(position, fold_to); position < p_.window.start(position_); position++)
+      read_token(position);
     for (int g = 0; g < G_; g++) finish(g);
   }
 
@@ -140,8 +157,9 @@ class OneToken {
     }
   }
 
-  // o += phi_q kv and linear += phi_q ksum, folding the token at `leaving` (or none, -1) on the way: one pass over the state,
-  // in slices of 4 vectors of V whose sums stay in registers; the other heads of a group find the slice in L1.
+  // o += phi_q kv and linear += phi_q ksum, folding the token at `leaving` (or none, -1) on the
+  // way: one pass over the state, in slices of 4 vectors of V whose sums stay in registers; the
+  // other heads of a group find the slice in L1.
   void read_state(int64_t leaving) {
     if (leaving >= 0) {
       load_token(leaving);
@@ -199,17 +217,20 @@ class OneToken {
     }
   }
 
-  // The softmax part: scores of the sinks and the window, their exponentials, then both parts over one denominator.
+  // The softmax part: scores of the sinks and the window, their exponentials, then both parts over
+  // one denominator.
   void finish(int g) {
     load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
-    const int64_t sinks = at_most(p_.window.sink, position_ + 1), start = p_.window.start(position_);
+    const int64_t sinks = at_most(p_.window.sink, position_ + 1),
+                  start = p_.window.start(position_);
     const int64_t keys = sinks + at_least(position_ + 1 - start, 0);
     const auto sink_or_window = [&](const Tokens& t, int64_t i) {
       return i < sinks ? t.sink_row(i) : t.row(start + i - sinks);
     };
     float m = keys ? -INFINITY : 0.0f, sum = 0.0f;
     for (int64_t i = 0; i < keys; i++) {
-      scores_[i] = p_.scale * dot(q_, row_in_fp32(k_, sink_or_window(keys_, i), D_, keys_.dtype), padded(D_));
+      scores_[i] = p_.scale *
+                   dot(q_, row_in_fp32(k_, sink_or_window(keys_, i), D_, keys_.dtype), padded(D_));
       m = scores_[i] > m ? scores_[i] : m;
     }
     for (int64_t i = 0; i < keys; i += LANES) store(scores_ + i, exp(load(scores_ + i) - m));

@@ -1,4 +1,5 @@
-// The entry points of one instruction set, as its table lists them. Arguments have been checked; sequences are laid out.
+// The entry points of one instruction set, as its table lists them. Arguments have been checked;
+// sequences are laid out.
 #pragma once
 #include "problem.h"
 

@@ -1,5 +1,5 @@
-// Workers over threads. Each thread owns one arena, allocated before anything is written, so that running out of memory
-// leaves all outputs untouched.
+// Workers over threads. Each thread owns one arena, allocated before anything is written, so that
+// running out of memory leaves all outputs untouched.
 #pragma once
 #ifdef _OPENMP
 #include <omp.h>
@@ -39,11 +39,13 @@ class Buffer {
   float* data;
 };
 
-// First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from its arena.
+// First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from
+// its arena.
 template <class Body, class Prepare>
 static inline int run_workers(int64_t workers, int64_t floats, Body body, Prepare prepare) {
   const int threads = thread_count(workers);
-  const int64_t size = (floats + 1023) / 1024 * 1024 + 16 * 64;  // take() rounds each piece up to a cache line
+  const int64_t size =
+      (floats + 1023) / 1024 * 1024 + 16 * 64;  // take() rounds each piece up to a cache line
   Buffer memory(size * threads);
   if (!memory.ok()) return LOL_ENOMEM;
   prepare();

@@ -1,11 +1,12 @@
-// What an op file gets besides the arguments of the C ABI: plain structs, filled by kernels/api.cpp, read by every ISA.
+// What an op file gets besides the arguments of the C ABI: plain structs, filled by
+// kernels/api.cpp, read by every ISA.
 #pragma once
 #include "lolcats_ops/lolcats_ops.h"
 
 namespace lol {
 
-// One sequence of a batch: its real tokens, positions 0 .. tokens-1, are the rows first .. of batch entry `batch`, or, where
-// padding leaves holes, the rows index[0..].
+// One sequence of a batch: its real tokens, positions 0 .. tokens-1, are the rows first .. of batch
+// entry `batch`, or, where padding leaves holes, the rows index[0..].
 struct Sequence {
   int64_t batch;
   int64_t tokens;
@@ -37,6 +38,7 @@ struct Kernels {
   int (*attention_transfer_backward)(const lol_attention_transfer_backward_args&, const Batch&);
 };
 
-const Kernels* cpu_kernels();  // of the instruction set in use; null if LOLCATS_ISA names one that cannot run here
+const Kernels*
+cpu_kernels();  // of the instruction set in use; null if LOLCATS_ISA names one that cannot run here
 
 }  // namespace lol

@@ -1,8 +1,9 @@
-// Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this file is compiled with the
-// flags of each one, and the compiler picks the instructions. Nothing here names an intrinsic, so NEON comes for free.
+// Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
+// file is compiled with the flags of each one, and the compiler picks the instructions. Nothing
+// here names an intrinsic, so NEON comes for free.
 //
-// ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the C++ library compiled with
-// AVX-512 could otherwise win at link time and crash an older CPU.
+// ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
+// C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -37,7 +38,8 @@ static inline V load_as(const T* p) {
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 static inline Vec load(const float* p) { return *(const VecAnywhere*)p; }
 static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
-static inline Vec splat(float x) { return x - Vec{}; }  // x - 0 is x for every x, 0 + x is not for -0: no addition remains
+// x - 0 is x for every x, while 0 + x is not for -0: this way no addition remains.
+static inline Vec splat(float x) { return x - Vec{}; }
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
 static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
@@ -48,11 +50,13 @@ static inline VecI lane_index() {
   return v;
 }
 
-// Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the low bits of the result.
+// Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the
+// low bits of the result.
 constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
 
-// e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r - 1 - r) / r^2, 1e-8).
-// Below -87.3 the result stays at 2^-126 instead of leaving the normal range; above 88.3 it stays at e^88.3; NaN stays NaN.
+// e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r
+// - 1 - r) / r^2, 1e-8). Below -87.3 the result stays at 2^-126 instead of leaving the normal
+// range; above 88.3 it stays at e^88.3; NaN stays NaN.
 static inline Vec exp(Vec x) {
   x = x < splat(-87.33f) ? splat(-87.33f) : x;
   x = x > splat(88.37f) ? splat(88.37f) : x;
@@ -69,7 +73,8 @@ static inline Vec exp(Vec x) {
   return (Vec)((VecI)p + ((VecI)t << 23));
 }
 
-// ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2), sqrt(2)).
+// ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2),
+// sqrt(2)).
 static inline Vec log(Vec x) {
   const VecI bits = (VecI)x - splat_int(0x3f3504f3);  // sqrt(1/2)
   const VecI n = bits >> 23;
@@ -97,8 +102,9 @@ static inline void to_bf16(uint16_t* p, Vec v) {
   memcpy(p, &h, sizeof(h));
 }
 
-// fp16: shifting exponent and mantissa into place leaves the bias wrong by 112, which one multiplication mends, subnormals
-// included. Infinity and NaN (exponent 31) get the float's exponent 255.
+// fp16: shifting exponent and mantissa into place leaves the bias wrong by 112, which one
+// multiplication mends, subnormals included. Infinity and NaN (exponent 31) get the float's
+// exponent 255.
 static inline Vec from_fp16(const uint16_t* p) {
   const VecU h = __builtin_convertvector(load_as<VecH>(p), VecU);
   const VecU magnitude = (h & 0x7fff) << 13;
@@ -110,7 +116,8 @@ static inline Vec from_fp16(const uint16_t* p) {
 static inline void to_fp16(uint16_t* p, Vec v) {
   const VecU u = (VecU)v;
   const VecU sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
-  // Normal: rebias, round to nearest even on bit 13. Subnormal: adding 0.5 leaves the fp16 bits in the float's mantissa.
+  // Normal: rebias, round to nearest even on bit 13. Subnormal: adding 0.5 leaves the fp16 bits in
+  // the float's mantissa.
   const VecU normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const VecU subnormal = (VecU)((Vec)magnitude + 0.5f) - 0x3f000000;
   VecU h = (VecU)(magnitude < 0x38800000) ? subnormal : normal;
@@ -120,20 +127,24 @@ static inline void to_fp16(uint16_t* p, Vec v) {
   memcpy(p, &out, sizeof(out));
 }
 
-// dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller. 4 x 4 blocks in 128-bit
-// registers: 8 shuffles for 16 elements on every instruction set.
-static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows, int cols) {
+// dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller.
+// 4 x 4 blocks in 128-bit registers: 8 shuffles for 16 elements on every instruction set.
+static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows,
+                             int cols) {
   for (int i = 0; i < rows; i += 4) {
     for (int j = 0; j < cols; j += 4) {
       const float* s = src + i * lds + j;
       float* d = dst + j * ldd + i;
       const Vec4 a = load_as<Vec4>(s), b = load_as<Vec4>(s + lds);
       const Vec4 c = load_as<Vec4>(s + 2 * lds), e = load_as<Vec4>(s + 3 * lds);
-      const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Vec4 ce0 = __builtin_shufflevector(c, e, 0, 4, 1, 5), ce1 = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      const Vec4 out[4] = {
-          __builtin_shufflevector(ab0, ce0, 0, 1, 4, 5), __builtin_shufflevector(ab0, ce0, 2, 3, 6, 7),
-          __builtin_shufflevector(ab1, ce1, 0, 1, 4, 5), __builtin_shufflevector(ab1, ce1, 2, 3, 6, 7)};
+      const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+                 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const Vec4 ce0 = __builtin_shufflevector(c, e, 0, 4, 1, 5),
+                 ce1 = __builtin_shufflevector(c, e, 2, 6, 3, 7);
+      const Vec4 out[4] = {__builtin_shufflevector(ab0, ce0, 0, 1, 4, 5),
+                           __builtin_shufflevector(ab0, ce0, 2, 3, 6, 7),
+                           __builtin_shufflevector(ab1, ce1, 0, 1, 4, 5),
+                           __builtin_shufflevector(ab1, ce1, 2, 3, 6, 7)};
       for (int r = 0; r < 4; r++) memcpy(d + r * ldd, &out[r], sizeof(Vec4));
     }
   }

@@ -1,7 +1,9 @@
-// Tokens of one sequence in one head of a [B, H, T, X] tensor: addressing by position, and tiles in and out of fp32.
+// Tokens of one sequence in one head of a [B, H, T, X] tensor: addressing by position, and tiles in
+// and out of fp32.
 //
-// Tiles hold BLOCK tokens. "Transposed" tiles are [X x BLOCK] with tokens along lanes: softmax over features or keys is then a
-// reduction over rows, with no horizontal step, and X needs no padding. Row tiles are [BLOCK x padded(X)].
+// Tiles hold BLOCK tokens. "Transposed" tiles are [X x BLOCK] with tokens along lanes: softmax over
+// features or keys is then a reduction over rows, with no horizontal step, and X needs no padding.
+// Row tiles are [BLOCK x padded(X)].
 #pragma once
 #include <stdlib.h>
 
@@ -31,7 +33,8 @@ struct Tokens {
   int64_t stride;  // bytes between physical rows
   const int32_t* index;
   int64_t first;
-  int64_t past;  // positions below `past` came with earlier calls: they are in the ring, the sinks in `sink`
+  int64_t past;  // positions below `past` came with earlier calls: they are in the ring, the sinks
+                 // in `sink`
   const char *ring, *sink;
   int64_t ring_size;
   int width, dtype;
@@ -50,7 +53,8 @@ struct Tokens {
 static inline Tokens tokens_of(const lol_tensor& t, const Sequence& s, int64_t head) {
   const int64_t size = dtype_size(t.dtype);
   char* base = (char*)t.data + (s.batch * t.stride[0] + head * t.stride[1]) * size;
-  return {base, t.stride[2] * size, s.index, s.first, 0, nullptr, nullptr, 0, (int)t.shape[3], t.dtype};
+  return {base, t.stride[2] * size, s.index, s.first, 0, nullptr, nullptr,
+          0,    (int)t.shape[3],    t.dtype};
 }
 
 static inline float scalar_from(const char* p, int dtype) {
@@ -95,7 +99,8 @@ static inline void store_row(char* dst, const float* src, int width, int dtype) 
 }
 
 // Row tile of the n tokens from `position` on, rows n .. BLOCK zero.
-static inline void load_rows(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink = false) {
+static inline void load_rows(float* dst, const Tokens& t, int64_t position, int64_t n,
+                             bool sink = false) {
   const int ld = padded(t.width);
   for (int64_t i = 0; i < n; i++) {
     load_row(dst + i * ld, sink ? t.sink_row(position + i) : t.row(position + i), t.width, t.dtype);
@@ -108,7 +113,8 @@ static inline void store_rows(const Tokens& t, int64_t position, int64_t n, cons
   for (int64_t i = 0; i < n; i++) store_row(t.row(position + i), src + i * ld, t.width, t.dtype);
 }
 
-// [X x BLOCK] from a row tile and back. Transposing works on multiples of 4, so tiles have up to 3 spare rows.
+// [X x BLOCK] from a row tile and back. Transposing works on multiples of 4, so tiles have up to 3
+// spare rows.
 static inline void to_lanes(float* dst, const float* row_tile, int width) {
   transpose(dst, BLOCK, row_tile, padded(width), BLOCK, (width + 3) / 4 * 4);
 }
@@ -125,7 +131,9 @@ static inline void clear(const lol_tensor& t) {
   for (int64_t b = 0; b < t.shape[0]; b++) {
     for (int64_t h = 0; h < t.shape[1]; h++) {
       for (int64_t i = 0; i < t.shape[2]; i++) {
-        memset((char*)t.data + (b * t.stride[0] + h * t.stride[1] + i * t.stride[2]) * dtype_size(t.dtype), 0, bytes);
+        memset((char*)t.data +
+                   (b * t.stride[0] + h * t.stride[1] + i * t.stride[2]) * dtype_size(t.dtype),
+               0, bytes);
       }
     }
   }

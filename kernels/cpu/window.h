@@ -1,4 +1,5 @@
-// Which keys a query attends by softmax and which by features (SPEC 2), and the bands this draws on a tile.
+// Which keys a query attends by softmax and which by features (SPEC 2), and the bands this draws on
+// a tile.
 #pragma once
 #include "tokens.h"
 
@@ -18,26 +19,35 @@ struct Window {
   }
 };
 
-// Band of the keys [key, key + keys) for the queries [query, query + queries): rows first(i) <= key < last(i).
+// Band of the keys [key, key + keys) for the queries [query, query + queries): rows first(i) <= key
+// < last(i).
 template <class First, class Last>
-static inline Band make_band(int64_t key, int64_t keys, int64_t query, int64_t queries, First first, Last last) {
+static inline Band make_band(int64_t key, int64_t keys, int64_t query, int64_t queries, First first,
+                             Last last) {
   Band band;
   for (int64_t c = 0; c < BLOCK; c++) {
     const int64_t i = query + at_most(c, queries - 1);
     band.hi[c] = (int32_t)at_most(at_least(last(i) - key, 0), keys);
-    band.lo[c] = c < queries ? (int32_t)at_most(at_least(first(i) - key, 0), band.hi[c]) : band.hi[c];
+    band.lo[c] =
+        c < queries ? (int32_t)at_most(at_least(first(i) - key, 0), band.hi[c]) : band.hi[c];
   }
   return band;
 }
 
-static inline Band softmax_band(const Window& w, int64_t key, int64_t keys, int64_t query, int64_t queries) {
-  return make_band(key, keys, query, queries, [&](int64_t i) { return w.start(i); }, [](int64_t i) { return i + 1; });
+static inline Band softmax_band(const Window& w, int64_t key, int64_t keys, int64_t query,
+                                int64_t queries) {
+  return make_band(
+      key, keys, query, queries, [&](int64_t i) { return w.start(i); },
+      [](int64_t i) { return i + 1; });
 }
-static inline Band linear_band(const Window& w, int64_t key, int64_t keys, int64_t query, int64_t queries) {
-  return make_band(key, keys, query, queries, [](int64_t) { return 0; }, [&](int64_t i) { return w.start(i); });
+static inline Band linear_band(const Window& w, int64_t key, int64_t keys, int64_t query,
+                               int64_t queries) {
+  return make_band(
+      key, keys, query, queries, [](int64_t) { return 0; }, [&](int64_t i) { return w.start(i); });
 }
 static inline Band causal_band(int64_t key, int64_t keys, int64_t query, int64_t queries) {
-  return make_band(key, keys, query, queries, [](int64_t) { return 0; }, [](int64_t i) { return i + 1; });
+  return make_band(
+      key, keys, query, queries, [](int64_t) { return 0; }, [](int64_t i) { return i + 1; });
 }
 
 // Lanes of columns [c, c + LANES) that see row j.
@@ -45,7 +55,8 @@ static inline VecI in_band(const Band& band, int c, int j) {
   return (load_as<VecI>(band.lo + c) <= splat_int(j)) & (load_as<VecI>(band.hi + c) > splat_int(j));
 }
 
-// Zeroes what lies outside the band in rows [0, n) of a key x query tile, uncomputed micro-tiles included.
+// Zeroes what lies outside the band in rows [0, n) of a key x query tile, uncomputed micro-tiles
+// included.
 static inline void keep_band(float* tile, const Band& band, int64_t n) {
   for (int c = 0; c < BLOCK; c += LANES) {
     for (int j = 0; j < n; j++) {

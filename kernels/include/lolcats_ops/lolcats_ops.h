@@ -1,13 +1,15 @@
-/* lolcats_ops: linearized attention kernels. The plain C ABI; bindings and other programs include this file alone.
+/* lolcats_ops: linearized attention kernels. The plain C ABI; bindings and other programs include
+ * this file alone.
  *
- * Shapes: B batch, T sequence, H query heads, Hk key/value heads (H % Hk == 0), D query/key head dim, V value head dim,
- * f learned feature width, F width after the activation (2f two-sided, else f), Hf heads of a feature map (H or Hk),
- * Hs heads of the recurrent state (= Hf of feature_k), N packed sequences, P slots of a state pool, R ring size, s sinks.
- * Sequence tensors are [B, H, T, D] with any strides, last dimension contiguous, fp32, bf16 or fp16; q, k, v, o share a dtype.
+ * Shapes: B batch, T sequence, H query heads, Hk key/value heads (H % Hk == 0), D query/key head
+ * dim, V value head dim, f learned feature width, F width after the activation (2f two-sided, else
+ * f), Hf heads of a feature map (H or Hk), Hs heads of the recurrent state (= Hf of feature_k), N
+ * packed sequences, P slots of a state pool, R ring size, s sinks. Sequence tensors are [B, H, T,
+ * D] with any strides, last dimension contiguous, fp32, bf16 or fp16; q, k, v, o share a dtype.
  * Parameters, statistics, states and their gradients are fp32. Arithmetic is fp32.
  *
- * Every function returns LOL_OK or an error code; lol_last_error() then says which argument was wrong, what it was and what
- * is needed. On error nothing has been written.
+ * Every function returns LOL_OK or an error code; lol_last_error() then says which argument was
+ * wrong, what it was and what is needed. On error nothing has been written.
  */
 #ifndef LOLCATS_OPS_H
 #define LOLCATS_OPS_H
@@ -26,8 +28,21 @@ extern "C" {
 
 #define LOL_ABI_VERSION 1
 
-typedef enum { LOL_F32 = 0, LOL_BF16 = 1, LOL_F16 = 2, LOL_I32 = 3, LOL_I64 = 4, LOL_BOOL = 5 } lol_dtype;
-typedef enum { LOL_OK = 0, LOL_EINVAL = 1, LOL_EUNSUPPORTED = 2, LOL_ENOMEM = 3, LOL_ECUDA = 4 } lol_status;
+typedef enum {
+  LOL_F32 = 0,
+  LOL_BF16 = 1,
+  LOL_F16 = 2,
+  LOL_I32 = 3,
+  LOL_I64 = 4,
+  LOL_BOOL = 5
+} lol_dtype;
+typedef enum {
+  LOL_OK = 0,
+  LOL_EINVAL = 1,
+  LOL_EUNSUPPORTED = 2,
+  LOL_ENOMEM = 3,
+  LOL_ECUDA = 4
+} lol_status;
 typedef enum {
   LOL_SOFTMAX = 0,
   LOL_EXP = 1,
@@ -47,7 +62,8 @@ typedef struct lol_tensor {
   int64_t stride[4];
 } lol_tensor;
 
-/* Feature map (SPEC 1): phi(x) = clamp(act(x @ weight[h] + bias[h] (+ x if skip)), min = eps); identity is not clamped. */
+/* Feature map (SPEC 1): phi(x) = clamp(act(x @ weight[h] + bias[h] (+ x if skip)), min = eps);
+ * identity is not clamped. */
 typedef struct lol_features {
   lol_tensor weight; /* [Hf, D, f] contiguous fp32 */
   lol_tensor bias;   /* [Hf, f] contiguous fp32, or absent */
@@ -82,7 +98,8 @@ typedef struct lol_feature_map_backward_args {
   lol_tensor dbias;   /* out [Hf, f], absent without bias */
 } lol_feature_map_backward_args;
 
-/* Linear attention (SPEC 4). Without feature maps (weights absent) q and k are the features and F == D. */
+/* Linear attention (SPEC 4). Without feature maps (weights absent) q and k are the features and F
+ * == D. */
 typedef struct lol_linear_attention_args {
   size_t struct_size;
   lol_context context;
@@ -91,8 +108,8 @@ typedef struct lol_linear_attention_args {
   double scale;
   int32_t normalize;
   double eps;
-  lol_tensor kv0, ksum0;       /* initial state [B|N, Hs, F, V], [B|N, Hs, F], contiguous, or absent */
-  lol_tensor cu_seqlens;       /* [N+1] int32 or int64 contiguous, or absent; needs B == 1 */
+  lol_tensor kv0, ksum0; /* initial state [B|N, Hs, F, V], [B|N, Hs, F], contiguous, or absent */
+  lol_tensor cu_seqlens; /* [N+1] int32 or int64 contiguous, or absent; needs B == 1 */
   lol_tensor key_padding_mask; /* [B, T] bool, True = real, or absent */
   lol_tensor o;                /* out [B, H, T, V] */
   lol_tensor den;              /* out [B, H, T] contiguous; ones where normalize == 0 */
@@ -101,12 +118,13 @@ typedef struct lol_linear_attention_args {
 
 typedef struct lol_linear_attention_backward_args {
   size_t struct_size;
-  lol_linear_attention_args forward; /* with its outputs o and den as inputs; kv and ksum are not read */
-  lol_tensor do_;                    /* [B, H, T, V] */
-  lol_tensor dkv, dksum;             /* gradient of the final state, or absent (zero) */
-  lol_tensor dq, dk, dv;             /* out */
+  lol_linear_attention_args
+      forward;           /* with its outputs o and den as inputs; kv and ksum are not read */
+  lol_tensor do_;        /* [B, H, T, V] */
+  lol_tensor dkv, dksum; /* gradient of the final state; each may be absent (zero) */
+  lol_tensor dq, dk, dv; /* out */
   lol_tensor dweight_q, dbias_q, dweight_k, dbias_k; /* out, absent where the parameter is */
-  lol_tensor dkv0, dksum0;           /* out, absent without an initial state */
+  lol_tensor dkv0, dksum0;                           /* out, absent without an initial state */
 } lol_linear_attention_backward_args;
 
 /* Hybrid attention (SPEC 3). */
@@ -123,7 +141,7 @@ typedef struct lol_hybrid_attention_args {
   int32_t affine;
   lol_tensor cu_seqlens, key_padding_mask; /* as in linear attention */
   lol_tensor o;                            /* out [B, H, T, V]; 0 for padded queries */
-  lol_tensor m, den;                       /* out [B, H, T] contiguous: window maximum and denominator per query */
+  lol_tensor m, den; /* out [B, H, T] contiguous: window maximum and denominator per query */
 } lol_hybrid_attention_args;
 
 typedef struct lol_hybrid_attention_backward_args {
@@ -134,8 +152,9 @@ typedef struct lol_hybrid_attention_backward_args {
   lol_tensor dweight_q, dbias_q, dweight_k, dbias_k, dgate;
 } lol_hybrid_attention_backward_args;
 
-/* Recurrent state (SPEC 5): kv and ksum hold the positions [s, folded), the ring holds [folded, length) at slot
- * position % R, the sinks hold [0, min(s, length)). R - w (sliding) or R - 2w (terrace) is the slack that can be rewound. */
+/* Recurrent state (SPEC 5): kv and ksum hold the positions [s, folded), the ring holds [folded,
+ * length) at slot position % R, the sinks hold [0, min(s, length)). R - w (sliding) or R - 2w
+ * (terrace) is the slack that can be rewound. */
 typedef struct lol_state {
   lol_tensor kv;             /* [P, Hs, F, V] contiguous */
   lol_tensor ksum;           /* [P, Hs, F] contiguous */
@@ -144,7 +163,8 @@ typedef struct lol_state {
   lol_tensor length, folded; /* [P] int64 contiguous */
 } lol_state;
 
-/* Appends T tokens per sequence to the state, in place, and returns their outputs. Any T; T = 1 is the decode step. */
+/* Appends T tokens per sequence to the state, in place, and returns their outputs. Any T; T = 1 is
+ * the decode step. */
 typedef struct lol_hybrid_attention_step_args {
   size_t struct_size;
   lol_context context;
@@ -156,7 +176,8 @@ typedef struct lol_hybrid_attention_step_args {
   double scale;
   int32_t affine;
   lol_state state;
-  lol_tensor state_indices; /* [B|N] int32 or int64, distinct slots of the pool, or absent: sequence b uses slot b */
+  lol_tensor state_indices; /* [B|N] int32 or int64, distinct slots of the pool, or absent: sequence
+                               b uses slot b */
   lol_tensor cu_seqlens, key_padding_mask;
   lol_tensor o;
 } lol_hybrid_attention_step_args;
@@ -175,7 +196,8 @@ typedef struct lol_attention_transfer_args {
 
 typedef struct lol_attention_transfer_backward_args {
   size_t struct_size;
-  lol_attention_transfer_args forward; /* with residual, delta, lse, m and den as inputs; teacher, mse and xent are not read */
+  lol_attention_transfer_args forward; /* with residual, delta, lse, m and den as inputs; teacher,
+                                          mse and xent are not read */
   lol_tensor d_mse, d_xent;            /* one fp32 each */
   lol_tensor dweight_q, dbias_q, dweight_k, dbias_k, dgate;
 } lol_attention_transfer_backward_args;
@@ -191,15 +213,16 @@ LOL_API int lol_attention_transfer(const lol_attention_transfer_args* args);
 LOL_API int lol_attention_transfer_backward(const lol_attention_transfer_backward_args* args);
 
 LOL_API int lol_abi_version(void);
-LOL_API const char* lol_last_error(void);          /* of this thread, valid until its next call */
-/* The instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16"; the best one, or what the environment variable
- * LOLCATS_ISA or lol_set_cpu_isa names. Null if LOLCATS_ISA names one that this CPU or build lacks. */
+LOL_API const char* lol_last_error(void); /* of this thread, valid until its next call */
+/* The instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16"; the best one, or what
+ * the environment variable LOLCATS_ISA or lol_set_cpu_isa names. Null if LOLCATS_ISA names one that
+ * this CPU or build lacks. */
 LOL_API const char* lol_cpu_isa(void);
-LOL_API int lol_set_cpu_isa(const char* name);     /* LOL_EUNSUPPORTED if this CPU or build lacks it */
-LOL_API int lol_cpu_isa_count(void);               /* instruction sets that this CPU can run */
-LOL_API const char* lol_cpu_isa_name(int index);   /* best first */
+LOL_API int lol_set_cpu_isa(const char* name); /* LOL_EUNSUPPORTED if this CPU or build lacks it */
+LOL_API int lol_cpu_isa_count(void);           /* instruction sets that this CPU can run */
+LOL_API const char* lol_cpu_isa_name(int index); /* best first */
 LOL_API int lol_max_threads(void);
-LOL_API int lol_has_cuda(void);                    /* built with CUDA kernels */
+LOL_API int lol_has_cuda(void); /* built with CUDA kernels */
 
 #ifdef __cplusplus
 }
