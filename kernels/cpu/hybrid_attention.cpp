@@ -33,11 +33,7 @@ int hybrid_attention_backward(const lol_hybrid_attention_backward_args& a, const
   b.dq = a.dq;
   b.dk = a.dk;
   b.dv = a.dv;
-  b.dweight_q = a.dweight_q;
-  b.dbias_q = a.dbias_q;
-  b.dweight_k = a.dweight_k;
-  b.dbias_k = a.dbias_k;
-  b.dgate = (float*)a.dgate.data;
+  b.parameters = {a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k, (float*)a.dgate.data};
   return backward(b, batch);
 }
 

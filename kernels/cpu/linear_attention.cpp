@@ -42,10 +42,7 @@ int linear_attention_backward(const lol_linear_attention_backward_args& a, const
   b.dq = a.dq;
   b.dk = a.dk;
   b.dv = a.dv;
-  b.dweight_q = a.dweight_q;
-  b.dbias_q = a.dbias_q;
-  b.dweight_k = a.dweight_k;
-  b.dbias_k = a.dbias_k;
+  b.parameters = {a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k, nullptr};
   b.dkv0 = (float*)a.dkv0.data;
   b.dksum0 = (float*)a.dksum0.data;
   return backward(b, batch);

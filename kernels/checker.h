@@ -1,0 +1,244 @@
+// What the checks of single ops are made of. Each method returns LOL_OK, or sets the message and
+// returns the error.
+#pragma once
+#include <cmath>
+#include <initializer_list>
+#include <string>
+
+#include "check.h"
+
+namespace lol {
+
+constexpr int64_t MAX_DIM = 256;  // D, V and f: what the kernels' tiles are laid out for
+
+inline const char* name_of(int dtype) {
+  static const char* names[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool"};
+  return dtype >= 0 && dtype < 6 ? names[dtype] : "unknown";
+}
+
+inline std::string shape_text(const int64_t* shape, int ndim) {
+  std::string text = "[";
+  for (int i = 0; i < ndim; i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+inline bool present(const lol_tensor& t) { return t.data || t.ndim; }
+
+inline int64_t numel(const lol_tensor& t) {
+  int64_t n = 1;
+  for (int i = 0; i < t.ndim; i++) n *= t.shape[i];
+  return n;
+}
+
+using Shape = std::initializer_list<int64_t>;
+
+#define LOL_TRY(...)                               \
+  do {                                             \
+    if (int status = (__VA_ARGS__)) return status; \
+  } while (0)
+
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  int shape(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+    bool same = t.ndim == (int)expected.size() && t.ndim <= 4;
+    for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == expected.begin()[i];
+    if (!same) {
+      return fail("%s: %s has shape %s, needs %s", op_, name,
+                  shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
+                  shape_text(expected.begin(), (int)expected.size()).c_str());
+    }
+    if (t.dtype != dtype)
+      return fail("%s: %s is %s, needs %s", op_, name, name_of(t.dtype), name_of(dtype));
+    if (!t.data && numel(t) > 0) return fail("%s: %s has no data", op_, name);
+    return LOL_OK;
+  }
+
+  // A sequence tensor: any strides, last dimension contiguous.
+  int strided(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+    LOL_TRY(shape(name, t, dtype, expected));
+    if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1) {
+      return fail("%s: %s has stride %lld in its last dimension, which must be contiguous", op_,
+                  name, (long long)t.stride[t.ndim - 1]);
+    }
+    return LOL_OK;
+  }
+
+  int contiguous(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+    LOL_TRY(shape(name, t, dtype, expected));
+    int64_t stride = 1;
+    for (int i = t.ndim - 1; i >= 0; i--) {
+      if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride)
+        return fail("%s: %s must be contiguous", op_, name);
+      stride *= t.shape[i];
+    }
+    return LOL_OK;
+  }
+
+  int optional(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+    return present(t) ? contiguous(name, t, dtype, expected) : LOL_OK;
+  }
+
+  int context(const lol_context& c) const {
+    if (c.device < 0) return LOL_OK;
+    fail("%s: device %d asked for, but this build has no CUDA kernels", op_, c.device);
+    return LOL_EUNSUPPORTED;
+  }
+
+  int sequence(const char* name, const lol_tensor& t) const {
+    if (t.ndim != 4)
+      return fail("%s: %s has %d dimensions, needs 4: [B, H, T, D]", op_, name, t.ndim);
+    if (t.dtype > LOL_F16 || t.dtype < 0) {
+      return fail("%s: %s is %s, needs float32, bfloat16 or float16", op_, name, name_of(t.dtype));
+    }
+    if (t.shape[3] < 1 || t.shape[3] > MAX_DIM) {
+      return fail("%s: %s has head dimension %lld, needs 1 to %lld", op_, name,
+                  (long long)t.shape[3], (long long)MAX_DIM);
+    }
+    return strided(name, t, t.dtype, {t.shape[0], t.shape[1], t.shape[2], t.shape[3]});
+  }
+
+  // q, k and v of one attention: one dtype, one B and T, heads that divide.
+  int qkv(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v) const {
+    LOL_TRY(sequence("q", q));
+    LOL_TRY(sequence("k", k));
+    LOL_TRY(sequence("v", v));
+    const int64_t H = q.shape[1], Hk = k.shape[1];
+    LOL_TRY(strided("k", k, q.dtype, {q.shape[0], Hk, q.shape[2], q.shape[3]}));
+    LOL_TRY(strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]}));
+    if (Hk < 1 || H % Hk) {
+      return fail("%s: k has %lld heads, which does not divide q's %lld", op_, (long long)Hk,
+                  (long long)H);
+    }
+    return LOL_OK;
+  }
+
+  int features(const char* name, const lol_features& f, int64_t D, int64_t H, int64_t Hk) const {
+    const std::string weight = std::string(name) + ".weight", bias = std::string(name) + ".bias";
+    if (f.weight.ndim != 3)
+      return fail("%s: %s has %d dimensions, needs 3: [Hf, D, f]", op_, weight.c_str(),
+                  f.weight.ndim);
+    const int64_t Hf = f.weight.shape[0], width = f.weight.shape[2];
+    if (Hf != H && Hf != Hk) {
+      return fail("%s: %s has %lld heads, needs %lld or %lld", op_, weight.c_str(), (long long)Hf,
+                  (long long)H, (long long)Hk);
+    }
+    if (width < 1 || width > MAX_DIM) {
+      return fail("%s: %s has width %lld, needs 1 to %lld", op_, weight.c_str(), (long long)width,
+                  (long long)MAX_DIM);
+    }
+    LOL_TRY(contiguous(weight.c_str(), f.weight, LOL_F32, {Hf, D, width}));
+    LOL_TRY(optional(bias.c_str(), f.bias, LOL_F32, {Hf, width}));
+    if (f.activation < LOL_SOFTMAX || f.activation > LOL_FAVOR) {
+      return fail("%s: %s.activation is %d, needs 0 to %d", op_, name, f.activation, LOL_FAVOR);
+    }
+    if (f.two_sided && f.activation > LOL_EXP) {
+      return fail("%s: %s.two_sided needs the activation softmax or exp", op_, name);
+    }
+    if (f.skip && width != D) {
+      return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name,
+                  (long long)width, (long long)D);
+    }
+    return LOL_OK;
+  }
+
+  int feature_pair(const lol_features& q, const lol_features& k, int64_t D, int64_t H,
+                   int64_t Hk) const {
+    LOL_TRY(features("feature_q", q, D, H, Hk));
+    LOL_TRY(features("feature_k", k, D, H, Hk));
+    if (q.weight.shape[2] != k.weight.shape[2]) {
+      return fail("%s: feature_q has width %lld, feature_k %lld: they must agree", op_,
+                  (long long)q.weight.shape[2], (long long)k.weight.shape[2]);
+    }
+    if (q.activation != k.activation || q.two_sided != k.two_sided || q.skip != k.skip ||
+        q.eps != k.eps) {
+      return fail("%s: feature_q and feature_k must agree in activation, two_sided, skip and eps",
+                  op_);
+    }
+    return LOL_OK;
+  }
+
+  int gate(const lol_tensor& t, int64_t H) const {
+    LOL_TRY(contiguous("gate", t, LOL_F32, {H}));
+    for (int64_t h = 0; h < H; h++) {
+      const float value = ((const float*)t.data)[h];
+      if (!std::isfinite(value))
+        return fail("%s: gate[%lld] is %f, needs a finite value", op_, (long long)h, value);
+    }
+    return LOL_OK;
+  }
+
+  int window(int64_t size, int32_t kind, int64_t sink) const {
+    if (size < 0) return fail("%s: window is %lld, needs 0 or more", op_, (long long)size);
+    if (sink < 0) return fail("%s: sink is %lld, needs 0 or more", op_, (long long)sink);
+    if (kind != LOL_SLIDING && kind != LOL_TERRACE)
+      return fail("%s: window_kind is %d, needs 0 or 1", op_, kind);
+    return LOL_OK;
+  }
+
+  // cu_seqlens, key_padding_mask; `sequences` gets N.
+  int layout(const lol_tensor& cu_seqlens, const lol_tensor& mask, int64_t B, int64_t T,
+             int64_t* sequences) const {
+    *sequences = B;
+    if (present(mask)) {
+      if (present(cu_seqlens))
+        return fail("%s: cu_seqlens and key_padding_mask exclude each other", op_);
+      return strided("key_padding_mask", mask, LOL_BOOL, {B, T});
+    }
+    if (!present(cu_seqlens)) return LOL_OK;
+    if (B != 1)
+      return fail("%s: cu_seqlens packs sequences into a batch of 1, got %lld", op_, (long long)B);
+    const bool wide = cu_seqlens.dtype == LOL_I64;
+    LOL_TRY(contiguous("cu_seqlens", cu_seqlens, wide ? LOL_I64 : LOL_I32, {numel(cu_seqlens)}));
+    if (numel(cu_seqlens) < 1) return fail("%s: cu_seqlens is empty, needs [N + 1] offsets", op_);
+    int64_t last = 0;
+    for (int64_t i = 0; i < numel(cu_seqlens); i++) {
+      const int64_t at =
+          wide ? ((const int64_t*)cu_seqlens.data)[i] : ((const int32_t*)cu_seqlens.data)[i];
+      if (at < last || at > T || (i == 0 && at != 0)) {
+        return fail(
+            "%s: cu_seqlens[%lld] is %lld, needs offsets from 0 up to at most %lld, in order", op_,
+            (long long)i, (long long)at, (long long)T);
+      }
+      last = at;
+    }
+    *sequences = numel(cu_seqlens) - 1;
+    return LOL_OK;
+  }
+
+  // Gradients of the parameters of a pair of maps.
+  int feature_gradients(const lol_features& q, const lol_features& k, const lol_tensor& dweight_q,
+                        const lol_tensor& dbias_q, const lol_tensor& dweight_k,
+                        const lol_tensor& dbias_k) const {
+    LOL_TRY(features_gradient("dweight_q", "dbias_q", q, dweight_q, dbias_q));
+    return features_gradient("dweight_k", "dbias_k", k, dweight_k, dbias_k);
+  }
+  int features_gradient(const char* weight, const char* bias, const lol_features& f,
+                        const lol_tensor& dweight, const lol_tensor& dbias) const {
+    if (!present(f.weight)) return LOL_OK;
+    const int64_t* s = f.weight.shape;
+    LOL_TRY(contiguous(weight, dweight, LOL_F32, {s[0], s[1], s[2]}));
+    return present(f.bias) ? contiguous(bias, dbias, LOL_F32, {s[0], s[2]}) : LOL_OK;
+  }
+
+  int qkv_gradients(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v,
+                    const lol_tensor& dq, const lol_tensor& dk, const lol_tensor& dv) const {
+    LOL_TRY(like("dq", dq, q));
+    LOL_TRY(like("dk", dk, k));
+    return like("dv", dv, v);
+  }
+  int like(const char* name, const lol_tensor& t, const lol_tensor& other) const {
+    return strided(name, t, other.dtype,
+                   {other.shape[0], other.shape[1], other.shape[2], other.shape[3]});
+  }
+
+ private:
+  const char* op_;
+};
+
+inline int64_t width_of(const lol_features& f, int64_t D) {
+  return present(f.weight) ? f.weight.shape[2] * (f.two_sided ? 2 : 1) : D;
+}
+
+}  // namespace lol
