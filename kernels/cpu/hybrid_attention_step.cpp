@@ -68,7 +68,6 @@ void many_tokens(const Step& step, const Sequence& s, int64_t state_head, Arena&
   c.load_state(step.kv(s, state_head), step.ksum(s, state_head), step.folded(s));
   const int64_t fold = at_least(step.folded_after(s, total), c.folded());
   const FinalState final = {fold, step.kv(s, state_head), step.ksum(s, state_head)};
-  // Queries count from the start of the sequence, the rows of q and o from the first new token.
   forward_worker(p, s, state_head, c, past, step.a.o, nullptr, nullptr, &final);
 }
 
