@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Machines without AVX-512 test its source at the same width.
+TEST_BUILD := --config-settings=cmake.define.LOLCATS_EMULATE_AVX512=ON
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 LINT_TOOLS := clang-format mypy numpy pydantic rich ruff torch typer types-PyYAML
 CXX_FILES = $(shell git ls-files '*.c' '*.cpp' '*.h')
@@ -28,7 +30,7 @@ lint: $(VENV)/lint/.ready
 # Rebuilds what changed and installs it editable: Python sources are used from the checkout.
 build: $(VENV)/test/.ready
 	PATH=$(CURDIR)/$(VENV)/test/bin:$$PATH $(VENV)/test/bin/pip install --quiet \
-	  --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	  --disable-pip-version-check --no-build-isolation --no-deps $(TEST_BUILD) --editable .
 
 clean:
 	rm -rf build dist $(VENV)
@@ -42,7 +44,7 @@ $(VENV)/demo/.ready: pyproject.toml constraints.txt $(shell git ls-files kernels
 $(VENV)/test/.ready: pyproject.toml constraints.txt
 	test -d $(@D) || $(PYTHON) -m venv $(@D)
 	$(PIP_INSTALL) $(BUILD_TOOLS)
-	PATH=$(CURDIR)/$(@D)/bin:$$PATH $(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	PATH=$(CURDIR)/$(@D)/bin:$$PATH $(PIP_INSTALL) --no-build-isolation $(TEST_BUILD) --editable '.[dev]'
 	touch $@
 
 $(VENV)/lint/.ready: pyproject.toml constraints.txt

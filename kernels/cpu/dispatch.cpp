@@ -27,12 +27,17 @@ extern const Kernels kernels;
 namespace scalar {
 extern const Kernels kernels;
 }
+#ifdef LOL_HAVE_AVX512_EMULATED
+namespace avx512_emulated {
+extern const Kernels kernels;
+}
+#endif
 
 namespace {
 
 // Best first.
 struct Available {
-  const Kernels* list[5] = {};
+  const Kernels* list[6] = {};
   int count = 0;
   Available() {
 #if defined(__x86_64__)
@@ -55,6 +60,9 @@ struct Available {
     if (v3) list[count++] = &avx2::kernels;
 #endif
     list[count++] = &scalar::kernels;
+#ifdef LOL_HAVE_AVX512_EMULATED
+    if (v3 && !v4) list[count++] = &avx512_emulated::kernels;
+#endif
   }
   const Kernels* find(const char* isa) const {
     for (int i = 0; i < count; i++) {

@@ -5,6 +5,9 @@
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -95,10 +98,14 @@ static inline Vec from_bf16(const uint16_t* p) {
   return (Vec)(__builtin_convertvector(load_as<VecH>(p), VecU) << 16);
 }
 static inline void to_bf16(uint16_t* p, Vec v) {
+#ifdef __AVX512BF16__
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
   const VecU u = (VecU)v;
   const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   const VecU quiet = (u >> 16) | 0x40;
   const VecH h = __builtin_convertvector((VecU)(v == v ? (VecI)rounded : (VecI)quiet), VecH);
+#endif
   memcpy(p, &h, sizeof(h));
 }
 
