@@ -1,6 +1,6 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
-// file is compiled with the flags of each one, and the compiler picks the instructions. Nothing
-// here names an intrinsic, so NEON comes for free.
+// file is compiled with the flags of each one, and the compiler picks the instructions. The one
+// intrinsic is AVX-512's rounding to bf16, which saves six operations; NEON comes for free.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
