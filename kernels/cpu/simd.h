@@ -1,11 +1,11 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
-// file is compiled with the flags of each one, and the compiler picks the instructions. The one
-// intrinsic is AVX-512's rounding to bf16, which saves six operations; NEON comes for free.
+// file is compiled with the flags of each one, and the compiler picks the instructions. Intrinsics
+// stand only where it does not: min, max, AVX-512's rounding to bf16. NEON comes for free.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
-#ifdef __AVX512BF16__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -44,8 +44,18 @@ static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
 // x - 0 is x for every x, while 0 + x is not for -0: this way no addition remains.
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
+// NaN in the first argument stays. The ternary is what the instructions do, but GCC does not see it
+// through a constant argument.
+#if LOL_LANES == 16 && defined(__AVX512F__)
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
+static inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)b, (__m512)a); }
+#elif LOL_LANES == 8 && defined(__AVX__)
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)b, (__m256)a); }
+static inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
 static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
+#endif
 static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
 static inline VecI lane_index() {
   VecI v;
@@ -61,8 +71,7 @@ constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
 // - 1 - r) / r^2, 1e-8). Below -87.3 the result stays at 2^-126 instead of leaving the normal
 // range; above 88.3 it stays at e^88.3; NaN stays NaN.
 static inline Vec exp(Vec x) {
-  x = x < splat(-87.33f) ? splat(-87.33f) : x;
-  x = x > splat(88.37f) ? splat(88.37f) : x;
+  x = min(max(x, splat(-87.33f)), splat(88.37f));
   const Vec t = x * 1.44269504f + ROUND_MAGIC;
   const Vec n = t - ROUND_MAGIC;
   // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.

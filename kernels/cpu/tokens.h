@@ -57,45 +57,39 @@ static inline Tokens tokens_of(const lol_tensor& t, const Sequence& s, int64_t h
           0,    (int)t.shape[3],    t.dtype};
 }
 
-static inline float scalar_from(const char* p, int dtype) {
-  if (dtype == LOL_F32) return *(const float*)p;
-  uint16_t h[LANES] = {*(const uint16_t*)p};
-  return (dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h))[0];
+static inline Vec load_converted(const char* p, int dtype) {
+  if (dtype == LOL_F32) return load((const float*)p);
+  return dtype == LOL_BF16 ? from_bf16((const uint16_t*)p) : from_fp16((const uint16_t*)p);
+}
+static inline void store_converted(char* p, Vec v, int dtype) {
+  if (dtype == LOL_F32) {
+    store((float*)p, v);
+  } else if (dtype == LOL_BF16) {
+    to_bf16((uint16_t*)p, v);
+  } else {
+    to_fp16((uint16_t*)p, v);
+  }
 }
 
 // dst[0 .. padded(width)) = the row in fp32, padding zero.
 static inline void load_row(float* dst, const char* src, int width, int dtype) {
-  if (dtype == LOL_F32) {
-    memcpy(dst, src, 4 * (size_t)width);
-    memset(dst + width, 0, 4 * (size_t)(padded(width) - width));
-    return;
-  }
+  const int size = dtype_size(dtype);
   int i = 0;
-  for (; i + LANES <= width; i += LANES) {
-    const uint16_t* h = (const uint16_t*)src + i;
-    store(dst + i, dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h));
-  }
-  if (i < width) {
-    uint16_t h[LANES] = {};
-    memcpy(h, src + 2 * i, 2 * (size_t)(width - i));
-    store(dst + i, dtype == LOL_BF16 ? from_bf16(h) : from_fp16(h));
-  }
+  for (; i + LANES <= width; i += LANES) store(dst + i, load_converted(src + i * size, dtype));
+  if (i == width) return;
+  char tail[4 * LANES] = {};
+  memcpy(tail, src + i * size, (size_t)((width - i) * size));
+  store(dst + i, load_converted(tail, dtype));
 }
 
 static inline void store_row(char* dst, const float* src, int width, int dtype) {
-  if (dtype == LOL_F32) {
-    memcpy(dst, src, 4 * (size_t)width);
-    return;
-  }
-  for (int i = 0; i < width; i += LANES) {
-    uint16_t h[LANES];
-    if (dtype == LOL_BF16) {
-      to_bf16(h, load(src + i));
-    } else {
-      to_fp16(h, load(src + i));
-    }
-    memcpy(dst + 2 * i, h, 2 * (size_t)at_most(LANES, width - i));
-  }
+  const int size = dtype_size(dtype);
+  int i = 0;
+  for (; i + LANES <= width; i += LANES) store_converted(dst + i * size, load(src + i), dtype);
+  if (i == width) return;
+  char tail[4 * LANES];
+  store_converted(tail, load(src + i), dtype);
+  memcpy(dst + i * size, tail, (size_t)((width - i) * size));
 }
 
 // Row tile of the n tokens from `position` on, rows n .. BLOCK zero.
