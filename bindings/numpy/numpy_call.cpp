@@ -38,7 +38,7 @@ py::object NumpyCall::required(const char* name) {
 py::array NumpyCall::array(const py::object& object, const char* name) const {
   if (!py::isinstance<py::array>(object)) {
     const auto type = py::str(py::type::of(object).attr("__name__")).cast<std::string>();
-    throw py::type_error(about(name) + " is a " + type + ", not a NumPy array");
+    throw py::type_error(about(name) + " is of type " + type + ", not a NumPy array");
   }
   return py::reinterpret_borrow<py::array>(object);
 }
