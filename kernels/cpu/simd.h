@@ -1,11 +1,11 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
-// file is compiled with the flags of each one, and the compiler picks the instructions. Intrinsics
+// file is compiled with the flags of each one, and the compiler picks the instructions. Builtins
 // stand only where it does not: min, max, AVX-512's rounding to bf16. NEON comes for free.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
-#ifdef __AVX__
+#ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -45,13 +45,10 @@ static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
 // NaN in the first argument stays. The ternary is what the instructions do, but GCC does not see it
-// through a constant argument.
-#if LOL_LANES == 16 && defined(__AVX512F__)
-static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
-static inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)b, (__m512)a); }
-#elif LOL_LANES == 8 && defined(__AVX__)
-static inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)b, (__m256)a); }
-static inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); }
+// through a constant argument, and blending costs twice as much on AVX2.
+#if LOL_LANES == 8 && defined(__AVX__)
+static inline Vec max(Vec a, Vec b) { return __builtin_ia32_maxps256(b, a); }
+static inline Vec min(Vec a, Vec b) { return __builtin_ia32_minps256(b, a); }
 #else
 static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
