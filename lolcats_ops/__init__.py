@@ -13,7 +13,7 @@ from ._native import get_cmake_dir, get_include, get_library
 
 if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
-    from .backends import backend_for, backends, warmup
+    from .dispatch import backend_for, backends, warmup
     from .features import Features
     from .ops.attention_transfer import attention_transfer
     from .ops.feature_map import feature_map
@@ -51,13 +51,13 @@ _MODULE = {
     "Features": "features",
     "HybridState": "state",
     "attention_transfer": "ops",
-    "backend_for": "backends",
-    "backends": "backends",
+    "backend_for": "dispatch",
+    "backends": "dispatch",
     "feature_map": "ops",
     "hybrid_attention": "ops",
     "hybrid_attention_step_": "ops",
     "linear_attention": "ops",
-    "warmup": "backends",
+    "warmup": "dispatch",
 }
 # What a lazy name needs beyond NumPy; torch unless it is listed here.
 _NEEDS = {"numpy": (), "convert": ("torch", "transformers"), "hf": ("torch", "transformers")}

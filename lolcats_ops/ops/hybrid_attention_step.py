@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import select
+from ..dispatch import select
 from ..features import Features
 from ..state import HybridState
 from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
