@@ -1,0 +1,279 @@
+"""The recurrent state: every way of cutting a sequence gives the same outputs and the same state."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from helpers.cases import Case, Inputs, make_inputs
+from helpers.compare import assert_close, assert_same_state
+from helpers.kernels import ALL, KERNELS
+
+import lolcats_ops as lo
+from lolcats_ops.state import HybridState
+
+on_all = pytest.mark.parametrize("backend", ALL, indirect=True)
+on_kernels = pytest.mark.parametrize("backend", KERNELS, indirect=True)
+
+# window, window_kind, sink, slack
+SETTINGS = [
+    (0, "sliding", 0, 0),
+    (0, "sliding", 1, 2),
+    (1, "sliding", 0, 1),
+    (3, "sliding", 2, 0),
+    (3, "terrace", 1, 2),
+    (2, "terrace", 0, 0),
+    (20, "sliding", 4, 3),
+]
+windows = pytest.mark.parametrize(
+    ("window", "kind", "sink", "slack"), SETTINGS, ids=lambda value: str(value)
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # Thousands of tiny calls: threads would mostly wait for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def case_of(window: int, kind: str, sink: int, **others) -> Case:
+    return Case(
+        "w", D=16, V=20, f=24, G=2, window=window, window_kind=kind, sink=sink, shared="k", **others
+    )
+
+
+def prepare(case: Case, length: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Inputs of ``length`` tokens that need no gradient."""
+    inputs = make_inputs(Case(**{**vars(case), "length": "500"}), seed).as_dtype(
+        dtype, "transposed"
+    )
+    cut = {n: x[:, :, :length] if x.ndim == 4 else x for n, x in inputs.leaves.items()}
+    return Inputs(case, {n: x.detach() for n, x in cut.items()}, {})
+
+
+def arguments(x: Inputs, start: int = 0, stop: int | None = None) -> tuple:
+    rows = (t[:, :, start:stop] for t in x.qkv)
+    return (*rows, x.features("q"), x.features("k"), x.leaves["gate"])
+
+
+def empty_state(x: Inputs, slack: int = 0, batch: int | None = None) -> HybridState:
+    q, k, v = x.qkv
+    phi = x.features("k")
+    sizes = (phi.heads, k.shape[1], k.shape[3], v.shape[3], phi.out_features)
+    state = HybridState.empty(
+        q.shape[0] if batch is None else batch, *sizes, **x.case.windows, slack=slack, dtype=q.dtype
+    )
+    for ring in (state.k_ring, state.v_ring, state.k_sink, state.v_sink):
+        ring.fill_(float("nan"))  # nothing may be read before it is written
+    return state
+
+
+def feed(x: Inputs, state: HybridState, cuts: list[int], **options) -> torch.Tensor:
+    """The outputs of the calls between successive cuts, in one tensor."""
+    steps = itertools.pairwise(cuts)
+    calls = [lo.hybrid_attention_step_(*arguments(x, a, b), state, **options) for a, b in steps]
+    return torch.cat(calls, 2)
+
+
+def reference_of(x: Inputs, slack: int = 0) -> tuple[torch.Tensor, HybridState]:
+    """Outputs and final state of one call, in fp64."""
+    wide = Inputs(x.case, {n: t.double() for n, t in x.leaves.items()}, {})
+    state = empty_state(wide, slack)
+    return lo.reference.hybrid_attention_step_(*arguments(wide), state), state
+
+
+@on_all
+@windows
+def test_every_split_equals_one_call(backend, window, kind, sink, slack):
+    length = 7 if backend == "cpu" else 4  # 2 ** (length - 1) splits
+    x = prepare(case_of(window, kind, sink), length, torch.float32)
+    want, final = reference_of(x, slack)
+    for inner in itertools.product((False, True), repeat=length - 1):
+        cuts = [0, *(i + 1 for i, cut in enumerate(inner) if cut), length]
+        state = empty_state(x, slack)
+        out = feed(x, state, cuts, backend=backend)
+        assert_close(f"out of cuts {cuts}", out, want, torch.float32)
+        assert_same_state(state, final, torch.float32)
+
+
+@on_kernels
+@windows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_long_splits_equal_one_call(backend, window, kind, sink, slack, dtype):
+    length = 150
+    x = prepare(case_of(window, kind, sink, affine=True), length, dtype)
+    want, final = reference_of(x, slack)
+    rng = random.Random(window)
+    for pieces in (1, 4, 12):
+        cuts = [0, *sorted(rng.sample(range(1, length), pieces - 1)), length]
+        state = empty_state(x, slack)
+        assert_close(f"cuts {cuts}", feed(x, state, cuts, backend=backend), want, dtype)
+        assert_same_state(state, final, torch.float32)
+
+
+@on_all
+@windows
+def test_attention_with_a_state_continues_it_and_leaves_it_alone(
+    backend, window, kind, sink, slack
+):
+    x = prepare(case_of(window, kind, sink), 11, torch.float32)
+    want, _ = reference_of(x)
+    options = {**x.case.windows, "return_state": True, "backend": backend}
+    first, state = lo.hybrid_attention(*arguments(x, 0, 6), **options)
+    before = state.clone()
+    second, after = lo.hybrid_attention(*arguments(x, 6), state=state, **options)
+    assert_close("out", torch.cat([first, second], 2), want, torch.float32)
+    assert_same_state(state, before, torch.float32)
+    assert after.length.tolist() == [11] * after.batch
+
+
+@on_kernels
+def test_4096_bf16_steps_stay_as_accurate_as_the_first(backend):
+    x = make_inputs(Case(D=32, G=2, batch=(1, 1), window=64, sink=1)).as_dtype(
+        torch.bfloat16, "plain"
+    )
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"q": (1, 2, 4096, 32), "k": (1, 1, 4096, 32), "v": (1, 1, 4096, 32)}
+    rows = {n: torch.randn(s, generator=rng).bfloat16() for n, s in shapes.items()}
+    x = Inputs(x.case, {n: t.detach() for n, t in {**x.leaves, **rows}.items()}, {})
+    out = feed(x, empty_state(x), list(range(4097)), backend=backend)
+
+    wide = Inputs(x.case, {n: t.double() for n, t in x.leaves.items()}, {})
+    state = empty_state(wide)
+    chunks = itertools.pairwise(range(0, 4097, 256))
+    for a, b in chunks:
+        want = lo.reference.hybrid_attention_step_(*arguments(wide, a, b), state)
+        assert_close(f"steps {a} to {b}", out[:, :, a:b], want, torch.bfloat16)
+
+
+@on_all
+@windows
+def test_rewind_and_replay_equals_no_rewind(backend, window, kind, sink, slack):
+    x = prepare(case_of(window, kind, sink), 30, torch.float32)
+    want, final = reference_of(x, slack)
+    state = empty_state(x, slack)
+    outs = []
+    for i in range(30):
+        outs.append(lo.hybrid_attention_step_(*arguments(x, i, i + 1), state, backend=backend))
+        n = min(slack, i + 1)
+        state.rewind(n)
+        again = feed(x, state, [i + 1 - n, i + 1], backend=backend) if n else outs[-1][:, :, :0]
+        expected = torch.cat(outs, 2)[:, :, i + 1 - n :]
+        assert_close(f"tokens {i + 1 - n} to {i}", again, expected.double(), torch.float32)
+    assert_close("out", torch.cat(outs, 2), want, torch.float32)
+    assert_same_state(state, final, torch.float32)
+
+
+def test_rewind_refuses_what_has_been_folded():
+    x = prepare(case_of(3, "sliding", 0), 30, torch.float32)
+    state = empty_state(x, slack=2)
+    feed(x, state, [0, 30])
+    with pytest.raises(ValueError, match="n is 4, which reaches tokens already folded"):
+        state.rewind(4)
+    state.rewind(1).rewind(1)
+    with pytest.raises(ValueError, match="already folded"):
+        state.rewind(2)
+    with pytest.raises(ValueError, match="needs 0 <= n <= length"):
+        state.rewind(-1)
+    assert state.length.tolist() == [28, 28]
+
+
+@on_all
+def test_steps_on_a_pool_touch_their_own_slots_alone(backend):
+    x = prepare(case_of(3, "sliding", 1), 9, torch.float32)
+    want, final = reference_of(x)
+    slots = torch.tensor([4, 1], dtype=torch.int32)
+    pool = empty_state(x, batch=6)
+    before = pool.clone()
+    out = feed(x, pool, [0, 5, 6, 7, 8, 9], state_indices=slots, backend=backend)
+    assert_close("out", out, want, torch.float32)
+    assert_same_state(pool.select(slots.long()), final, torch.float32)
+    others = torch.tensor([0, 2, 3, 5])
+    for name, was in before.select(others).tensors.items():
+        now = pool.select(others).tensors[name]
+        torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+
+
+@on_all
+@windows
+@pytest.mark.parametrize("packing", ["left", "right", "packed"])
+def test_padded_and_packed_equal_unpadded_states_included(
+    backend, window, kind, sink, slack, packing
+):
+    case = case_of(window, kind, sink)
+    lengths = (13, 0, 1, 7)
+    alone = [prepare(Case(**{**vars(case), "batch": (1, 2)}), n, torch.float32, n) for n in lengths]
+    for a in alone[1:]:  # one set of parameters
+        a.leaves.update({n: t for n, t in alone[0].leaves.items() if t.ndim < 4})
+    bounds = [0, *itertools.accumulate(lengths)]
+    if packing == "packed":
+        rows = [torch.cat([a.leaves[n] for a in alone], 2) for n in ("q", "k", "v")]
+        sequences = {"cu_seqlens": torch.tensor(bounds)}
+    else:
+        real = torch.arange(13) < torch.tensor(lengths)[:, None]
+        mask = real if packing == "right" else real.flip(1)
+        rows = [torch.cat([_pad(a.leaves[n], 13, packing) for a in alone]) for n in ("q", "k", "v")]
+        sequences = {"key_padding_mask": mask}
+    parameters = (*arguments(alone[0])[3:],)
+    options = {**case.windows, **sequences, "backend": backend}
+    out = lo.hybrid_attention(*rows, *parameters, **options)
+    stateful, states = lo.hybrid_attention(*rows, *parameters, **options, return_state=True)
+    assert_close("out with a state", stateful, out.double(), torch.float32)
+    if packing != "packed":
+        assert (out.transpose(1, 2)[~mask] == 0).all()
+    for b, x in enumerate(alone):
+        want, state = lo.reference.hybrid_attention(
+            *arguments(x), **case.windows, return_state=True
+        )
+        got = (
+            out[:, :, bounds[b] : bounds[b + 1]]
+            if packing == "packed"
+            else out.transpose(1, 2)[b][mask[b]].transpose(0, 1)[None]
+        )
+        assert_close(f"sequence {b}", got, want.double(), torch.float32)
+        assert_same_state(states.select(torch.tensor([b])), state, torch.float32)
+
+
+def _pad(x: torch.Tensor, length: int, side: str) -> torch.Tensor:
+    """Padding that would spoil everything it touched."""
+    room = x.new_full((1, x.shape[1], length - x.shape[2], x.shape[3]), 1e4)
+    return torch.cat([x, room] if side == "right" else [room, x], 2)
+
+
+@on_kernels
+@pytest.mark.parametrize("bounds", [[0, 15], [0, 0, 16], [0, 1, 100, 300, 1200, 2048]])
+def test_packed_sequences_equal_each_alone(backend, bounds):
+    case = Case("2048", D=32, G=1, batch=(1, 1), window=64, sink=1)
+    x = make_inputs(case).as_dtype(torch.float32, "plain")
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    x = Inputs(case, {n: t.detach() for n, t in x.leaves.items()}, {})
+    packed = lo.hybrid_attention(
+        *arguments(x, 0, bounds[-1]), **case.windows, cu_seqlens=cu_seqlens, backend=backend
+    )
+    for a, b in itertools.pairwise(bounds):
+        alone = lo.hybrid_attention(*arguments(x, a, b), **case.windows, backend=backend)
+        assert_close(f"tokens {a} to {b}", packed[:, :, a:b], alone.double(), torch.float32)
+
+
+def test_state_select_clone_and_reset():
+    x = prepare(case_of(3, "terrace", 1), 9, torch.float32)
+    state = empty_state(x, slack=1)
+    feed(x, state, [0, 9])
+    chosen = state.select(torch.tensor([1, 1, 0]))
+    assert chosen.batch == 3
+    assert torch.equal(chosen.kv[0], state.kv[1])
+    copy = state.clone()
+    state.reset(torch.tensor([0]))
+    assert state.length.tolist() == [0, 9]
+    assert not state.kv[0].any()
+    assert state.kv[1].any()
+    assert copy.length.tolist() == [9, 9]
+    # float32: kv, ksum; k and v of ring (2 * 3 + 1) and sink; two counters
+    per_slot = 4 * (2 * 48 * 21 + 2 * 8 * (16 + 20)) + 16
+    assert state.nbytes == 2 * per_slot
+    want, _ = reference_of(x, 1)
+    state.reset()
+    assert_close("out after a reset", feed(x, state, [0, 9]), want, torch.float32)

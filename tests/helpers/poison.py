@@ -1,0 +1,28 @@
+"""Uninitialised memory that shows: what a kernel leaves unwritten must not look like a result."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+M_PERTURB = -6  # glibc: malloc fills new memory with the complement of this byte
+HUGE = 0x80  # complement 0x7f: 3.4e38 in fp32 and bf16, nan in fp16
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New memory holds 3.4e38 (fp32, bf16) or nan (fp16), where the C library can do that.
+
+    torch's own fill_uninitialized_memory does not reach tensors allocated through its C ABI.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_PERTURB, HUGE)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_PERTURB, 0)
