@@ -110,7 +110,8 @@ int attention_transfer(const lol_attention_transfer_args& a, const Batch& batch)
     TransferWorker worker(a, p, batch.sequences[w / p.state_heads()], w % p.state_heads(), arena);
     worker.run(partial + 2 * w, partial + 2 * w + 1);
   };
-  const int status = run_workers(workers, TransferWorker::floats(p), work, prepare);
+  const int status =
+      run_workers(workers, TransferWorker::floats(p), p.work(batch.real_tokens), work, prepare);
   if (status != LOL_OK) return status;
   double squares = 0.0, entropy = 0.0;
   for (int64_t w = 0; w < workers; w++) {

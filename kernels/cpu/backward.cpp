@@ -379,7 +379,7 @@ void store_key_gradients(const lol_tensor& out, const float* parts, const Proble
                          const Batch& batch) {
   const int64_t T = out.shape[2], Hk = p.kv_heads(), Hs = p.state_heads(), shared = Hs / Hk;
   const int ld = padded(out.shape[3]);
-  run_workers(batch.count * Hk, ld, [&](int64_t w, Arena arena) {
+  run_workers(batch.count * Hk, ld, batch.real_tokens * Hs * ld, [&](int64_t w, Arena arena) {
     const Sequence& s = batch.sequences[w / Hk];
     const Tokens to = tokens_of(out, s, w % Hk);
     float* sum = arena.take(ld);
@@ -416,7 +416,8 @@ int backward(const BackwardProblem& b, const Batch& batch, const ParameterPartia
       BackwardWorker(b, batch.sequences[i], partials.state_head(w), keys, partials, w, own).run();
     }
   };
-  const int status = run_workers(partials.workers(), BackwardWorker::floats(p), work, prepare);
+  const int status = run_workers(partials.workers(), BackwardWorker::floats(p),
+                                 3 * p.work(batch.real_tokens), work, prepare);
   if (status == LOL_OK && rows) {
     store_key_gradients(b.dk, dk.data, p, batch);
     store_key_gradients(b.dv, dv.data, p, batch);

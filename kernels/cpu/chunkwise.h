@@ -39,6 +39,12 @@ struct Problem {
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());
   }
+  // Multiply-adds of the forward pass over all heads, for sharing it among threads.
+  int64_t work(int64_t tokens) const {
+    const int64_t span = 2 * (window.size + window.sink);
+    const int64_t keys = gate ? at_most(span, tokens + span / 2) : 0;
+    return heads() * tokens * (F() * (D() + 2 * V()) + keys * (D() + V()) / 2);
+  }
   // Weights of the softmax and of the linear part.
   float g(int64_t h) const { return gate ? 1.0f / (1.0f + expf(-gate[h])) : 0.0f; }
   float lambda(int64_t h) const {

@@ -192,7 +192,7 @@ int cross_entropy_backward(const lol_attention_transfer_args& a, const Problem& 
   int64_t most = 0;
   for (int64_t i = 0; i < batch.count; i++) most = at_least(most, batch.sequences[i].tokens);
   return run_workers(partials.workers(), EntropyBackwardWorker::floats(p, most),
-                     [&](int64_t w, Arena arena) {
+                     3 * p.work(batch.real_tokens), [&](int64_t w, Arena arena) {
                        for (int64_t i = partials.begin(w); i < partials.end(w); i++) {
                          Arena own = arena;
                          EntropyBackwardWorker(a, p, batch.sequences[i], partials.state_head(w),

@@ -26,7 +26,7 @@ int feature_map(const lol_feature_map_args& a) {
                 F = feature_dim(a.features, D);
   const Tiles tiles(a.x);
   const int64_t floats = rows_size(D) + lanes_size(D) + lanes_size(F) + rows_size(F);
-  return run_workers(tiles.count, floats, [&](int64_t w, Arena arena) {
+  return run_workers(tiles.count, floats, tiles.count * BLOCK * D * F, [&](int64_t w, Arena arena) {
     const int64_t bh = w / tiles.per_head, first = w % tiles.per_head * BLOCK,
                   n = at_most(BLOCK, T - first);
     const Sequence s = whole(a.x, bh / H);
@@ -52,7 +52,7 @@ int feature_map_backward(const lol_feature_map_backward_args& a) {
   fill(partials.data, B * H * partial, 0.0f);
   const int64_t floats =
       rows_size(D) + rows_size(F) + 2 * lanes_size(D) + 2 * lanes_size(F) + rows_size(f);
-  const int status = run_workers(B * H, floats, [&](int64_t w, Arena arena) {
+  const int status = run_workers(B * H, floats, 2 * B * H * T * D * F, [&](int64_t w, Arena arena) {
     const Sequence s = whole(a.x, w / H);
     const FeatureMap map = map_of(a.features, w % H, H, D);
     const WeightGradient gradient = WeightGradient::at(partials.data + w * partial, D, f);

@@ -12,7 +12,7 @@ int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
   const Problem p = problem_of(a);
   float *m = (float*)a.m.data, *den = (float*)a.den.data;
   return run_workers(
-      batch.count * p.state_heads(), Chunkwise::floats(p),
+      batch.count * p.state_heads(), Chunkwise::floats(p), p.work(batch.real_tokens),
       [&](int64_t w, Arena arena) {
         const Sequence& s = batch.sequences[w / p.state_heads()];
         const int64_t state_head = w % p.state_heads(), kv_head = p.kv_head_of(state_head);

@@ -283,7 +283,8 @@ int hybrid_attention_step(const lol_hybrid_attention_step_args& a, const Batch& 
     }
   };
   const auto prepare = [&] { clear_padding(batch, a.o, nullptr, nullptr); };
-  const int status = run_workers(batch.count * p.state_heads(), floats, work, prepare);
+  const int status =
+      run_workers(batch.count * p.state_heads(), floats, p.work(batch.real_tokens), work, prepare);
   if (status != LOL_OK) return status;
   for (int64_t i = 0; i < batch.count; i++) {
     const Sequence& s = batch.sequences[i];

@@ -9,11 +9,15 @@
 namespace lol {
 namespace LOL_ISA {
 
-static inline int thread_count(int64_t workers) {
+// Multiply-adds that are worth a thread: about 10 us, several times what waking one costs.
+constexpr int64_t THREAD_WORK = 1 << 18;
+
+static inline int thread_count(int64_t workers, int64_t work) {
 #ifdef _OPENMP
-  return (int)at_least(at_most(omp_get_max_threads(), workers), 1);
+  const int64_t useful = at_most(workers, work / THREAD_WORK);
+  return (int)at_least(at_most(omp_get_max_threads(), useful), 1);
 #else
-  (void)workers;
+  (void)workers, (void)work;
   return 1;
 #endif
 }
@@ -42,8 +46,9 @@ class Buffer {
 // First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from
 // its arena.
 template <class Body, class Prepare>
-static inline int run_workers(int64_t workers, int64_t floats, Body body, Prepare prepare) {
-  const int threads = thread_count(workers);
+static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body,
+                              Prepare prepare) {
+  const int threads = thread_count(workers, work);
   const int64_t size =
       (floats + 1023) / 1024 * 1024 + 16 * 64;  // take() rounds each piece up to a cache line
   Buffer memory(size * threads);
@@ -56,8 +61,8 @@ static inline int run_workers(int64_t workers, int64_t floats, Body body, Prepar
   return LOL_OK;
 }
 template <class Body>
-static inline int run_workers(int64_t workers, int64_t floats, Body body) {
-  return run_workers(workers, floats, body, [] {});
+static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body) {
+  return run_workers(workers, floats, work, body, [] {});
 }
 
 }  // namespace LOL_ISA
