@@ -25,10 +25,10 @@ class DemoConfig:
     lolcats: LolcatsConfig = field(default_factory=LolcatsConfig)
     length: int = 1024  # the bar's sequence length, for stage 1 and perplexity
     held_out: int = 6  # sequences: 6138 predictions; stage comparisons are paired, so few suffice
-    # 24 sequences through the model in batches of 8, each used for 3 optimizer steps per layer:
+    # 24 sequences through the model in batches of 8, each used for 2 optimizer steps per layer:
     # steps cost about a quarter of the forward pass that they share.
     transfer_sequences: int = 24
-    transfer: TransferConfig = field(default_factory=lambda: TransferConfig(batch_size=8, rounds=3))
+    transfer: TransferConfig = field(default_factory=lambda: TransferConfig(batch_size=8, rounds=2))
     # The published 1e-4 is meant for thousands of steps.
     finetune_length: int = 512
     finetune: FinetuneConfig = field(

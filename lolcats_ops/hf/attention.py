@@ -191,7 +191,7 @@ def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
     else:
         diagonal = mask[:, 0, :, -tokens:].diagonal(dim1=1, dim2=2)
         real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
-    return None if bool(real.all()) else real
+    return None if bool(real.all()) else real.contiguous()
 
 
 def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:

@@ -1,0 +1,149 @@
+"""The command line and the demo, end to end on a tiny model with a tokenizer made on the fly."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+import lolcats_ops as lo
+from examples.demo.__main__ import run as run_demo
+from examples.demo.settings import DemoConfig
+from lolcats_ops.cli import app, main
+from lolcats_ops.convert import FinetuneConfig, TransferConfig
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away . " * 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a softmax model, a text and a configuration."""
+    folder = tmp_path_factory.mktemp("cli")
+    words = sorted(set(TEXT.split()))
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    ).save_pretrained(folder / "model")
+    (folder / "text.txt").write_text(TEXT)
+    (folder / "lolcats.yaml").write_text(
+        "lolcats: {window: 8, feature_dim: 16}\n"
+        "data: {length: 32}\n"
+        "finetune: {max_steps: 2, gradient_accumulation: 1}\n"
+    )
+    return folder
+
+
+def lolcats(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_two_commands_linearize_a_model(folder):
+    options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml")
+    lolcats("transfer", folder / "model", folder / "stage1", *options)
+    assert "parameters" in lolcats("finetune", folder / "stage1", folder / "stage2", *options)
+    evaluated = lolcats("eval", folder / "stage2", "--text", folder / "text.txt", "--length", 32)
+    assert float(evaluated) > 1
+    assert lolcats("generate", folder / "stage2", "the quick", "--max-new-tokens", 4).strip()
+    assert "window" in lolcats("info", folder / "stage2")
+
+
+def test_interrupted_commands_go_on(folder, tmp_path):
+    options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml", "--resume")
+    for _ in range(2):  # the second finds all work done
+        lolcats("transfer", folder / "model", tmp_path, *options)
+    assert (tmp_path / "transfer.pt").exists()
+
+
+def test_convert_saves_a_swapped_model(folder, tmp_path):
+    lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
+    assert lo.hf.attention_layers(lo.hf.from_pretrained(tmp_path))[0].config.window == 8
+
+
+def test_default_configuration_is_printed_as_yaml():
+    assert lolcats("info", "--config").startswith("lolcats:\n  window: 64\n")
+
+
+def test_help_needs_no_torch_and_shows_examples(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "lolcats_ops.hf", None)
+    assert "Exit codes" in lolcats("--help")
+    assert "Example" in lolcats("transfer", "--help")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["eval", "nowhere/at/all", "--text", __file__], 1, "nowhere/at/all"),
+        (["eval", "model"], 2, "--text"),
+        (["transfer", "a", "b", "--text", "no/such/file"], 2, "no/such/file"),
+    ],
+)
+def test_errors_are_one_message_and_an_exit_code(arguments, code, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lolcats", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_demo_writes_its_report_and_pictures(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    run_demo(
+        DemoConfig(
+            out=tmp_path,
+            model=str(folder / "model"),
+            texts=(folder / "text.txt",),
+            prompt="the quick",
+            new_tokens=2,
+            lolcats=lo.hf.LolcatsConfig(window=8, feature_dim=16),
+            length=64,
+            held_out=2,
+            transfer_sequences=4,
+            transfer=TransferConfig(batch_size=4),
+            finetune_length=32,
+            finetune=FinetuneConfig(max_steps=2, gradient_accumulation=1),
+            contexts=(32, 64, 128),
+            decode_tokens=2,
+            peak_lengths=(64, 256),
+            peak_layers=1,
+        )
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["perplexity"].keys() == {
+        "softmax",
+        "swapped",
+        "stage1",
+        "stage2",
+        "softmax_lora",
+    }
+    assert len(set(report["cache_bytes"]["hybrid"].values())) == 1
+    assert report["cache_bytes"]["softmax"]["128"] == 4 * report["cache_bytes"]["softmax"]["32"]
+    assert report["prefill_s"]["hybrid"].keys() == {"64", "128"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "model",
+        "report.json",
+        "report.md",
+        "perplexity.png",
+        "losses.png",
+        "context.png",
+    }
+    assert lo.hf.from_pretrained(tmp_path / "model").config.lolcats["window"] == 8

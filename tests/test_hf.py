@@ -1,0 +1,305 @@
+"""Conversion of Hugging Face models: tiny random models, compared with themselves."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import lolcats_ops as lo
+
+VOCABULARY = 97
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,  # large enough that greedy choices are no ties
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma": transformers.GemmaConfig,
+    "gemma3": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo2": transformers.Olmo2Config,
+    "granite": transformers.GraniteConfig,
+    "mixtral": transformers.MixtralConfig,
+}
+NARROW = lo.hf.LolcatsConfig(window=8, sink=1, feature_dim=16)
+WIDE = lo.hf.LolcatsConfig(window=64, feature_dim=16)
+
+
+def tiny(family="llama", **changes):
+    torch.manual_seed(0)
+    config = FAMILIES[family](**SHAPE, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def token_ids(*shape, seed=0):
+    return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, prompt, tokens=64, **options):
+    with torch.no_grad():
+        return model.generate(prompt, max_new_tokens=tokens, do_sample=False, **options)
+
+
+@pytest.fixture
+def prompt():
+    return token_ids(2, 12)
+
+
+@pytest.fixture
+def model():
+    return lo.hf.convert(tiny(), NARROW)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_window_of_all_tokens_is_softmax_in_every_family(family):
+    model, ids = tiny(family), token_ids(2, 40)
+    expected = model(ids).logits
+    lo.hf.convert(model, WIDE)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_cached_generation_equals_uncached_with_left_padding(family, prompt):
+    model = lo.hf.convert(tiny(family), NARROW)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    cached = generate(model, prompt, attention_mask=mask)
+    assert torch.equal(cached, generate(model, prompt, attention_mask=mask, use_cache=False))
+    alone = generate(model, prompt[:1, 5:])
+    assert torch.equal(cached[0, 12:], alone[0, 7:])
+
+
+@pytest.mark.parametrize("window_kind", ["sliding", "terrace"])
+@pytest.mark.parametrize("share", [False, True])
+def test_cached_generation_equals_uncached_for_every_state_layout(window_kind, share, prompt):
+    config = lo.hf.LolcatsConfig(
+        window=8, window_kind=window_kind, sink=2, feature_dim=16, share_kv_features=share
+    )
+    model = lo.hf.convert(tiny(), config)
+    assert torch.equal(generate(model, prompt), generate(model, prompt, use_cache=False))
+
+
+def test_beam_search_reorders_the_state(model, prompt):
+    cached = generate(model, prompt, 32, num_beams=3)
+    assert torch.equal(cached, generate(model, prompt, 32, num_beams=3, use_cache=False))
+
+
+def test_generation_from_static_cache_equals_dynamic(model, prompt):
+    static = generate(model, prompt, 32, cache_implementation="static")
+    assert torch.equal(static, generate(model, prompt, 32))
+
+
+def test_speculated_tokens_are_taken_back(model, prompt):
+    cache = lo.hf.LolcatsCache(model, slack=8)
+    options = {"past_key_values": cache, "prompt_lookup_num_tokens": 3}
+    assert torch.equal(generate(model, prompt[:1], **options), generate(model, prompt[:1]))
+
+
+@torch.no_grad()
+def test_prompt_in_chunks_equals_prompt_at_once(model):
+    ids = token_ids(2, 40)
+    cache, pieces = transformers.DynamicCache(config=model.config), []
+    for piece in ids.split((10, 1, 19, 10), dim=1):
+        pieces.append(model(piece, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_branches_of_a_copied_cache_are_independent(model):
+    ids, cache = token_ids(1, 20), transformers.DynamicCache(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+    branch = copy.deepcopy(cache)
+    model(token_ids(1, 10, seed=1), past_key_values=branch)
+    continued = model(ids[:, 10:], past_key_values=cache).logits
+    torch.testing.assert_close(continued, model(ids).logits[:, 10:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_repeats_selects_and_crops(model):
+    ids, cache = token_ids(2, 40), lo.hf.LolcatsCache(model, slack=6)
+    expected = model(ids).logits[:, 36:]
+    model(ids, past_key_values=cache)
+    cache.crop(-4)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    again = model(ids[:, 36:], past_key_values=cache).logits
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="slack"):
+        cache.crop(-20)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_cache_size_does_not_grow(model):
+    sizes = []
+    for tokens in (20, 200):
+        cache = transformers.DynamicCache(config=model.config)
+        model(token_ids(1, tokens), past_key_values=cache)
+        sizes.append(lo.hf.cache_bytes(cache))
+    assert sizes[0] == sizes[1] > 0
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(model):
+    ids = token_ids(2, 40)
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None].expand(2, -1)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    apart = [model(piece, use_cache=False).logits for piece in ids.split((15, 25), dim=1)]
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_can_stay_softmax(prompt):
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(0,))
+    model = lo.hf.convert(tiny(), config)
+    assert len(lo.hf.attention_layers(model)) == 1
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    options = {"attention_mask": mask}
+    cached = generate(model, prompt, **options)
+    assert torch.equal(cached, generate(model, prompt, use_cache=False, **options))
+
+
+@torch.no_grad()
+def test_restore_is_exact():
+    model, ids = tiny(), token_ids(1, 40)
+    weights, config, logits = copy.deepcopy(model.state_dict()), model.config.to_dict(), None
+    logits = model(ids).logits
+    lo.hf.convert(model, NARROW)
+    assert not torch.equal(model(ids).logits, logits)
+    with lo.hf.use_mode(model, "softmax"):
+        assert torch.equal(model(ids).logits, logits)
+    lo.hf.restore(model)
+    assert model.config.to_dict() == config
+    assert type(model.config) is transformers.LlamaConfig
+    assert model.state_dict().keys() == weights.keys()
+    assert torch.equal(model(ids).logits, logits)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_saved_model_reloads_bitwise_and_restores(model, tmp_path):
+    ids = token_ids(1, 40)
+    for layer in lo.hf.attention_layers(model):
+        layer.feature_q.normal_()
+        layer.gate.normal_()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    for load in (lo.hf.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path)
+        assert torch.equal(loaded(ids).logits, expected)
+    lo.hf.restore(loaded)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    with lo.hf.use_mode(model, "softmax"):
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_from_pretrained_refuses_a_softmax_model(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="llama model, not a converted one"):
+        lo.hf.from_pretrained(tmp_path)
+
+
+def test_parameters_stay_fp32(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = lo.hf.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for candidate in (loaded, loaded.to(torch.float16)):
+        (layer, _) = lo.hf.attention_layers(candidate)
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert loaded.dtype == torch.float16
+
+
+def test_gradients_reach_features_although_a_cache_is_asked_for(model):
+    ids = token_ids(2, 40)
+    output = model(ids, labels=ids, use_cache=True)
+    output.loss.backward()
+    for layer in lo.hf.attention_layers(model):
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in layer.parameters())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no gradient"):
+        model(ids[:, :1], past_key_values=output.past_key_values)
+
+
+def test_a_model_converted_under_inference_mode_trains():
+    model = tiny()
+    with torch.inference_mode():
+        lo.hf.convert(model, NARROW)
+    ids = token_ids(1, 20)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in lo.hf.attention_layers(model)[0].parameters())
+
+
+REFUSED = {
+    "StableLm": (transformers.StableLmConfig, "AttentionInterface"),
+    "Phi": (transformers.PhiConfig, "o_proj"),
+    "Gemma2": (transformers.Gemma2Config, "attn_logit_softcapping"),
+    "GptOss": (transformers.GptOssConfig, "sink"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_model_is_refused_by_name(name):
+    config, reason = REFUSED[name]
+    model = transformers.AutoModelForCausalLM.from_config(config(**SHAPE))
+    with pytest.raises(ValueError, match=f"{name}ForCausalLM cannot be converted: .*{reason}"):
+        lo.hf.convert(model, NARROW)
+    assert not lo.hf.attention_layers(model)
+    assert not hasattr(model.config, "lolcats")
+
+
+def test_paged_cache_is_refused(model):
+    with pytest.raises(NotImplementedError, match="paged"):
+        model(token_ids(1, 4), cache=object())
+
+
+def test_misuse_is_refused(model):
+    with pytest.raises(ValueError, match="converted already"):
+        lo.hf.convert(model)
+    with pytest.raises(ValueError, match="not converted"):
+        lo.hf.restore(tiny())
+    with pytest.raises(ValueError, match=r"softmax_layers names \[7\]"):
+        lo.hf.convert(tiny(), lo.hf.LolcatsConfig(softmax_layers=(7,)))
+    with pytest.raises(ValueError, match="mode='none'"):
+        lo.hf.set_mode(model, "none")
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        lo.hf.convert(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("window", -1, ValueError),
+        ("window", 1.5, TypeError),
+        ("window_kind", "round", ValueError),
+        ("activation", "sin", ValueError),
+        ("activation", "relu", ValueError),  # two_sided
+        ("gate_init", float("nan"), ValueError),
+        ("feature_dim", 0, ValueError),
+    ],
+)
+def test_config_names_the_bad_field(field, value, error):
+    with pytest.raises(error, match=field):
+        lo.hf.LolcatsConfig(**{field: value})
+
+
+def test_config_round_trips_and_refuses_unknown_keys():
+    config = lo.hf.LolcatsConfig(window=32, softmax_layers=[1, 2])
+    assert lo.hf.LolcatsConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="windw"):
+        lo.hf.LolcatsConfig.from_dict({"windw": 3})
