@@ -1,1 +1,13 @@
-"""Puts this directory on the path, so that tests can import ``helpers``."""
+"""Puts this directory on the path, so that tests can import ``helpers``; fixtures for all tests."""
+
+import pytest
+
+
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny calls, in which threads would mostly wait for each other."""
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -70,7 +70,7 @@ def attention_transfer(
     torch.Size([2, 16, 16])
     """
     op = "attention_transfer"
-    q, k, v = autocast(q.detach(), k.detach(), v.detach())
+    q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
@@ -92,7 +92,7 @@ def attention_transfer(
             key_padding_mask=key_padding_mask,
         )
     teacher, mse, cross, *_ = _call(
-        *attention_tensors(q, k, v, feature_q, feature_k, gate),
+        *attention_tensors(q.detach(), k.detach(), v.detach(), feature_q, feature_k, gate),
         cu_seqlens,
         key_padding_mask,
         xent,

@@ -30,6 +30,8 @@ ROWS = (
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` in the dtype of an active torch.autocast, as matrix products are."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return tensors  # for validation to refuse
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

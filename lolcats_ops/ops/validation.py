@@ -44,11 +44,11 @@ def check_attention(
         )
     if k.shape[3] != q.shape[3]:
         _fail(op, f"k has head dim {k.shape[3]}", f"q's {q.shape[3]}")
-    if v.shape[:3] != k.shape[:3]:
-        _fail(op, f"v has shape {_shape(v)}", f"[B, Hk, T, V] with k's {_shape(k)[:-3]}")
     heads, kv_heads = q.shape[1], k.shape[1]
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: k has {kv_heads} heads, which does not divide q's {heads}")
+    if v.shape[:3] != k.shape[:3]:
+        _fail(op, f"v has shape {_shape(v)}", f"[B, Hk, T, V] with k's {list(k.shape[:3])}")
     if (feature_q is None) != (feature_k is None):
         missing = "feature_q" if feature_q is None else "feature_k"
         _fail(op, f"{missing} is None", "both feature maps or neither")

@@ -1,4 +1,4 @@
-"""Every operator, forward and backward, on every backend, against the reference in fp64 (SPEC 9)."""
+"""Every operator, forward and backward, on every backend, against the fp64 reference (SPEC 9)."""
 
 from functools import lru_cache
 from types import ModuleType, SimpleNamespace

@@ -1,4 +1,4 @@
-"""The recurrent state: every way of cutting a sequence gives the same outputs and the same state."""
+"""The recurrent state: every way of cutting a sequence gives the same outputs and state."""
 
 import itertools
 import random
@@ -12,6 +12,7 @@ from helpers.kernels import ALL, KERNELS
 import lolcats_ops as lo
 from lolcats_ops.state import HybridState
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 on_all = pytest.mark.parametrize("backend", ALL, indirect=True)
 on_kernels = pytest.mark.parametrize("backend", KERNELS, indirect=True)
 
@@ -28,15 +29,6 @@ SETTINGS = [
 windows = pytest.mark.parametrize(
     ("window", "kind", "sink", "slack"), SETTINGS, ids=lambda value: str(value)
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Thousands of tiny calls: threads would mostly wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def case_of(window: int, kind: str, sink: int, **others) -> Case:

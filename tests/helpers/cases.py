@@ -134,12 +134,11 @@ def covering(factors: Mapping[str, Sequence[Any]], seed: int = 0) -> Iterator[di
             if name in case:
                 continue
             possible = [v for v in factors[name] if is_possible({**case, name: v})]
-
-            def gain(value: Any, name: str = name, case: dict[str, Any] = case) -> int:
-                pairs = (_pair(names, (name, value), item) for item in case.items())
-                return sum(p in missing for p in pairs)
-
-            case[name] = max(rng.sample(possible, len(possible)), key=gain)
+            gains = {
+                v: sum(_pair(names, (name, v), item) in missing for item in case.items())
+                for v in rng.sample(possible, len(possible))
+            }
+            case[name] = max(gains, key=gains.__getitem__)
         missing -= set(itertools.combinations([(n, case[n]) for n in names], 2))
         yield case
 

@@ -1,0 +1,223 @@
+"""Bad input: an error that names argument, value and need, and nothing changed."""
+
+import pytest
+import torch
+
+import lolcats_ops as lo
+from lolcats_ops.features import Features, init_weight
+from lolcats_ops.state import HybridState
+
+B, H, HK, T, D, V, f = 2, 8, 4, 6, 16, 12, 8
+
+
+def good(**changes):
+    """Arguments of hybrid_attention, with changes."""
+    arguments = {
+        "q": torch.randn(B, H, T, D),
+        "k": torch.randn(B, HK, T, D),
+        "v": torch.randn(B, HK, T, V),
+        "feature_q": Features(init_weight(H, D, f)),
+        "feature_k": Features(init_weight(HK, D, f)),
+        "gate": torch.zeros(H),
+    }
+    return {**arguments, **changes}
+
+
+def empty(dtype=torch.float32, **changes):
+    sizes = {"heads": HK, "kv_heads": HK, "head_dim": D, "value_dim": V, "feature_dim": 2 * f}
+    settings = {"batch": B, "window": 4, **sizes, **changes}
+    return HybridState.empty(**settings, dtype=dtype)
+
+
+nan = float("nan")
+ATTENTION = [
+    ({"q": torch.randn(B, H, D)}, "q has shape [2, 8, 16], needs 4 dimensions"),
+    ({"q": [1.0]}, "q is a list, needs a tensor"),
+    ({"q": torch.ones(B, H, T, D, dtype=torch.int32)}, "q is int32, needs a floating dtype"),
+    ({"k": torch.randn(B, 3, T, D)}, "k has 3 heads, which does not divide q's 8"),
+    ({"k": torch.randn(B, HK, T + 1, D)}, "k has shape [2, 4, 7, 16], needs [B, Hk, T, D]"),
+    ({"k": torch.randn(B, HK, T, D + 1)}, "k has head dim 17, needs q's 16"),
+    ({"k": torch.randn(B, HK, T, D).bfloat16()}, "k is bfloat16, needs q's float32"),
+    ({"k": torch.randn(B, HK, T, D, device="meta")}, "k is on meta, needs q's cpu"),
+    ({"v": torch.randn(B, 2, T, V)}, "v has shape [2, 2, 6, 12], needs [B, Hk, T, V]"),
+    ({"v": torch.randn(B, HK, T, 0)}, "v has shape [2, 4, 6, 0], needs a last dimension"),
+    ({"feature_q": None}, "feature_q is None, needs both feature maps or neither"),
+    ({"feature_q": torch.ones(1)}, "feature_q is a Tensor, needs Features"),
+    ({"feature_q": Features(init_weight(2, D, f))}, "feature_q has 2 heads, needs q's 8 or k's 4"),
+    ({"feature_k": Features(init_weight(H, 7, f))}, "feature_k.weight has D=7, needs the head dim"),
+    ({"feature_k": Features(init_weight(H, D, 9))}, "feature_k has (activation, two_sided, skip"),
+    ({"feature_k": Features(init_weight(H, D, f).int())}, "feature_k.weight is int32"),
+]
+HYBRID = [
+    ({"gate": torch.zeros(HK)}, "gate has shape [4], needs [H] = [8]"),
+    ({"gate": 0.5}, "gate is a float, needs a tensor"),
+    ({"gate": torch.tensor([nan] * H)}, "gate is [nan, "),
+    ({"gate": torch.tensor([float("inf")] * H)}, "needs finite numbers"),
+    ({"window": -1}, "window is -1, needs >= 0"),
+    ({"sink": -2}, "sink is -2, needs >= 0"),
+    ({"window_kind": "round"}, "window_kind is 'round', needs one of sliding, terrace"),
+]
+SEQUENCES = [
+    ({"key_padding_mask": torch.ones(B, T + 1, dtype=torch.bool)}, "key_padding_mask has shape"),
+    ({"key_padding_mask": torch.ones(B, T)}, "key_padding_mask is float32, needs bool"),
+    ({"cu_seqlens": torch.tensor([0, T])}, "cu_seqlens is given and B is 2, needs the sequences"),
+    ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens has shape [2, 2]"),
+    ({"backend": "quantum"}, "backend is 'quantum', needs one of cpu, cuda, triton, reference"),
+    ({"backend": "cuda"}, "no backend for this case: cuda: it runs on cuda, not on cpu"),
+    ({"backend": "triton"}, "triton: this build has no Triton kernels"),
+]
+STATES = [
+    ({"state": empty(batch=3)}, "state.kv has shape [3, 4, 16, 12], needs [2, 4, 16, 12]"),
+    ({"state": empty(heads=H)}, "state.kv has shape [2, 8, 16, 12]"),
+    ({"state": empty(head_dim=8)}, "state.k_ring has shape [2, 4, 4, 8]"),
+    ({"state": empty(torch.bfloat16)}, "state.k_ring is bfloat16, needs q's float32"),
+    ({"state": {}}, "state is a dict, needs a HybridState"),
+]
+
+
+def refused(op, changes, message):
+    """The call fails with this message, and neither inputs nor state have changed."""
+    arguments = good(**changes)
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor) and not x.is_meta]
+    if isinstance(arguments.get("state"), HybridState):
+        tensors += arguments["state"].tensors.values()
+    before = [x.clone() for x in tensors]
+    with pytest.raises((ValueError, TypeError)) as error:
+        getattr(lo, op)(**arguments)
+    assert str(error.value).startswith(f"{op}: ")
+    assert message in str(error.value)
+    for x, was in zip(tensors, before, strict=True):
+        torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID, *SEQUENCES])
+@pytest.mark.parametrize("op", ["hybrid_attention", "attention_transfer"])
+def test_attention_names_what_is_wrong(op, changes, message):
+    refused(op, changes, message)
+
+
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *SEQUENCES])
+def test_linear_attention_names_what_is_wrong(changes, message):
+    arguments = good(**changes)
+    del arguments["gate"]
+    with pytest.raises((ValueError, TypeError)) as error:
+        lo.linear_attention(**arguments)
+    assert str(error.value).startswith("linear_attention: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID[:4], *STATES])
+def test_step_names_what_is_wrong_and_leaves_the_state(changes, message):
+    refused("hybrid_attention_step_", {"state": empty(), **changes}, message)
+
+
+@pytest.mark.parametrize(("changes", "message"), STATES)
+def test_hybrid_attention_refuses_a_state_from_other_shapes(changes, message):
+    refused("hybrid_attention", {"window": 4, **changes}, message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 5}, "state has window 4, needs 5"),
+        ({"window": 4, "window_kind": "terrace"}, "state has window_kind 'sliding'"),
+        ({"window": 4, "sink": 1}, "state has sink 0, needs 1"),
+    ],
+)
+def test_hybrid_attention_refuses_a_state_of_another_window(changes, message):
+    refused("hybrid_attention", {"state": empty(), **changes}, message)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (torch.tensor([0]), "state_indices has shape [1], needs [B] = [2]"),
+        (torch.tensor([0.0, 1.0]), "state_indices is float32, needs int32 or int64"),
+    ],
+)
+def test_step_refuses_bad_indices(indices, message):
+    refused("hybrid_attention_step_", {"state": empty(), "state_indices": indices}, message)
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [0, 2], [-1, 0]])
+def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
+    state = empty()
+    before = state.clone()
+    with pytest.raises(RuntimeError, match="state_indices"):
+        lo.hybrid_attention_step_(**good(), state=state, state_indices=torch.tensor(indices))
+    for name, was in before.tensors.items():
+        assert torch.equal(state.tensors[name], was)
+
+
+@pytest.mark.parametrize("bounds", [[1, 6], [0, 5, 3, 6], [0, 7]])
+def test_kernels_refuse_bounds_that_are_not_a_partition(bounds):
+    one = good(q=torch.randn(1, H, T, D), k=torch.randn(1, HK, T, D), v=torch.randn(1, HK, T, V))
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        lo.hybrid_attention(**one, cu_seqlens=torch.tensor(bounds))
+
+
+def test_a_state_is_inference_only():
+    arguments = good(gate=torch.zeros(H, requires_grad=True))
+    for call in (
+        lambda: lo.hybrid_attention_step_(**arguments, state=empty()),
+        lambda: lo.hybrid_attention(**arguments, return_state=True),
+    ):
+        with pytest.raises(ValueError, match=r"inference only: call it under torch\.no_grad"):
+            call()
+        with torch.no_grad():
+            call()
+
+
+def test_unsupported_cases_say_what_would_work():
+    double = {n: x.double() if n in "qkv" else x for n, x in good().items()}
+    with pytest.raises(ValueError, match="not float64; backend='reference' runs it"):
+        lo.hybrid_attention(**double)
+    assert lo.hybrid_attention(**double, backend="reference").dtype == torch.float64
+    wide = good(
+        q=torch.randn(B, H, T, 300),
+        k=torch.randn(B, HK, T, 300),
+        feature_q=Features(init_weight(H, 300, f)),
+        feature_k=Features(init_weight(H, 300, f)),
+    )
+    with pytest.raises(ValueError, match="up to 256, not 300"):
+        lo.hybrid_attention(**wide)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.ones(2, 3)}, "weight has shape [2, 3], needs [Hf, D, f]"),
+        ({"weight": 3}, "weight is a int, needs a tensor"),
+        ({"activation": "gelu"}, "activation is 'gelu', needs one of softmax, exp, elu1"),
+        ({"bias": torch.ones(3)}, "bias has shape [3], needs [Hf, f] = [2, 5]"),
+        ({"skip": True}, "skip needs f == D, but weight has D=4, f=5"),
+        ({"activation": "favor", "bias": torch.ones(2, 5)}, "favor takes neither bias nor skip"),
+        ({"eps": -1.0}, "eps is -1.0, needs >= 0"),
+    ],
+)
+def test_features_name_what_is_wrong(arguments, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        Features(**{"weight": torch.ones(2, 4, 5), **arguments})
+    assert message in str(error.value)
+
+
+def test_feature_map_refuses_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="features has 3 heads, which does not divide"):
+        lo.feature_map(torch.randn(B, H, T, D), Features(init_weight(3, D, f)))
+
+
+@pytest.mark.parametrize("name", ["window", "sink", "slack", "batch"])
+def test_state_refuses_negative_sizes(name):
+    with pytest.raises(ValueError, match=f"{name} is -1, needs >= 0"):
+        empty(**{name: -1})
+
+
+def test_backend_for_answers_which_and_why():
+    assert lo.backends() == ("cpu", "cuda", "triton", "reference")
+    assert lo.backend_for("hybrid_attention").backend == "cpu"
+    assert lo.backend_for("feature_map", backend="reference", device="cuda").backend == "reference"
+    choice = lo.backend_for("hybrid_attention", device="cpu", head_dim=512)
+    assert choice.backend is None
+    assert "head dims up to 256" in choice.why
+    with pytest.raises(ValueError, match="op is 'softmax', needs one of feature_map"):
+        lo.backend_for("softmax")
