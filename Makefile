@@ -1,25 +1,30 @@
-# make demo | test | lint | build. Each target makes its own virtual environment on first use.
+# make demo | test | lint | build. Each makes its own virtual environment on first use.
 
 PYTHON ?= python3
 VENV := .venv
 PIP_INSTALL = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
-# Machines without AVX-512 test its source at the same width.
-TEST_BUILD := --config-settings=cmake.define.LOLCATS_EMULATE_AVX512=ON
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 LINT_TOOLS := clang-format mypy numpy pydantic rich ruff torch typer types-PyYAML
 CXX_FILES = $(shell git ls-files '*.c' '*.cpp' '*.h')
+
+# Python sources are used from the checkout, and a rebuild compiles what changed. Machines without
+# AVX-512 test its source at the same width.
+INSTALL_DEMO := --no-build-isolation --config-settings=build-dir=build/demo --editable '.[demo]'
+INSTALL_TEST := --no-build-isolation --config-settings=build-dir=build/test \
+  --config-settings=cmake.define.LOLCATS_EMULATE_AVX512=ON --editable '.[dev]'
 
 .PHONY: build clean demo lint test
 
 demo: $(VENV)/demo/.ready
 	$(VENV)/demo/bin/python -m examples.demo $(DEMO_ARGS)
 
+test: export PATH := $(CURDIR)/$(VENV)/test/bin:$(PATH)
 test: build
-	cd $(VENV)/test && bin/cmake -S $(CURDIR)/tests/ctest -B $(CURDIR)/build/ctest \
-	  -Dlolcats_ops_DIR=$$(bin/python -m lolcats_ops --cmakedir) --log-level=WARNING
-	$(VENV)/test/bin/cmake --build build/ctest
-	$(VENV)/test/bin/ctest --test-dir build/ctest --output-on-failure
-	$(VENV)/test/bin/python -m pytest $(PYTEST_ARGS)
+	cmake -S tests/ctest -B build/ctest --log-level=WARNING \
+	  -Dlolcats_ops_DIR=$$(python -m lolcats_ops --cmakedir)
+	cmake --build build/ctest
+	ctest --test-dir build/ctest --output-on-failure
+	python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/lint/.ready
 	$(VENV)/lint/bin/ruff format --check
@@ -27,24 +32,25 @@ lint: $(VENV)/lint/.ready
 	$(VENV)/lint/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	$(VENV)/lint/bin/mypy
 
-# Rebuilds what changed and installs it editable: Python sources are used from the checkout.
+build: export PATH := $(CURDIR)/$(VENV)/test/bin:$(PATH)
 build: $(VENV)/test/.ready
-	PATH=$(CURDIR)/$(VENV)/test/bin:$$PATH $(VENV)/test/bin/pip install --quiet \
-	  --disable-pip-version-check --no-build-isolation --no-deps $(TEST_BUILD) --editable .
+	pip install --quiet --disable-pip-version-check --no-deps $(INSTALL_TEST)
 
 clean:
 	rm -rf build dist $(VENV)
 
+$(VENV)/%/.ready: export PATH := $(CURDIR)/$(VENV)/$*/bin:$(PATH)
+
 $(VENV)/demo/.ready: pyproject.toml constraints.txt $(shell git ls-files kernels bindings)
 	test -d $(@D) || $(PYTHON) -m venv $(@D)
 	$(PIP_INSTALL) $(BUILD_TOOLS)
-	PATH=$(CURDIR)/$(@D)/bin:$$PATH $(PIP_INSTALL) --no-build-isolation --editable '.[demo]'
+	$(PIP_INSTALL) $(INSTALL_DEMO)
 	touch $@
 
 $(VENV)/test/.ready: pyproject.toml constraints.txt
 	test -d $(@D) || $(PYTHON) -m venv $(@D)
 	$(PIP_INSTALL) $(BUILD_TOOLS)
-	PATH=$(CURDIR)/$(@D)/bin:$$PATH $(PIP_INSTALL) --no-build-isolation $(TEST_BUILD) --editable '.[dev]'
+	$(PIP_INSTALL) $(INSTALL_TEST)
 	touch $@
 
 $(VENV)/lint/.ready: pyproject.toml constraints.txt
