@@ -21,6 +21,7 @@ class Call {
 
   // The next result, with the dtype, shape and strides of `like`; its data is ignored.
   virtual lol_tensor result(const lol_tensor& like) = 0;
+  // Where to run; called after the arguments, throws if they are on different devices.
   virtual lol_context context() = 0;
   // Calls the C library; throws the framework's exception with lol_last_error() if that fails.
   virtual void run(const std::function<int()>& kernel) = 0;
