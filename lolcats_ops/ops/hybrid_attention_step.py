@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from .. import reference
 from ..dispatch import select
@@ -67,6 +69,14 @@ def hybrid_attention_step_(
     """
     op = "hybrid_attention_step_"
     q, k, v = autocast(q, k, v)
+    inputs = (q, k, v, feature_q, feature_k, gate, state)
+    options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
+    if backend is None and _library_checks(*inputs):
+        check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+        # The C library makes the checks below in a microsecond, before it writes; here they take as
+        # long as the step, so they run only to name the Python argument that it refused.
+        with suppress(RuntimeError):
+            return step_(*inputs, **options)
     check_attention(op, q, k, v, feature_q, feature_k)
     check_gate(op, gate, q)
     check_state(op, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
@@ -74,29 +84,26 @@ def hybrid_attention_step_(
         check_state_indices(op, state_indices, q)
     check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
     if select(op, backend, q, v) == "reference":
-        return reference.hybrid_attention_step_(
-            q,
-            k,
-            v,
-            feature_q,
-            feature_k,
-            gate,
-            state,
-            state_indices=state_indices,
-            scale=scale,
-            affine=affine,
+        return reference.hybrid_attention_step_(*inputs, **options)
+    return step_(*inputs, **options)
+
+
+def _library_checks(
+    q: Any, k: Any, v: Any, feature_q: Any, feature_k: Any, gate: Any, state: Any
+) -> bool:
+    """Whether the C library would see all that Python checks: real tensors on the CPU, one kind of
+    feature map."""
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(feature_q, Features)
+        and isinstance(feature_k, Features)
+        and isinstance(state, HybridState)
+        and feature_q.kind == feature_k.kind
+        and all(
+            isinstance(x, Tensor) and x.device.type == "cpu"
+            for x in (q, k, v, gate, feature_q.weight, feature_k.weight, *state.tensors.values())
         )
-    return step_(
-        q,
-        k,
-        v,
-        feature_q,
-        feature_k,
-        gate,
-        state,
-        state_indices=state_indices,
-        scale=scale,
-        affine=affine,
+        and not isinstance(q, FakeTensor)
     )
 
 
