@@ -159,5 +159,5 @@ def test_unknown_instruction_set_is_refused_and_changes_nothing(isa):
 
 
 def test_scalar_code_runs_everywhere():
-    assert _C.cpu_isas()[-1] == "scalar"
+    assert "scalar" in _C.cpu_isas()
     assert _C.max_threads() >= 1

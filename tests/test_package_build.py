@@ -58,7 +58,7 @@ def test_wheel_holds_the_library_its_header_and_nothing_outside_its_package(whee
     for part in ("include/lolcats_ops/lolcats_ops.h", "cmake/lolcats_opsConfig.cmake", "py.typed"):
         assert f"lolcats_ops/{part}" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lolcats_ops"}
-    assert not [name for name in names if name.endswith((".cpp", "CMakeLists.txt"))]
+    assert not [name for name in names if name.endswith((".cpp", ".map", "CMakeLists.txt"))]
 
 
 @pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
@@ -67,6 +67,14 @@ def test_no_binary_links_torch(installed):
     assert len(binaries) == 3
     for binary in binaries:
         assert "libtorch" not in run("ldd", binary)
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_library_exports_the_c_abi_alone(installed):
+    library = next(installed.rglob("liblolcats_ops.so"))
+    symbols = [line.split()[-1] for line in run("nm", "-D", "--defined-only", library).splitlines()]
+    assert "lol_hybrid_attention" in symbols
+    assert not [symbol for symbol in symbols if not symbol.startswith("lol_")]
 
 
 def test_installed_wheel_runs_without_the_checkout(installed):
