@@ -16,7 +16,7 @@ Window everything() { return {INT64_MAX / 4, LOL_SLIDING, 0}; }
 class TransferWorker {
  public:
   static int64_t floats(const Problem& p) {
-    return Chunkwise::floats(p) + Pairs::floats(p) + lanes_size(p.V()) + rows_size(p.V());
+    return Chunkwise::floats(p) + Pairs::floats(p) + rows_size(p.V());
   }
   TransferWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
                  int64_t state_head, Arena& arena)
@@ -27,8 +27,7 @@ class TransferWorker {
         student_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena),
         pairs_(p, state_head, s, arena) {
-    teacher_.o = arena.take(lanes_size(p.V()));
-    rows_ = arena.take(rows_size(p.V()));
+    teacher_.y = arena.take(rows_size(p.V()));
   }
 
   void run(double* squares, double* entropy) {
@@ -41,42 +40,38 @@ class TransferWorker {
 
  private:
   void block(int64_t first, int64_t h, double* squares, double* entropy) {
-    const int V = (int)p_.V();
+    const int ld = padded(p_.V());
     const Queries block =
-        student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h));
-    float m[BLOCK], den[BLOCK], lse[BLOCK], delta[BLOCK];
-    float* y = const_cast<float*>(student_.attend(block, h, m, den));
-    attend_softmax(pairs_.tiles, everything(), block, (int)p_.D(), V, p_.scale, student_.scores,
-                   teacher_);
-    for (int c = 0; c < BLOCK; c += LANES) {
-      store(lse + c, load(teacher_.m + c) + log(load(teacher_.sum + c)));
-      const Vec factor = 1.0f / load(teacher_.sum + c);
-      Vec dot = {};
-      for (int at = c; at < V * BLOCK; at += BLOCK) {
-        const Vec t = factor * load(teacher_.o + at), residual = load(y + at) - t;
-        dot += residual * load(y + at);
-        store(teacher_.o + at, t);
-        store(y + at, residual);
-      }
-      store(delta + c, dot);
-    }
-    to_rows(rows_, teacher_.o, V);
-    store_rows(tokens_of(a_.teacher, s_, h), first, block.n, rows_);
-    to_rows(rows_, y, V);
-    store_rows(tokens_of(a_.residual, s_, h), first, block.n, rows_);
+        student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h),
+                              p_.lambda(h));
+    Sums& student = student_.attend(block, h);
+    gather(pairs_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, teacher_);
+    float lse[BLOCK], delta[BLOCK];
+    for (int c = 0; c < BLOCK; c += LANES)
+      store(lse + c, load(teacher_.m + c) + log(load(teacher_.den + c)));
+    normalize(teacher_, block.n, (int)p_.V());
+    store_rows(tokens_of(a_.teacher, s_, h), first, block.n, teacher_.y);
     for (int64_t i = 0; i < block.n; i++) {
-      for (int j = 0; j < V; j++)
-        *squares += (double)rows_[i * padded(V) + j] * rows_[i * padded(V) + j];
+      Vec dot = {}, square = {};
+      for (int64_t at = i * ld; at < (i + 1) * ld; at += LANES) {
+        const Vec y = load(student.y + at), residual = y - load(teacher_.y + at);
+        dot += residual * y;
+        square += residual * residual;
+        store(student.y + at, residual);
+      }
+      delta[i] = horizontal_sum(dot);
+      *squares += horizontal_sum(square);
     }
+    store_rows(tokens_of(a_.residual, s_, h), first, block.n, student.y);
     const int64_t row0 = (s_.batch * p_.heads() + h) * p_.q.shape[2];
     for (int64_t i = 0; i < block.n; i++) {
       const int64_t row = row0 + s_.row(first + i);
-      ((float*)a_.student.m.data)[row] = m[i];
-      ((float*)a_.student.den.data)[row] = den[i];
+      ((float*)a_.student.m.data)[row] = student.m[i];
+      ((float*)a_.student.den.data)[row] = student.den[i];
       ((float*)a_.lse.data)[row] = lse[i];
       ((float*)a_.delta.data)[row] = delta[i];
     }
-    if (a_.with_xent) *entropy += cross_entropy(pairs_, block, h, m, den, lse);
+    if (a_.with_xent) *entropy += cross_entropy(pairs_, block, h, student.m, student.den, lse);
   }
 
   const lol_attention_transfer_args& a_;
@@ -85,8 +80,7 @@ class TransferWorker {
   const int64_t state_head_;
   Chunkwise student_;
   Pairs pairs_;
-  SoftmaxSums teacher_;
-  float* rows_;
+  Sums teacher_;
 };
 
 }  // namespace

@@ -30,8 +30,8 @@ class BackwardWorker {
   void load_block(int64_t h, int64_t first);
   void forward_in_time(int64_t h, int64_t first);
   void softmax_part(int64_t h);
-  void score_gradients(WindowTile* piece, int count, float g, SoftmaxGradient& sum);
-  void apply_score_gradients(WindowTile* piece, int count, float g, const SoftmaxGradient& sum);
+  void score_gradients(WeightTile* piece, int count, float g, SoftmaxGradient& sum);
+  void apply_score_gradients(WeightTile* piece, int count, float g, const SoftmaxGradient& sum);
   void backward_in_time(int64_t first, int64_t begin, int64_t end);
   void linear_score_gradients(KeyTile& tile, const Band& band);
   void mixed_part(KeyTile& tile, const Band& band);
@@ -135,10 +135,10 @@ void BackwardWorker::add_rows(float* to, int64_t ld, const float* from, int64_t 
 
 // u into each tile's scores and u dp into its dp; sums R and counts the keys at the maximum, where
 // u is exactly g.
-void BackwardWorker::score_gradients(WindowTile* piece, int count, float g, SoftmaxGradient& sum) {
+void BackwardWorker::score_gradients(WeightTile* piece, int count, float g, SoftmaxGradient& sum) {
   for (int t = 0; t < count; t++) {
     const int n = (int)piece[t].tile->n;
-    const Band& band = piece[t].band;
+    const Band& band = piece[t].softmax;
     gemm(n, BLOCK, V_, rows(piece[t].tile->v, padded(V_)), g_, BLOCK, dp_at(t), BLOCK, Into::set,
          Skip::outputs, &band);
     for (int c = 0; c < BLOCK; c += LANES) {
@@ -147,12 +147,12 @@ void BackwardWorker::score_gradients(WindowTile* piece, int count, float g, Soft
       for (int j = 0; j < n; j++) {
         const int at = j * BLOCK + c;
         const VecI inside = in_band(band, c, j);
-        const Vec s = load(piece[t].scores + at);
-        const Vec u = select(inside, g * exp(s - m), Vec{});
+        const Vec s = p_.scale * load(piece[t].weights + at);
+        const Vec u = select(inside, select(s == m, splat(g), g * exp(s - m)), Vec{});
         const Vec du = select(inside, u * (load(dp_at(t) + at) - delta), Vec{});
         r += du;
         ties += select(u == splat(g), splat(1.0f), Vec{});
-        store(piece[t].scores + at, u);
+        store(piece[t].weights + at, u);
         store(dp_at(t) + at, du);
       }
       store(sum.r + c, r);
@@ -162,12 +162,12 @@ void BackwardWorker::score_gradients(WindowTile* piece, int count, float g, Soft
 }
 
 // ds = scale (u dp - R at the maximum), then dq, dk and dv.
-void BackwardWorker::apply_score_gradients(WindowTile* piece, int count, float g,
+void BackwardWorker::apply_score_gradients(WeightTile* piece, int count, float g,
                                            const SoftmaxGradient& sum) {
   for (int t = 0; t < count; t++) {
     const int n = (int)piece[t].tile->n, ldd = padded(D_), ldv = padded(V_);
-    const Band& band = piece[t].band;
-    float *u = piece[t].scores, *ds = dp_at(t);
+    const Band& band = piece[t].softmax;
+    float *u = piece[t].weights, *ds = dp_at(t);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec share = load(sum.r + c) / max(load(sum.ties + c), splat(1.0f));
       for (int at = c; at < n * BLOCK; at += BLOCK) {
@@ -175,29 +175,30 @@ void BackwardWorker::apply_score_gradients(WindowTile* piece, int count, float g
       }
     }
     gemm(D_, BLOCK, n, rows(piece[t].tile->keys, BLOCK), ds, BLOCK, dq_, BLOCK, Into::add,
-         Skip::depth_keys, &band);
+         Skip::keys_of_n, &band);
     gemm(n, ldd, BLOCK, rows(ds, BLOCK), q_rows_, ldd, dk_at(piece[t].tile->start), ldd, Into::add,
-         Skip::depth_queries, &band);
+         Skip::queries_of_m, &band);
     gemm(n, ldv, BLOCK, rows(u, BLOCK), g_rows_, ldv, dv_at(piece[t].tile->start), ldv, Into::add,
-         Skip::depth_queries, &band);
+         Skip::queries_of_m, &band);
   }
 }
 
 void BackwardWorker::softmax_part(int64_t h) {
   const float g = p_.g(h);
+  const int64_t from = p_.window.start(block_.first);
   SoftmaxGradient sum = {};
-  WindowTile piece[MOST_TILES];
-  WindowPieces pieces(c_.tiles, p_.window, block_);
-  int count = pieces.next(piece, c_.scores, D_, p_.scale);
+  WeightTile piece[MOST_TILES];
+  Pieces pieces(c_.tiles, p_.window, block_, from);
+  int count = pieces.next(piece, c_.scores, D_);
   score_gradients(piece, count, g, sum);
   if (!pieces.more()) {
     if (wants_inputs()) apply_score_gradients(piece, count, g, sum);
   } else {
     // R of the whole window comes before any ds: a window of several pieces is walked twice.
-    while ((count = pieces.next(piece, c_.scores, D_, p_.scale)))
+    while ((count = pieces.next(piece, c_.scores, D_)))
       score_gradients(piece, count, g, sum);
-    WindowPieces again(c_.tiles, p_.window, block_);
-    while (wants_inputs() && (count = again.next(piece, c_.scores, D_, p_.scale))) {
+    Pieces again(c_.tiles, p_.window, block_, from);
+    while (wants_inputs() && (count = again.next(piece, c_.scores, D_))) {
       SoftmaxGradient seen = {};
       score_gradients(piece, count, g, seen);
       apply_score_gradients(piece, count, g, sum);
@@ -230,7 +231,7 @@ void BackwardWorker::forward_in_time(int64_t h, int64_t first) {
     const Band band = linear_band(p_.window, start, tile.n, first, block_.n);
     linear_score_gradients(tile, band);
     gemm(F_, BLOCK, (int)tile.n, rows(c_.tiles.phi(tile), BLOCK), dp_, BLOCK, dphi_, BLOCK,
-         Into::add, Skip::depth_keys, &band);
+         Into::add, Skip::keys_of_n, &band);
   }
   const float lambda = p_.lambda(h);
   for (int i = 0; lambda != 1.0f && i < F_ * BLOCK; i += LANES)
@@ -265,13 +266,13 @@ void BackwardWorker::mixed_part(KeyTile& tile, const Band& band) {
     const int ldv = padded(V_);
     linear_scores(c_.tiles, tile, block_, F_, band, c_.scores);
     gemm((int)tile.n, ldv, BLOCK, rows(c_.scores, BLOCK), g_rows_, ldv, dv_at(tile.start), ldv,
-         Into::add, Skip::depth_queries, &band);
+         Into::add, Skip::queries_of_m, &band);
   }
   linear_score_gradients(tile, band);
   memset(dp_ + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
   transpose(scratch_, BLOCK, dp_, BLOCK, BLOCK, BLOCK);
   gemm(F_, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
-       Skip::depth_queries_n, &band);
+       Skip::queries_of_n, &band);
 }
 
 // The keys [begin, end), which the block at `first` and earlier ones see in full by softmax at

@@ -66,6 +66,9 @@ KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
   load_rows(row_tile_, k_, start, tile.n, sink);
   to_lanes(keys_[slot], row_tile_, k_.width);
   load_rows(values_[slot], v_, start, tile.n, sink);
+  const int64_t ahead = at_most(BLOCK, end - start - tile.n);
+  prefetch_rows(k_, start + tile.n, ahead);
+  prefetch_rows(v_, start + tile.n, ahead);
   return tile;
 }
 
@@ -75,84 +78,128 @@ const float* KeyTiles::phi(KeyTile& tile) {
   return tile.phi;
 }
 
-WindowPieces::WindowPieces(KeyTiles& tiles, const Window& window, const Queries& block)
-    : tiles_(tiles),
-      window_(window),
-      block_(block),
-      sink_(0),
-      position_(window.start(block.first)),
-      end_(block.first + block.n) {
-  if (window.size == 0) position_ = end_;
+Pieces::Pieces(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from)
+    : tiles_(tiles), window_(window), block_(block), from_(from) {
+  const int64_t end = block.first + block.n;
+  sinks_ = at_most(window.sink, end);
+  position_ = from < end ? from + (end - 1 - from) / BLOCK * BLOCK : from - 1;
 }
 
-int WindowPieces::next(WindowTile* piece, float* scores, int D, float scale) {
+int Pieces::next(WeightTile* piece, float* weights, int D) {
   int count = 0;
-  const int64_t sinks = at_most(window_.sink, end_);
   while (count < tiles_.count() && more()) {
-    const bool sink = sink_ < sinks;
+    const bool sink = sink_ < sinks_;
     int64_t& position = sink ? sink_ : position_;
-    WindowTile& w = piece[count];
+    WeightTile& w = piece[count];
     w.tile = sink ? &tiles_.sinks_at(position) : &tiles_.at(position);
-    w.band = sink ? causal_band(position, w.tile->n, block_.first, block_.n)
-                  : softmax_band(window_, position, w.tile->n, block_.first, block_.n);
-    w.scores = scores + count * BLOCK * BLOCK;
-    gemm((int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q, BLOCK, w.scores,
-         BLOCK, Into::set, Skip::outputs, &w.band);
-    for (int64_t i = 0; i < w.tile->n * BLOCK; i += LANES)
-      store(w.scores + i, scale * load(w.scores + i));
-    position += BLOCK;
+    w.softmax = sink ? causal_band(position, w.tile->n, block_.first, block_.n)
+                     : softmax_band(window_, position, w.tile->n, block_.first, block_.n);
+    w.linear = sink ? Band{} : linear_band(window_, position, w.tile->n, block_.first, block_.n);
+    w.weights = weights + count * BLOCK * BLOCK;
+    position += sink ? BLOCK : -BLOCK;
     count++;
+    if (w.softmax.empty()) continue;
+    gemm((int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q, BLOCK, w.weights,
+         BLOCK, Into::set, Skip::outputs, &w.softmax);
   }
   return count;
 }
 
-void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V,
-                    float scale, float* scores, SoftmaxSums& out) {
+namespace {
+
+// Products q . k become g e^{s - m}, zero outside the band; den and `rescale`, the factor of earlier sums,
+// follow the maximum.
+void softmax_weights(const WeightTile* piece, int count, float scale, float g, Sums& out,
+                     float* rescale) {
+  for (int c = 0; c < BLOCK; c += LANES) {
+    const Vec before = load(out.m + c);
+    Vec m = before;
+    for (int t = 0; t < count; t++) {
+      for_band(piece[t].softmax, c, [&](int j, auto keep) {
+        m = max(m, keep(scale * load(piece[t].weights + j * BLOCK + c), splat(-INFINITY)));
+      });
+    }
+    // A query with no key so far keeps m = -inf; shifting by 0 instead keeps its (all masked)
+    // exponentials finite.
+    const Vec shift = select(m == splat(-INFINITY), Vec{}, m);
+    const Vec factor = select(m == before, splat(1.0f), exp(before - shift));
+    Vec den = factor * load(out.den + c);
+    for (int t = 0; t < count; t++) {
+      clear_outside(piece[t].weights, piece[t].softmax, c, piece[t].tile->n);
+      for_band(piece[t].softmax, c, [&](int j, auto keep) {
+        float* w = piece[t].weights + j * BLOCK + c;
+        const Vec e = keep(g * exp(scale * load(w) - shift));
+        den += e;
+        store(w, e);
+      });
+    }
+    store(out.m + c, m);
+    store(out.den + c, den);
+    store(rescale + c, factor);
+  }
+}
+
+void linear_weights(KeyTiles& tiles, const WeightTile& w, const Queries& block, int F,
+                    float* scores, Sums& out) {
+  gemm((int)w.tile->n, BLOCK, F, transposed(tiles.phi(*w.tile), BLOCK), block.phi, BLOCK, scores,
+       BLOCK, Into::set, Skip::outputs, &w.linear);
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec den = load(out.den + c);
+    for_band(w.linear, c, [&](int j, auto keep) {
+      const Vec l = keep(load(scores + j * BLOCK + c));
+      float* to = w.weights + j * BLOCK + c;
+      den += l;
+      store(to, load(to) + l);
+    });
+    store(out.den + c, den);
+  }
+}
+
+// The keys that a query sees either way: linear ones are the older.
+Band seen(const WeightTile& w) {
+  Band band;
+  for (int c = 0; c < BLOCK; c++) {
+    band.lo[c] = w.linear.lo[c] < w.linear.hi[c] ? w.linear.lo[c] : w.softmax.lo[c];
+    band.hi[c] = w.softmax.lo[c] < w.softmax.hi[c] ? w.softmax.hi[c] : w.linear.hi[c];
+  }
+  return band;
+}
+
+}  // namespace
+
+void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
+            const Problem& p, float g, float* weights, Sums& out) {
+  const int ld = padded(p.V());
   fill(out.m, BLOCK, -INFINITY);
-  memset(out.sum, 0, sizeof(out.sum));
-  memset(out.o, 0, sizeof(float) * V * BLOCK);
-  WindowPieces pieces(tiles, window, block);
-  WindowTile piece[MOST_TILES];
-  for (bool first = true; int count = pieces.next(piece, scores, D, scale); first = false) {
-    for (int c = 0; c < BLOCK; c += LANES) {
-      Vec m = load(out.m + c);
-      for (int t = 0; t < count; t++) {
-        const Band& band = piece[t].band;
-        for (int j = band.lo[c]; j < band.hi[c + LANES - 1]; j++) {
-          m = max(m, select(in_band(band, c, j), load(piece[t].scores + j * BLOCK + c),
-                            splat(-INFINITY)));
-        }
-      }
-      // A query with no key so far keeps m = -inf; shifting by 0 instead keeps its (all masked)
-      // exponentials finite.
-      const Vec shift = select(m == splat(-INFINITY), Vec{}, m);
-      Vec sum = load(out.sum + c);
-      if (!first) {
-        const Vec correction = exp(load(out.m + c) - shift);
-        sum *= correction;
-        for (int i = 0; i < V; i++)
-          store(out.o + i * BLOCK + c, correction * load(out.o + i * BLOCK + c));
-      }
-      for (int t = 0; t < count; t++) {
-        const Band& band = piece[t].band;
-        for (int j = 0; j < piece[t].tile->n; j++) {
-          float* s = piece[t].scores + j * BLOCK + c;
-          if (j < band.lo[c] || j >= band.hi[c + LANES - 1]) {
-            store(s, Vec{});
-            continue;
-          }
-          const Vec e = select(in_band(band, c, j), exp(load(s) - shift), Vec{});
-          sum += e;
-          store(s, e);
-        }
-      }
-      store(out.m + c, m);
-      store(out.sum + c, sum);
+  memset(out.den, 0, sizeof(out.den));
+  memset(out.y, 0, sizeof(float) * BLOCK * ld);
+  Pieces pieces(tiles, window, block, from);
+  WeightTile piece[MOST_TILES];
+  for (bool first = true; int count = pieces.next(piece, weights, (int)p.D());
+       first = false) {
+    float rescale[BLOCK];
+    softmax_weights(piece, count, p.scale, g, out, rescale);
+    for (int64_t i = 0; !first && i < block.n; i++) {
+      for (int j = 0; j < ld; j += LANES)
+        store(out.y + i * ld + j, rescale[i] * load(out.y + i * ld + j));
     }
     for (int t = 0; t < count; t++) {
-      gemm(V, BLOCK, (int)piece[t].tile->n, transposed(piece[t].tile->v, padded(V)),
-           piece[t].scores, BLOCK, out.o, BLOCK, Into::add, Skip::depth_keys, &piece[t].band);
+      if (!piece[t].linear.empty())
+        linear_weights(tiles, piece[t], block, (int)p.F(), weights + MOST_TILES * BLOCK * BLOCK,
+                       out);
+      const Band band = seen(piece[t]);
+      gemm((int)block.n, ld, (int)piece[t].tile->n, transposed(piece[t].weights, BLOCK),
+           piece[t].tile->v, ld, out.y, ld, Into::add, Skip::keys_of_m, &band);
     }
+  }
+}
+
+void normalize(Sums& sums, int64_t n, int V) {
+  const int ld = padded(V);
+  for (int64_t i = 0; i < n; i++) {
+    const float factor = 1.0f / sums.den[i];
+    for (int j = 0; j < ld; j += LANES)
+      store(sums.y + i * ld + j, factor * load(sums.y + i * ld + j));
   }
 }
 
@@ -163,10 +210,46 @@ void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, 
   keep_band(scores, band, tile.n);
 }
 
+namespace {
+
+// to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
+void sum_rows(float* to, const float* tile, int F, int n, Into into) {
+  for (int i = 0; i < F; i += 4) {
+    Vec4 quarters[4] = {}, columns[4];
+    for (int r = 0; r < 4 && i + r < F; r++) {
+      const float* row = tile + (i + r) * BLOCK;
+      Vec sum = {};
+      int j = 0;
+      for (; j + LANES <= n; j += LANES) sum += load(row + j);
+      quarters[r] = quarter_sums(sum);
+      for (; j < n; j++) quarters[r][0] += row[j];
+    }
+    transpose4(quarters, columns);
+    const Vec4 sums = (columns[0] + columns[2]) + (columns[1] + columns[3]);
+    for (int r = 0; r < 4 && i + r < F; r++)
+      to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
+  }
+}
+
+// to += a[F] tile[F x BLOCK], in four chains that hide the latency of an FMA.
+void add_products(float* to, const float* a, const float* tile, int F) {
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec sum[4] = {load(to + c)};
+    int i = 0;
+    for (; i + 4 <= F; i += 4) {
+      for (int r = 0; r < 4; r++) sum[r] += a[i + r] * load(tile + (i + r) * BLOCK + c);
+    }
+    for (; i < F; i++) sum[0] += a[i] * load(tile + i * BLOCK + c);
+    store(to + c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+}  // namespace
+
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + p.F() * padded(p.V()) + p.F() +
-         MOST_TILES * BLOCK * BLOCK + BLOCK * padded(p.D()) + BLOCK * padded(p.V()) +
-         lanes_size(p.D()) + lanes_size(p.F()) + 2 * lanes_size(p.V()) + 256;
+         WEIGHTS + at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) +
+         lanes_size(p.F()) + rows_size(p.V());
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
@@ -176,12 +259,11 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
       folded_(p.window.sink) {
   kv = arena.take(p.F() * padded(p.V()));
   ksum = arena.take(p.F());
-  scores = arena.take(MOST_TILES * BLOCK * BLOCK);
+  scores = arena.take(WEIGHTS);
   row_tile = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
   q_ = arena.take(lanes_size(p.D()));
   phi_ = arena.take(lanes_size(p.F()));
-  o_linear_ = arena.take(lanes_size(p.V()));
-  softmax_.o = arena.take(lanes_size(p.V()));
+  sums_.y = arena.take(rows_size(p.V()));
 }
 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
@@ -214,71 +296,36 @@ void Chunkwise::fold(int64_t end) {
     const int n = (int)at_most(tile.n, end - folded_);
     const float* phi = tiles.phi(tile);
     gemm(F, ld, n, rows(phi, BLOCK), tile.v, ld, kv, ld, has_state_ ? Into::add : Into::set);
-    for (int i = 0; i < F; i++) {
-      float sum = 0.0f;
-      for (int j = 0; j < n; j++) sum += phi[i * BLOCK + j];
-      ksum[i] = has_state_ ? ksum[i] + sum : sum;
-    }
+    sum_rows(ksum, phi, F, n, has_state_ ? Into::add : Into::set);
     has_state_ = true;
     folded_ += n;
   }
 }
 
-Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q) {
+Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q,
+                                float factor) {
   load_rows(row_tile, q, first, n);
   to_lanes(q_, row_tile, q.width);
   features_forward(p_.map_q(h), q_, phi_);
+  for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
+    store(phi_ + i, factor * load(phi_ + i));
   return {first, n, q_, phi_};
 }
 
-const float* Chunkwise::attend(const Queries& block, int64_t h, float* m, float* den) {
-  const int V = (int)p_.V(), F = (int)p_.F();
+Sums& Chunkwise::attend(const Queries& block, int64_t h) {
+  const int ld = padded(p_.V()), F = (int)p_.F();
+  gather(tiles, p_.window, block, folded_, p_, p_.g(h), scores, sums_);
   if (has_state_) {
-    gemm(V, BLOCK, F, transposed(kv, padded(V)), block.phi, BLOCK, o_linear_, BLOCK, Into::set);
-    gemm(1, BLOCK, F, rows(ksum, F), block.phi, BLOCK, den, BLOCK, Into::set);
-  } else {
-    memset(o_linear_, 0, sizeof(float) * V * BLOCK);
-    memset(den, 0, sizeof(float) * BLOCK);
+    gemm((int)block.n, ld, F, transposed(block.phi, BLOCK), kv, ld, sums_.y, ld, Into::add);
+    add_products(sums_.den, ksum, block.phi, F);
   }
-  const int64_t linear_end = p_.window.start(block.first + block.n - 1);
-  for (int64_t start = folded_; start < linear_end; start += BLOCK) {
-    KeyTile& tile = tiles.at(start);
-    const Band band = linear_band(p_.window, start, tile.n, block.first, block.n);
-    linear_scores(tiles, tile, block, F, band, scores);
-    for (int c = 0; c < BLOCK; c += LANES) {
-      Vec sum = load(den + c);
-      for (int j = 0; j < tile.n; j++) sum += load(scores + j * BLOCK + c);
-      store(den + c, sum);
-    }
-    gemm(V, BLOCK, (int)tile.n, transposed(tile.v, padded(V)), scores, BLOCK, o_linear_, BLOCK,
-         Into::add, Skip::depth_keys, &band);
-  }
-
-  const float g = p_.g(h), lambda = p_.lambda(h);
-  if (p_.gate) {
-    attend_softmax(tiles, p_.window, block, (int)p_.D(), V, p_.scale, scores, softmax_);
-  }
-  float factor[BLOCK];
   for (int c = 0; c < BLOCK; c += LANES) {
-    Vec d = lambda * load(den + c) + p_.eps;
-    if (p_.gate) {
-      const Vec top = load(softmax_.m + c);
-      d += g * load(softmax_.sum + c);
-      store(m + c, select(top == splat(-INFINITY), Vec{}, top));
-    }
-    if (!p_.normalize) d = splat(1.0f);
-    store(den + c, d);
-    store(factor + c, 1.0f / d);
+    const Vec m = load(sums_.m + c);
+    store(sums_.m + c, select(m == splat(-INFINITY), Vec{}, m));
+    store(sums_.den + c, p_.normalize ? load(sums_.den + c) + p_.eps : splat(1.0f));
   }
-  for (int i = 0; i < V; i++) {
-    for (int c = 0; c < BLOCK; c += LANES) {
-      float* y = o_linear_ + i * BLOCK + c;
-      Vec sum = lambda * load(y);
-      if (p_.gate) sum += g * load(softmax_.o + i * BLOCK + c);
-      store(y, sum * load(factor + c));
-    }
-  }
-  return o_linear_;
+  if (p_.normalize) normalize(sums_, block.n, (int)p_.V());
+  return sums_;
 }
 
 void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c,
@@ -301,15 +348,16 @@ void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chu
     for (int64_t h = state_head * p.group(); h < (state_head + 1) * p.group(); h++) {
       Tokens from = tokens_of(p.q, s, h), to = tokens_of(o, s, h);
       from.past = to.past = past;
-      float block_m[BLOCK], block_den[BLOCK];
-      const Queries block = c.load_queries(h, first, n, from);
-      const float* y = c.attend(block, h, block_m, block_den);
-      to_rows(c.row_tile, y, to.width);
-      store_rows(to, first, n, c.row_tile);
+      const Queries block = c.load_queries(h, first, n, from, p.lambda(h));
+      const Sums& sums = c.attend(block, h);
+      store_rows(to, first, n, sums.y);
+      const int64_t ahead = at_most(BLOCK, total - first - n);
+      prefetch_rows(from, first + n, ahead);
+      prefetch_rows(to, first + n, ahead);
       const int64_t row0 = (s.batch * p.heads() + h) * T;
       for (int64_t i = 0; i < n; i++) {
-        if (m) m[row0 + s.row(first + i)] = block_m[i];
-        if (den) den[row0 + s.row(first + i)] = block_den[i];
+        if (m) m[row0 + s.row(first + i)] = sums.m[i];
+        if (den) den[row0 + s.row(first + i)] = sums.den[i];
       }
     }
   }

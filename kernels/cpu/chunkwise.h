@@ -2,12 +2,15 @@
 // forward.
 //
 // One worker handles one recurrent state: a sequence and a state head, with the 1 or G query heads
-// that read it. Queries go in blocks of 64. For the block at i0, with e0 = window.start(i0):
+// that read it. Queries go in blocks of BLOCK. For the block at i0, with e0 = window.start(i0):
 //   keys j < e0 are in the state (kv, ksum);
-//   keys in [e0, start(i0 + 63)) are linear for some queries: a tile of feature scores, banded;
-//   keys in [start(i), i] and the sinks: softmax, banded.
-// Then the state absorbs what the next block calls old. Useful FLOPs per token and head: 2 D f
-// (twice), 2 F V (read and write of the state), 2 w (D + V); nothing of size T x T or T x F exists.
+//   keys in [e0, i] and the sinks are weighed pair by pair: softmax from start(i) on, features
+//   before it. Both weights of a tile of keys share one product with the values.
+// Tiles go from the newest keys to the oldest, sinks first: a query meets all its softmax keys
+// before the first linear one, so its maximum is final when the linear part, which is not rescaled,
+// joins the same sums. Then the state absorbs what the next block calls old. Useful FLOPs per token
+// and head: 2 D f (twice), 2 F V (read and write of the state), 2 w (D + V); nothing of size T x T
+// or T x F exists.
 #pragma once
 #include "features.h"
 #include "window.h"
@@ -66,7 +69,7 @@ struct KeyTile {
   int64_t used;  // when, for replacing the tile used longest ago
 };
 
-constexpr int MOST_TILES = 8;
+constexpr int MOST_TILES = 16;
 
 class KeyTiles {
  public:
@@ -98,36 +101,41 @@ struct Queries {
   const float *q, *phi;  // [D x BLOCK], [F x BLOCK]
 };
 
-// The keys that a block attends by softmax: sinks first, then from the oldest on, in pieces of as
-// many tiles as stay loaded.
-struct WindowTile {
+// The keys from position `from` on that a block sees, newest first, and before them the sinks; in
+// pieces of as many tiles as stay loaded.
+struct WeightTile {
   KeyTile* tile;
-  Band band;
-  float* scores;  // [n x BLOCK]
+  Band softmax, linear;  // who sees a key how
+  float* weights;        // [n x BLOCK]
 };
-class WindowPieces {
+class Pieces {
  public:
-  WindowPieces(KeyTiles& tiles, const Window& window, const Queries& block);
-  bool more() const { return sink_ < at_most(window_.sink, end_) || position_ < end_; }
-  // Fills `piece` with the next tiles, their scaled scores in `scores` [MOST_TILES * BLOCK x
-  // BLOCK]; returns how many, or 0.
-  int next(WindowTile* piece, float* scores, int D, float scale);
+  Pieces(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from);
+  bool more() const { return sink_ < sinks_ || position_ >= from_; }
+  // Fills `piece` with the next tiles, q . k of their softmax keys in `weights` [MOST_TILES * BLOCK
+  // x BLOCK]; returns how many, or 0.
+  int next(WeightTile* piece, float* weights, int D);
 
  private:
   KeyTiles& tiles_;
   const Window& window_;
   const Queries& block_;
-  int64_t sink_, position_, end_;
+  int64_t sink_ = 0, sinks_, from_, position_;
 };
 
-// Causal softmax over a window, unnormalised: o = sum e^{s - m} v, sum = sum e^{s - m}, m the
-// maximum (-inf: no key).
-struct SoftmaxSums {
-  float* o;  // [V x BLOCK]
-  float m[BLOCK], sum[BLOCK];
+// What a block of queries gathers from its keys: y = sum a v and den = sum a over unnormalised
+// weights a, and the maximum m of the scores (-inf: no softmax key).
+struct Sums {
+  float* y;  // [BLOCK x padded(V)]
+  float m[BLOCK], den[BLOCK];
 };
-void attend_softmax(KeyTiles& tiles, const Window& window, const Queries& block, int D, int V,
-                    float scale, float* scores, SoftmaxSums& out);
+// Sums over the keys of Pieces(tiles, window, block, from): softmax weights are g e^{s - m}, linear
+// ones phi_k phi_q. `weights` is scratch of WEIGHTS floats.
+constexpr int WEIGHTS = (MOST_TILES + 1) * BLOCK * BLOCK;
+void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
+            const Problem& p, float g, float* weights, Sums& out);
+// y / den, rows [0, n).
+void normalize(Sums& sums, int64_t n, int V);
 
 // Feature scores of one tile: L = phi_k phi_q, zero outside the band.
 void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
@@ -144,21 +152,22 @@ class Chunkwise {
   void fold(int64_t end);  // takes the keys before `end` into the state
   int64_t folded() const { return folded_; }
   bool has_state() const { return has_state_; }
-  Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q);
-  // y as [V x BLOCK], with m and den of each query.
-  const float* attend(const Queries& block, int64_t h, float* m, float* den);
+  // q and factor * phi_q.
+  Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
+  // The outputs y of queries loaded with lambda as their factor, and their m and den.
+  Sums& attend(const Queries& block, int64_t h);
 
   KeyTiles tiles;
   float *kv, *ksum;  // [F x padded(V)], [F]
-  float* scores;     // [MOST_TILES * BLOCK x BLOCK], scratch
+  float* scores;     // WEIGHTS floats, scratch
   float* row_tile;   // [BLOCK x padded(max(D, V))], scratch
 
  private:
   const Problem& p_;
   int64_t folded_;
   bool has_state_ = false;
-  float *q_, *phi_, *o_linear_;
-  SoftmaxSums softmax_;
+  float *q_, *phi_;
+  Sums sums_;
 };
 
 // The state after the last token, written once all keys before `fold` are in it.

@@ -65,7 +65,7 @@ class EntropyBackwardWorker {
     memset(c_, 0, sizeof(c_));
   }
   KeyTile& weigh(int64_t start, int64_t h) {
-    return pairs_.weigh(start, block_, h, m_, den_, lse_);
+    return pairs_.weigh(start, block_, h, p_.lambda(h), m_, den_, lse_);
   }
 
   // Replaces the student's weights by factor * den * d xent / d u, and sums u times it over the
@@ -119,7 +119,7 @@ class EntropyBackwardWorker {
       weight_gradients(tile, r);
       keep_linear(tile, h);
       gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
-           dphi_, BLOCK, Into::add, Skip::depth_keys, &pairs_.w.linear);
+           dphi_, BLOCK, Into::add, Skip::keys_of_n, &pairs_.w.linear);
     }
     const FeatureMap map = p_.map_q(h);
     features_backward(map, block_.q, block_.phi, dphi_, nullptr, Into::set);
@@ -144,7 +144,7 @@ class EntropyBackwardWorker {
         memset(pairs_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
         transpose(scratch_, BLOCK, pairs_.w.student, BLOCK, BLOCK, BLOCK);
         gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
-             Skip::depth_queries_n, &pairs_.w.linear);
+             Skip::queries_of_n, &pairs_.w.linear);
       }
     }
     KeyTile& tile = pairs_.tiles.at(start);
@@ -172,7 +172,7 @@ double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float*
                      const float* den, const float* lse) {
   float sum[BLOCK] = {};
   for (int64_t start = 0; start < block.first + block.n; start += BLOCK) {
-    const KeyTile& tile = pairs.weigh(start, block, h, m, den, lse);
+    const KeyTile& tile = pairs.weigh(start, block, h, 1.0f, m, den, lse);
     for (int c = 0; c < BLOCK; c += LANES) {
       Vec total = load(sum + c);
       for (int at = c; at < tile.n * BLOCK; at += BLOCK) {

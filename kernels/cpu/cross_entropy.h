@@ -6,9 +6,9 @@
 namespace lol {
 namespace LOL_ISA {
 
-// The teacher walks all earlier keys; four tiles at a time keep its scores (64 KiB) in L2 beside
+// The teacher walks all earlier keys; eight tiles at a time keep its scores (32 KiB) in L2 beside
 // the student's state.
-constexpr int TEACHER_TILES = 4;
+constexpr int TEACHER_TILES = 8;
 
 // Teacher's and student's normalised weights of one tile of keys, and which keys the student sees
 // as linear.
@@ -30,8 +30,9 @@ class Pairs {
     w.student = arena.take(BLOCK * BLOCK);
   }
 
-  KeyTile& weigh(int64_t start, const Queries& block, int64_t h, const float* m, const float* den,
-                 const float* lse) {
+  // phi of the block times `lambda` are the linear weights.
+  KeyTile& weigh(int64_t start, const Queries& block, int64_t h, float lambda, const float* m,
+                 const float* den, const float* lse) {
     KeyTile& tile = tiles.at(start);
     const int64_t sink = p_.window.sink;
     w.causal = causal_band(start, tile.n, block.first, block.n);
@@ -41,7 +42,7 @@ class Pairs {
     gemm((int)tile.n, BLOCK, (int)p_.D(), transposed(tile.keys, BLOCK), block.q, BLOCK, w.teacher,
          BLOCK, Into::set);
     linear_scores(tiles, tile, block, (int)p_.F(), w.linear, w.student);
-    const float g = p_.g(h), lambda = p_.lambda(h);
+    const float g = p_.g(h);
     for (int j = 0; j < tile.n; j++) {
       for (int c = 0; c < BLOCK; c += LANES) {
         const int at = j * BLOCK + c;
@@ -63,7 +64,8 @@ class Pairs {
   const Problem& p_;
 };
 
-// - sum_j a*_ij log max(a_ij, 1e-12), summed over the queries of the block.
+// - sum_j a*_ij log max(a_ij, 1e-12), summed over the queries of the block, loaded with lambda as
+// their factor.
 double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float* m,
                      const float* den, const float* lse);
 

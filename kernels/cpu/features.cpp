@@ -6,19 +6,38 @@ namespace {
 
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
-// out = exp(sign (z - extreme)) clamped, divided by its sum if `normalize`.
-inline void exponentials(const float* z, float* out, int f, float sign, bool normalize, float eps) {
-  Vec top = sign * load(z);
-  for (int i = 1; i < f; i++) top = max(top, sign * load(z + i * BLOCK));
-  Vec sum = {};
-  for (int i = 0; i < f; i++) {
-    const Vec e = exp(sign * load(z + i * BLOCK) - top);
-    sum += e;
-    store(out + i * BLOCK, e);
+// upper = exp(-(z - min z)) and z = exp(z - max z), clamped, divided by their sums if `normalize`;
+// only the latter unless `two_sided`.
+//
+// One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range, the
+// other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is so
+// wide that e could leave the normal floats, each side takes its own exponential.
+inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
+  Vec top = load(z), bottom = top;
+  for (int i = 1; i < f; i++) {
+    top = max(top, load(z + i * BLOCK));
+    bottom = min(bottom, load(z + i * BLOCK));
   }
-  const Vec factor = normalize ? 1.0f / sum : splat(1.0f);
+  constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
+  const Vec half = 0.5f * (top - bottom);
+  const bool shared = two_sided && normalize && all(half <= splat(0.5f * WIDE));
+  const Vec shift = shared ? bottom + half : top;
+  Vec sum = {}, upper_sum = {};
+  for (int i = 0; i < f; i++) {
+    const Vec x = load(z + i * BLOCK), e = exp(x - shift);
+    sum += e;
+    store(z + i * BLOCK, e);
+    if (!two_sided) continue;
+    const Vec u = shared ? reciprocal(e) : exp(bottom - x);
+    upper_sum += u;
+    store(upper + i * BLOCK, u);
+  }
+  const Vec factor = normalize ? 1.0f / sum : splat(1.0f), floor = splat(eps);
+  for (int i = 0; i < f; i++) store(z + i * BLOCK, max(load(z + i * BLOCK) * factor, floor));
+  if (!two_sided) return;
+  const Vec upper_factor = normalize ? 1.0f / upper_sum : splat(1.0f);
   for (int i = 0; i < f; i++)
-    store(out + i * BLOCK, max(load(out + i * BLOCK) * factor, splat(eps)));
+    store(upper + i * BLOCK, max(load(upper + i * BLOCK) * upper_factor, floor));
 }
 
 // The gradient passes a clamp where the value was not raised; eps itself stands for a raised value.
@@ -72,8 +91,7 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
       if (map.skip) store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
     }
     if (exponential) {
-      if (map.two_sided) exponentials(zt, zt + map.f * BLOCK, map.f, -1.0f, normalize, map.eps);
-      exponentials(zt, zt, map.f, 1.0f, normalize, map.eps);
+      exponentials(zt, zt + map.f * BLOCK, map.f, map.two_sided, normalize, map.eps);
       continue;
     }
     Vec half_norm = {};

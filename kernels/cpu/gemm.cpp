@@ -4,29 +4,41 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// Register blocking. An FMA has a latency of 4-5 cycles and two ports, so 8-10 accumulators are the
-// least; more rows share each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B + 1 of A.
-// 32 registers (AVX-512): 12 x 2 + 2 + 1.
-constexpr int ROWS = LANES == 16 ? 12 : 6;
+// Register blocking. An FMA has a latency of 4-5 cycles and up to two ports, so 8-10 accumulators
+// are the least; more rows share each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B +
+// 1 of A. 32 registers (AVX-512): 12 x 2 + 2 + 1. Where a band cuts through the columns, one vector
+// and twice the rows waste less of what it leaves out.
+constexpr int ACCUMULATORS = LANES == 16 ? 24 : 12;
 constexpr int PANEL = 2;
 
-template <int R, int P, Into into>
+// Strides of A's rows that are known at compile time leave the addressing to the instructions.
+constexpr int ANY = 0;
+
+// Unrolled before the compiler decides what lives in registers: else the accumulators take a detour
+// over the stack.
+#define LOL_UNROLL _Pragma("GCC unroll 24")
+
+template <int R, int P, Into into, int ROW>
 inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  Vec acc[R][P] = {};
+  const int64_t row = ROW == ANY ? a.row : ROW;
+  Vec acc[R][P];
+  const float* from = c;
+  LOL_UNROLL for (int r = 0; r < R; r++, from += ldc) {
+    LOL_UNROLL for (int p = 0; p < P; p++)
+      acc[r][p] = into == Into::add ? load(from + p * LANES) : Vec{};
+  }
   const float* ak = a.data;
   for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
     Vec bv[P];
-    for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
-    for (int r = 0; r < R; r++) {
-      const Vec av = splat(ak[r * a.row]);
-      for (int p = 0; p < P; p++) acc[r][p] += av * bv[p];
+    LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
+    LOL_UNROLL for (int r = 0; r < R; r++) {
+      const Vec av = splat(ak[r * row]);
+      LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] += av * bv[p];
     }
   }
-  for (int r = 0; r < R; r++) {
-    for (int p = 0; p < P; p++) {
-      float* out = c + r * ldc + p * LANES;
-      store(out, into == Into::add ? load(out) + acc[r][p] : acc[r][p]);
-    }
+  asm("" : "+r"(c));  // addresses of rows are not worth keeping over the loop
+  LOL_UNROLL for (int r = 0; r < R; r++, c += ldc) {
+    LOL_UNROLL for (int p = 0; p < P; p++) store(c + p * LANES, acc[r][p]);
   }
 }
 
@@ -42,17 +54,23 @@ inline Range queries_of(const Band& band, int m0, int m1) {
   return {first, last};
 }
 
+// Keys that some query of [n0, n1) sees.
+inline Range keys_of(const Band& band, int n0, int n1, int K) {
+  const int end = band.hi[n1 - 1] < K ? band.hi[n1 - 1] : K;
+  return {band.lo[n0] < end ? band.lo[n0] : end, end};
+}
+
 inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Band* band) {
   switch (skip) {
     case Skip::outputs:
       return band->lo[n0] < m1 && band->hi[n1 - 1] > m0 ? Range{0, K} : Range{0, -1};
-    case Skip::depth_keys: {
-      const int end = band->hi[n1 - 1] < K ? band->hi[n1 - 1] : K;
-      return {band->lo[n0] < end ? band->lo[n0] : end, end};
-    }
-    case Skip::depth_queries:
+    case Skip::keys_of_m:
+      return keys_of(*band, m0, m1, K);
+    case Skip::keys_of_n:
+      return keys_of(*band, n0, n1, K);
+    case Skip::queries_of_m:
       return queries_of(*band, m0, m1);
-    case Skip::depth_queries_n:
+    case Skip::queries_of_n:
       return queries_of(*band, n0, n1);
     case Skip::none:
       break;
@@ -60,53 +78,64 @@ inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Ba
   return {0, K};
 }
 
-template <int P, Into into>
-inline void panel(int M, int n0, int K, Operand a, const float* b, int64_t ldb, float* c,
-                  int64_t ldc, Skip skip, const Band* band) {
-  for (int m = 0; m < M;) {
-    const int rest = M - m;
-    const int step = rest >= ROWS ? ROWS : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-    const Range depth = depth_of(m, m + step, n0, n0 + P * LANES, K, skip, band);
+struct Product {
+  int M, N, K;
+  Operand a;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  Skip skip;
+  const Band* band;
+};
+
+// Rows m.. of one panel, R at a time, the rest by smaller powers of two.
+template <int R, int P, Into into, int ROW>
+inline void panel(const Product& p, int m, int n) {
+  for (; m + R <= p.M; m += R) {
+    const Range depth = depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band);
     const int length = depth.end - depth.begin;
-    if (length > 0 || (length == 0 && into == Into::set)) {
-      const Operand am = {a.data + m * a.row + depth.begin * a.depth, a.row, a.depth};
-      const float* bk = b + depth.begin * ldb + n0;
-      float* cm = c + m * ldc + n0;
-      switch (step) {
-        case ROWS:
-          micro<ROWS, P, into>(length, am, bk, ldb, cm, ldc);
-          break;
-        case 4:
-          micro<4, P, into>(length, am, bk, ldb, cm, ldc);
-          break;
-        case 2:
-          micro<2, P, into>(length, am, bk, ldb, cm, ldc);
-          break;
-        default:
-          micro<1, P, into>(length, am, bk, ldb, cm, ldc);
-      }
-    }
-    m += step;
+    if (length < 0 || (length == 0 && into == Into::add)) continue;
+    const Operand a = {p.a.data + m * p.a.row + depth.begin * p.a.depth, p.a.row, p.a.depth};
+    micro<R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb, p.c + m * p.ldc + n,
+                           p.ldc);
+  }
+  constexpr int LESS = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R / 2;
+  if constexpr (LESS > 0) {
+    if (m < p.M) panel<LESS, P, into, ROW>(p, m, n);
   }
 }
 
-template <Into into>
-inline void panels(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-                   int64_t ldc, Skip skip, const Band* band) {
+template <Into into, int ROW>
+inline void panels(const Product& p) {
+  const bool by_column = p.skip == Skip::outputs || p.skip == Skip::keys_of_n ||
+                         p.skip == Skip::queries_of_n;
   int n = 0;
-  for (; n + PANEL * LANES <= N; n += PANEL * LANES)
-    panel<PANEL, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
-  for (; n < N; n += LANES) panel<1, into>(M, n, K, a, b, ldb, c, ldc, skip, band);
+  if (!by_column) {
+    for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)
+      panel<ACCUMULATORS / PANEL, PANEL, into, ROW>(p, 0, n);
+  }
+  for (; n < p.N; n += LANES) panel<ACCUMULATORS, 1, into, ROW>(p, 0, n);
+}
+
+template <Into into>
+inline void by_stride(const Product& p) {
+  if (p.a.row == 1) return panels<into, 1>(p);
+  if (p.a.row == BLOCK) return panels<into, BLOCK>(p);
+  panels<into, ANY>(p);
 }
 
 }  // namespace
 
 void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
           Into into, Skip skip, const Band* band) {
+  if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
+  if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
+  const Product product = {M, N, K, a, b, ldb, c, ldc, skip, band};
   if (into == Into::set) {
-    panels<Into::set>(M, N, K, a, b, ldb, c, ldc, skip, band);
+    by_stride<Into::set>(product);
   } else {
-    panels<Into::add>(M, N, K, a, b, ldb, c, ldc, skip, band);
+    by_stride<Into::add>(product);
   }
 }
 

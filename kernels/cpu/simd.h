@@ -1,11 +1,11 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
 // file is compiled with the flags of each one, and the compiler picks the instructions. Builtins
-// stand only where it does not: min, max, AVX-512's rounding to bf16. NEON comes for free.
+// stand only where it does not: min, max, AVX-512's reciprocal and its bf16. NEON comes for free.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -54,10 +54,34 @@ static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
 #endif
 static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
-static inline VecI lane_index() {
-  VecI v;
-  for (int i = 0; i < LANES; i++) v[i] = i;
-  return v;
+static inline bool all(VecI mask) {
+  for (int i = 0; i < LANES; i++) {
+    if (!mask[i]) return false;
+  }
+  return true;
+}
+// 1 / x: to 2 ulp by an estimate and a Newton step where the estimate has 14 bits, a third of what
+// dividing 16 floats costs. x is normal and so is 1 / x.
+static inline Vec reciprocal(Vec x) {
+#ifdef __AVX512F__
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
+  return r + r * (1.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+// The sum of the lanes, in quarters.
+static inline Vec4 quarter_sums(Vec v) {
+  Vec4 parts[LANES / 4];
+  memcpy(parts, &v, sizeof(v));
+  for (int width = LANES / 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; i++) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+static inline float horizontal_sum(Vec v) {
+  const Vec4 q = quarter_sums(v);
+  return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
 // Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the
@@ -140,6 +164,17 @@ static inline void to_fp16(uint16_t* p, Vec v) {
   memcpy(p, &out, sizeof(out));
 }
 
+static inline void transpose4(const Vec4* in, Vec4* out) {
+  const Vec4 ab0 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5),
+             ab1 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+  const Vec4 cd0 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5),
+             cd1 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+  out[0] = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
+  out[1] = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
+  out[2] = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
+  out[3] = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+}
+
 // dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller.
 // 4 x 4 blocks in 128-bit registers: 8 shuffles for 16 elements on every instruction set.
 static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows,
@@ -148,16 +183,9 @@ static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t 
     for (int j = 0; j < cols; j += 4) {
       const float* s = src + i * lds + j;
       float* d = dst + j * ldd + i;
-      const Vec4 a = load_as<Vec4>(s), b = load_as<Vec4>(s + lds);
-      const Vec4 c = load_as<Vec4>(s + 2 * lds), e = load_as<Vec4>(s + 3 * lds);
-      const Vec4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5),
-                 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const Vec4 ce0 = __builtin_shufflevector(c, e, 0, 4, 1, 5),
-                 ce1 = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-      const Vec4 out[4] = {__builtin_shufflevector(ab0, ce0, 0, 1, 4, 5),
-                           __builtin_shufflevector(ab0, ce0, 2, 3, 6, 7),
-                           __builtin_shufflevector(ab1, ce1, 0, 1, 4, 5),
-                           __builtin_shufflevector(ab1, ce1, 2, 3, 6, 7)};
+      Vec4 in[4], out[4];
+      for (int r = 0; r < 4; r++) in[r] = load_as<Vec4>(s + r * lds);
+      transpose4(in, out);
       for (int r = 0; r < 4; r++) memcpy(d + r * ldd, &out[r], sizeof(Vec4));
     }
   }

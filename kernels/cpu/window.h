@@ -55,18 +55,39 @@ static inline VecI in_band(const Band& band, int c, int j) {
   return (load_as<VecI>(band.lo + c) <= splat_int(j)) & (load_as<VecI>(band.hi + c) > splat_int(j));
 }
 
+// body(j, keep) for the rows that some of the columns [c, c + LANES) see; keep(v) is v where they do
+// and zero (or `otherwise`) elsewhere, at no cost in rows that all of them see.
+template <class Body>
+static inline void for_band(const Band& band, int c, Body body) {
+  const int lo = band.lo[c], hi = band.hi[c + LANES - 1];
+  const int full = (int)at_most(band.lo[c + LANES - 1], hi);
+  const int full_end = (int)at_least(band.hi[c], full);
+  const auto masked = [&](int j) {
+    const VecI inside = in_band(band, c, j);
+    body(j, [&](Vec v, Vec otherwise = Vec{}) { return select(inside, v, otherwise); });
+  };
+  int j = lo;
+  for (; j < full; j++) masked(j);
+  for (; j < full_end; j++) body(j, [](Vec v, Vec = Vec{}) { return v; });
+  for (; j < hi; j++) masked(j);
+}
+
+// Zeroes the rows [0, n) of a key x query tile that none of the columns [c, c + LANES) see.
+static inline void clear_outside(float* tile, const Band& band, int c, int64_t n) {
+  for (int j = 0; j < band.lo[c]; j++) store(tile + j * BLOCK + c, Vec{});
+  for (int64_t j = at_least(band.hi[c + LANES - 1], band.lo[c]); j < n; j++)
+    store(tile + j * BLOCK + c, Vec{});
+}
+
 // Zeroes what lies outside the band in rows [0, n) of a key x query tile, uncomputed micro-tiles
 // included.
 static inline void keep_band(float* tile, const Band& band, int64_t n) {
   for (int c = 0; c < BLOCK; c += LANES) {
-    for (int j = 0; j < n; j++) {
+    clear_outside(tile, band, c, n);
+    for_band(band, c, [&](int j, auto keep) {
       float* p = tile + j * BLOCK + c;
-      if (j < band.lo[c] || j >= band.hi[c + LANES - 1]) {
-        store(p, Vec{});
-      } else if (j < band.lo[c + LANES - 1] || j >= band.hi[c]) {
-        store(p, select(in_band(band, c, j), load(p), Vec{}));
-      }
-    }
+      store(p, keep(load(p)));
+    });
   }
 }
 
