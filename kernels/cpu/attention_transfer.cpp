@@ -126,7 +126,6 @@ int attention_transfer_backward(const lol_attention_transfer_backward_args& a, c
   b.dy = fwd.residual;
   b.dy_factor = (float)(2.0 * *(const float*)a.d_mse.data / (queries * (double)p.V()));
   b.delta = (const float*)fwd.delta.data;
-  b.m = (const float*)fwd.student.m.data;
   b.den = (const float*)fwd.student.den.data;
   b.parameters = {a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k, (float*)a.dgate.data};
   const ParameterPartials partials(b.p, batch);

@@ -30,6 +30,7 @@ class BackwardWorker {
   void load_block(int64_t h, int64_t first);
   void forward_in_time(int64_t h, int64_t first);
   void softmax_part(int64_t h);
+  void raise_maximum(const WeightTile* piece, int count);
   void score_gradients(WeightTile* piece, int count, float g, SoftmaxGradient& sum);
   void apply_score_gradients(WeightTile* piece, int count, float g, const SoftmaxGradient& sum);
   void backward_in_time(int64_t first, int64_t begin, int64_t end);
@@ -100,14 +101,13 @@ BackwardWorker::BackwardWorker(const BackwardProblem& b, const Sequence& s, int6
   scratch_ = arena.take(at_least(f_rows, BLOCK * BLOCK));
 }
 
-// q, phi_q, G, delta / den and m of the block at `first`.
+// q, phi_q, G and delta / den of the block at `first`.
 void BackwardWorker::load_block(int64_t h, int64_t first) {
   const int64_t n = at_most(BLOCK, s_.tokens - first);
   block_ = c_.load_queries(h, first, n, tokens_of(p_.q, s_, h));
   if (wants_inputs()) load_rows(q_rows_, tokens_of(p_.q, s_, h), first, n);
   load_rows(g_rows_, tokens_of(b_.dy, s_, h), first, n);
   memset(delta_, 0, sizeof(delta_));
-  memset(m_, 0, sizeof(m_));
   const int ld = padded(V_);
   const int64_t row0 = (s_.batch * p_.heads() + h) * p_.q.shape[2];
   const Tokens y = b_.y.data ? tokens_of(b_.y, s_, h) : Tokens{};
@@ -124,7 +124,6 @@ void BackwardWorker::load_block(int64_t h, int64_t first) {
       for (int lane = 0; lane < LANES; lane++) delta_[i] += factor * dot[lane];
     }
     for (int j = 0; j < ld; j += LANES) store(g + j, factor * load(g + j));
-    if (b_.m) m_[i] = b_.m[row];
   }
   to_lanes(g_, g_rows_, V_);
 }
@@ -133,7 +132,21 @@ void BackwardWorker::add_rows(float* to, int64_t ld, const float* from, int64_t 
   for (int64_t i = 0; i < n * ld; i += LANES) store(to + i, load(to + i) + load(from + i));
 }
 
-// u into each tile's scores and u dp into its dp; sums R and counts the keys at the maximum, where
+// The maximum of each query's scores, up to these tiles. It is taken anew: products by pairs may
+// have rounded differently in the forward pass, and ties are told by equality.
+void BackwardWorker::raise_maximum(const WeightTile* piece, int count) {
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec m = load(m_ + c);
+    for (int t = 0; t < count; t++) {
+      for_band(piece[t].softmax, c, [&](int j, auto keep) {
+        m = max(m, keep(p_.scale * load(piece[t].weights + j * BLOCK + c), splat(-INFINITY)));
+      });
+    }
+    store(m_ + c, m);
+  }
+}
+
+// u into each tile's weights and u dp into its dp; sums R and counts the keys at the maximum, where
 // u is exactly g.
 void BackwardWorker::score_gradients(WeightTile* piece, int count, float g, SoftmaxGradient& sum) {
   for (int t = 0; t < count; t++) {
@@ -144,17 +157,18 @@ void BackwardWorker::score_gradients(WeightTile* piece, int count, float g, Soft
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec m = load(m_ + c), delta = load(delta_ + c);
       Vec r = load(sum.r + c), ties = load(sum.ties + c);
-      for (int j = 0; j < n; j++) {
+      clear_outside(piece[t].weights, band, c, n);
+      clear_outside(dp_at(t), band, c, n);
+      for_band(band, c, [&](int j, auto keep) {
         const int at = j * BLOCK + c;
-        const VecI inside = in_band(band, c, j);
         const Vec s = p_.scale * load(piece[t].weights + at);
-        const Vec u = select(inside, select(s == m, splat(g), g * exp(s - m)), Vec{});
-        const Vec du = select(inside, u * (load(dp_at(t) + at) - delta), Vec{});
+        const Vec u = keep(select(s == m, splat(g), g * exp(s - m)));
+        const Vec du = keep(u * (load(dp_at(t) + at) - delta));
         r += du;
         ties += select(u == splat(g), splat(1.0f), Vec{});
         store(piece[t].weights + at, u);
         store(dp_at(t) + at, du);
-      }
+      });
       store(sum.r + c, r);
       store(sum.ties + c, ties);
     }
@@ -170,7 +184,8 @@ void BackwardWorker::apply_score_gradients(WeightTile* piece, int count, float g
     float *u = piece[t].weights, *ds = dp_at(t);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec share = load(sum.r + c) / max(load(sum.ties + c), splat(1.0f));
-      for (int at = c; at < n * BLOCK; at += BLOCK) {
+      for (int j = band.lo[c]; j < band.hi[c + LANES - 1]; j++) {
+        const int at = j * BLOCK + c;
         store(ds + at, p_.scale * (load(ds + at) - select(load(u + at) == splat(g), share, Vec{})));
       }
     }
@@ -183,22 +198,25 @@ void BackwardWorker::apply_score_gradients(WeightTile* piece, int count, float g
   }
 }
 
+// The maximum of the whole window comes before R, and R before any ds: a window of several pieces is
+// walked three times.
 void BackwardWorker::softmax_part(int64_t h) {
   const float g = p_.g(h);
-  const int64_t from = p_.window.start(block_.first);
   SoftmaxGradient sum = {};
   WeightTile piece[MOST_TILES];
-  Pieces pieces(c_.tiles, p_.window, block_, from);
+  fill(m_, BLOCK, -INFINITY);
+  Pieces pieces(c_.tiles, p_.window, block_, p_.window.start(block_.first));
   int count = pieces.next(piece, c_.scores, D_);
-  score_gradients(piece, count, g, sum);
+  raise_maximum(piece, count);
   if (!pieces.more()) {
+    score_gradients(piece, count, g, sum);
     if (wants_inputs()) apply_score_gradients(piece, count, g, sum);
   } else {
-    // R of the whole window comes before any ds: a window of several pieces is walked twice.
-    while ((count = pieces.next(piece, c_.scores, D_)))
-      score_gradients(piece, count, g, sum);
-    Pieces again(c_.tiles, p_.window, block_, from);
-    while (wants_inputs() && (count = again.next(piece, c_.scores, D_))) {
+    while ((count = pieces.next(piece, c_.scores, D_))) raise_maximum(piece, count);
+    pieces.restart();
+    while ((count = pieces.next(piece, c_.scores, D_))) score_gradients(piece, count, g, sum);
+    pieces.restart();
+    while (wants_inputs() && (count = pieces.next(piece, c_.scores, D_))) {
       SoftmaxGradient seen = {};
       score_gradients(piece, count, g, seen);
       apply_score_gradients(piece, count, g, sum);

@@ -32,18 +32,29 @@ int KeyTiles::for_window(const Problem& p) {
 }
 
 int64_t KeyTiles::floats(const Problem& p, int count) {
-  return count * (lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F())) + rows_size(p.D());
+  return count * (lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F() + 1)) +
+         at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.F() + 1) + p.D() * p.f() +
+         LANES;
 }
 
 KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v,
                    const FeatureMap& map, int64_t total, Arena& arena)
-    : k_(k), v_(v), map_(map), total_(total), sinks_(p.window.sink), count_(count) {
+    : k_(k),
+      v_(v),
+      map_(map),
+      format_(p.format),
+      total_(total),
+      sinks_(p.window.sink),
+      count_(count) {
   for (int i = 0; i < count_; i++) {
     keys_[i] = arena.take(lanes_size(p.D()));
     values_[i] = arena.take(rows_size(p.V()));
-    tiles_[i] = {-1, 0, false, keys_[i], values_[i], arena.take(lanes_size(p.F())), false, 0};
+    tiles_[i] = {-1, 0, false, keys_[i], values_[i], arena.take(lanes_size(p.F() + 1)), false, 0};
   }
-  row_tile_ = arena.take(rows_size(p.D()));
+  row_tile_ = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
+  if (format_ == Format::f32) return;
+  phi_ = arena.take(lanes_size(p.F() + 1));
+  map_ = with_paired_weight(map, arena.take(p.D() * p.f()));
 }
 
 KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
@@ -63,9 +74,8 @@ KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
   tile.sink = sink;
   tile.has_phi = false;
   tile.used = clock_;
-  load_rows(row_tile_, k_, start, tile.n, sink);
-  to_lanes(keys_[slot], row_tile_, k_.width);
-  load_rows(values_[slot], v_, start, tile.n, sink);
+  load_lanes(keys_[slot], k_, start, tile.n, format_, row_tile_, sink);
+  load_values(values_[slot], v_, start, tile.n, format_, row_tile_, sink);
   const int64_t ahead = at_most(BLOCK, end - start - tile.n);
   prefetch_rows(k_, start + tile.n, ahead);
   prefetch_rows(v_, start + tile.n, ahead);
@@ -73,16 +83,34 @@ KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
 }
 
 const float* KeyTiles::phi(KeyTile& tile) {
-  if (!tile.has_phi) features_forward(map_, tile.keys, tile.phi);
+  if (tile.has_phi) return tile.phi;
   tile.has_phi = true;
+  if (format_ == Format::f32) {
+    features_forward(map_, tile.keys, tile.phi);
+  } else {
+    features_forward(map_, tile.keys, phi_);
+    pair_rows(tile.phi, phi_, map_.F, BLOCK);
+    pair_columns(tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F);
+  }
   return tile.phi;
+}
+
+Operand KeyTiles::phi_by_keys(KeyTile& tile) {
+  const float* of = phi(tile);
+  if (format_ == Format::f32) return rows(of, BLOCK);
+  return rows(of + words(format_, map_.F) * BLOCK, BLOCK / 2);
 }
 
 Pieces::Pieces(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from)
     : tiles_(tiles), window_(window), block_(block), from_(from) {
-  const int64_t end = block.first + block.n;
-  sinks_ = at_most(window.sink, end);
-  position_ = from < end ? from + (end - 1 - from) / BLOCK * BLOCK : from - 1;
+  sinks_ = at_most(window.sink, block.first + block.n);
+  restart();
+}
+
+void Pieces::restart() {
+  const int64_t last = block_.first + block_.n - 1;
+  sink_ = 0;
+  position_ = from_ <= last ? from_ + (last - from_) / BLOCK * BLOCK : from_ - 1;
 }
 
 int Pieces::next(WeightTile* piece, float* weights, int D) {
@@ -99,8 +127,8 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
     position += sink ? BLOCK : -BLOCK;
     count++;
     if (w.softmax.empty()) continue;
-    gemm((int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q, BLOCK, w.weights,
-         BLOCK, Into::set, Skip::outputs, &w.softmax);
+    gemm(tiles_.format(), (int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q,
+         BLOCK, w.weights, BLOCK, Into::set, Skip::outputs, &w.softmax);
   }
   return count;
 }
@@ -141,8 +169,8 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
 
 void linear_weights(KeyTiles& tiles, const WeightTile& w, const Queries& block, int F,
                     float* scores, Sums& out) {
-  gemm((int)w.tile->n, BLOCK, F, transposed(tiles.phi(*w.tile), BLOCK), block.phi, BLOCK, scores,
-       BLOCK, Into::set, Skip::outputs, &w.linear);
+  gemm(tiles.format(), (int)w.tile->n, BLOCK, F, transposed(tiles.phi(*w.tile), BLOCK), block.phi,
+       BLOCK, scores, BLOCK, Into::set, Skip::outputs, &w.linear);
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec den = load(out.den + c);
     for_band(w.linear, c, [&](int j, auto keep) {
@@ -188,7 +216,9 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
         linear_weights(tiles, piece[t], block, (int)p.F(), weights + MOST_TILES * BLOCK * BLOCK,
                        out);
       const Band band = seen(piece[t]);
-      gemm((int)block.n, ld, (int)piece[t].tile->n, transposed(piece[t].weights, BLOCK),
+      const int n = (int)piece[t].tile->n;
+      if (tiles.format() != Format::f32) pair_rows(piece[t].weights, piece[t].weights, n, BLOCK);
+      gemm(tiles.format(), (int)block.n, ld, n, transposed(piece[t].weights, BLOCK),
            piece[t].tile->v, ld, out.y, ld, Into::add, Skip::keys_of_m, &band);
     }
   }
@@ -231,6 +261,51 @@ void sum_rows(float* to, const float* tile, int F, int n, Into into) {
   }
 }
 
+// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd number
+// shares its words with a key that stays out: it comes in by itself.
+void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
+                Into into) {
+#ifdef LOL_PAIRS
+  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into);
+  for (int i = 0; i < F; i++) {
+    const uint16_t* row = (const uint16_t*)(phi + i * (BLOCK / 2));
+    float sum = 0.0f;
+    if (n == BLOCK) {
+      Vec total = {};
+      for (int j = 0; j < BLOCK; j += LANES) total += from_bf16(row + j);
+      sum = horizontal_sum(total);
+    } else {
+      for (int j = 0; j < n; j++) sum += bf16_value(row[j]);
+    }
+    ksum[i] = into == Into::add ? ksum[i] + sum : sum;
+    if (n % 2 == 0) continue;
+    const float* last = v + n / 2 * ld;
+    const Vec weight = splat(bf16_value(row[n - 1]));
+    for (int j = 0; j < ld; j += LANES)
+      store(kv + i * ld + j, load(kv + i * ld + j) + weight * first_of(load(last + j)));
+  }
+#else
+  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into;
+#endif
+}
+
+// to += a[F] tile[F x BLOCK], the tile in pairs along F.
+void add_products_of_pairs(float* to, const float* a, const float* tile, int F) {
+#ifdef LOL_PAIRS
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec first = load(to + c), second = {};
+    for (int i = 0; i < F; i += 2) {
+      const Vec word = load(tile + i / 2 * BLOCK + c);
+      first += a[i] * first_of(word);
+      if (i + 1 < F) second += a[i + 1] * second_of(word);
+    }
+    store(to + c, first + second);
+  }
+#else
+  (void)to, (void)a, (void)tile, (void)F;
+#endif
+}
+
 // to += a[F] tile[F x BLOCK], in four chains that hide the latency of an FMA.
 void add_products(float* to, const float* a, const float* tile, int F) {
   for (int c = 0; c < BLOCK; c += LANES) {
@@ -249,21 +324,28 @@ void add_products(float* to, const float* a, const float* tile, int F) {
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + p.F() * padded(p.V()) + p.F() +
          WEIGHTS + at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) +
-         lanes_size(p.F()) + rows_size(p.V());
+         lanes_size(p.F() + 1) + rows_size(p.V()) + p.group() * p.D() * p.f() +
+         (p.F() + 1) * padded(p.V()) + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
                      const Tokens& v, Arena& arena)
     : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena),
       p_(p),
+      state_head_(state_head),
       folded_(p.window.sink) {
   kv = arena.take(p.F() * padded(p.V()));
   ksum = arena.take(p.F());
   scores = arena.take(WEIGHTS);
   row_tile = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
   q_ = arena.take(lanes_size(p.D()));
-  phi_ = arena.take(lanes_size(p.F()));
+  phi_ = arena.take(lanes_size(p.F() + 1));
   sums_.y = arena.take(rows_size(p.V()));
+  if (p.format == Format::f32) return;
+  weights_q_ = arena.take(p.group() * p.D() * p.f());
+  for (int64_t g = 0; g < p.group(); g++)
+    with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.D() * p.f());
+  kv_pairs_ = arena.take((p.F() + 1) * padded(p.V()));
 }
 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
@@ -294,9 +376,14 @@ void Chunkwise::fold(int64_t end) {
   while (folded_ < end) {
     KeyTile& tile = tiles.at(folded_);
     const int n = (int)at_most(tile.n, end - folded_);
-    const float* phi = tiles.phi(tile);
-    gemm(F, ld, n, rows(phi, BLOCK), tile.v, ld, kv, ld, has_state_ ? Into::add : Into::set);
-    sum_rows(ksum, phi, F, n, has_state_ ? Into::add : Into::set);
+    const Operand phi = tiles.phi_by_keys(tile);
+    const Into into = has_state_ ? Into::add : Into::set;
+    if (p_.format == Format::f32) {
+      gemm(F, ld, n, phi, tile.v, ld, kv, ld, into);
+      sum_rows(ksum, phi.data, F, n, into);
+    } else {
+      fold_pairs(phi.data, tile.v, n, F, ld, kv, ksum, into);
+    }
     has_state_ = true;
     folded_ += n;
   }
@@ -304,20 +391,38 @@ void Chunkwise::fold(int64_t end) {
 
 Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q,
                                 float factor) {
-  load_rows(row_tile, q, first, n);
-  to_lanes(q_, row_tile, q.width);
-  features_forward(p_.map_q(h), q_, phi_);
+  load_lanes(q_, q, first, n, p_.format, row_tile);
+  FeatureMap map = p_.map_q(h);
+  if (p_.format != Format::f32) {
+    map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.D() * p_.f();
+    map.format = p_.format;
+  }
+  features_forward(map, q_, phi_);
   for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
     store(phi_ + i, factor * load(phi_ + i));
+  if (p_.format != Format::f32) pair_rows(phi_, phi_, map.F, BLOCK);
   return {first, n, q_, phi_};
+}
+
+// kv as the right side of a product.
+const float* Chunkwise::readable_kv() {
+  if (p_.format == Format::f32) return kv;
+  if (kv_pairs_folded_ != folded_) pair_rows(kv_pairs_, kv, (int)p_.F(), padded(p_.V()));
+  kv_pairs_folded_ = folded_;
+  return kv_pairs_;
 }
 
 Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   const int ld = padded(p_.V()), F = (int)p_.F();
   gather(tiles, p_.window, block, folded_, p_, p_.g(h), scores, sums_);
   if (has_state_) {
-    gemm((int)block.n, ld, F, transposed(block.phi, BLOCK), kv, ld, sums_.y, ld, Into::add);
-    add_products(sums_.den, ksum, block.phi, F);
+    gemm(p_.format, (int)block.n, ld, F, transposed(block.phi, BLOCK), readable_kv(), ld, sums_.y,
+         ld, Into::add);
+    if (p_.format == Format::f32) {
+      add_products(sums_.den, ksum, block.phi, F);
+    } else {
+      add_products_of_pairs(sums_.den, ksum, block.phi, F);
+    }
   }
   for (int c = 0; c < BLOCK; c += LANES) {
     const Vec m = load(sums_.m + c);

@@ -26,7 +26,15 @@ struct Problem {
   Window window;
   float scale;
   bool affine, normalize;
-  float eps;  // added to den
+  float eps;                     // added to den
+  Format format = Format::f32;  // of tiles
+
+  // Products of bf16 by pairs, where the instruction set has them.
+  Problem by_pairs() const {
+    Problem p = *this;
+    if (q.dtype == LOL_BF16 && takes_pairs(feature_k)) p.format = Format::bf16_pairs;
+    return p;
+  }
 
   int64_t heads() const { return q.shape[1]; }
   int64_t kv_heads() const { return k.shape[1]; }
@@ -38,6 +46,7 @@ struct Problem {
   int64_t D() const { return q.shape[3]; }
   int64_t V() const { return v.shape[3]; }
   int64_t F() const { return feature_dim(feature_k, D()); }
+  int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
   FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());
@@ -58,7 +67,9 @@ struct Problem {
 Problem problem_of(const lol_hybrid_attention_args& args);
 Problem problem_of(const lol_linear_attention_args& args);
 
-// A tile of up to BLOCK keys, loaded once and kept while neighbouring blocks use it.
+// A tile of up to BLOCK keys, loaded once and kept while neighbouring blocks use it. In pairs of
+// bf16: [ceil(D / 2) x BLOCK], [BLOCK / 2 x padded(V)], and phi both as [ceil(F / 2) x BLOCK] and,
+// behind it, as [F x BLOCK / 2].
 struct KeyTile {
   int64_t start, n;
   bool sink;
@@ -81,7 +92,10 @@ class KeyTiles {
   KeyTile& at(int64_t start) { return find(start, total_, false); }
   KeyTile& sinks_at(int64_t start) { return find(start, at_most(sinks_, total_), true); }
   const float* phi(KeyTile& tile);
+  // phi as the left side of a sum over keys.
+  Operand phi_by_keys(KeyTile& tile);
   int64_t total() const { return total_; }
+  Format format() const { return format_; }
   int count() const { return count_; }  // the last count() tiles asked for stay valid
 
  private:
@@ -89,16 +103,17 @@ class KeyTiles {
 
   Tokens k_, v_;
   FeatureMap map_;
+  Format format_;
   int64_t total_, sinks_, clock_ = 0;
   int count_;
   KeyTile tiles_[MOST_TILES];
-  float *keys_[MOST_TILES], *values_[MOST_TILES], *row_tile_;
+  float *keys_[MOST_TILES], *values_[MOST_TILES], *row_tile_, *phi_;
 };
 
 // A block of queries of one head.
 struct Queries {
   int64_t first, n;
-  const float *q, *phi;  // [D x BLOCK], [F x BLOCK]
+  const float *q, *phi;  // [D x BLOCK], [F x BLOCK], or pairs along the first dimension
 };
 
 // The keys from position `from` on that a block sees, newest first, and before them the sinks; in
@@ -115,12 +130,13 @@ class Pieces {
   // Fills `piece` with the next tiles, q . k of their softmax keys in `weights` [MOST_TILES * BLOCK
   // x BLOCK]; returns how many, or 0.
   int next(WeightTile* piece, float* weights, int D);
+  void restart();
 
  private:
   KeyTiles& tiles_;
   const Window& window_;
   const Queries& block_;
-  int64_t sink_ = 0, sinks_, from_, position_;
+  int64_t sink_, sinks_, from_, position_;
 };
 
 // What a block of queries gathers from its keys: y = sum a v and den = sum a over unnormalised
@@ -163,11 +179,16 @@ class Chunkwise {
   float* row_tile;   // [BLOCK x padded(max(D, V))], scratch
 
  private:
+  const float* readable_kv();
+
   const Problem& p_;
-  int64_t folded_;
+  int64_t state_head_, folded_;
   bool has_state_ = false;
   float *q_, *phi_;
   Sums sums_;
+  float* weights_q_;  // pairs of the maps of this state's query heads
+  float* kv_pairs_;   // [ceil(F / 2) x padded(V)], kv up to kv_pairs_folded_
+  int64_t kv_pairs_folded_ = -1;
 };
 
 // The state after the last token, written once all keys before `fold` are in it.

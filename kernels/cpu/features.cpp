@@ -72,6 +72,35 @@ inline bool is_exponential(int activation) {
 
 }  // namespace
 
+bool takes_pairs(const lol_features& features) {
+#ifdef LOL_PAIRS
+  return has_map(features) && !features.skip && features.activation != LOL_FAVOR;
+#else
+  (void)features;
+  return false;
+#endif
+}
+
+FeatureMap with_paired_weight(FeatureMap map, float* to) {
+#ifdef LOL_PAIRS
+  for (int d = 0; d < map.D; d += 2) {
+    const float *a = map.weight + d * map.f, *b = a + map.f;
+    const bool both = d + 1 < map.D;
+    float* row = to + d / 2 * map.f;
+    int j = 0;
+    for (; j + LANES <= map.f; j += LANES)
+      store(row + j, pair(load(a + j), both ? load(b + j) : Vec{}));
+    for (; j < map.f; j++) {
+      const Vec word = pair(splat(a[j]), splat(both ? b[j] : 0.0f));
+      row[j] = word[0];
+    }
+  }
+  map.weight = to;
+  map.format = Format::bf16_pairs;
+#endif
+  return map;
+}
+
 void features_forward(const FeatureMap& map, const float* x, float* phi) {
   if (!map.weight) {
     memcpy(phi, x, sizeof(float) * map.D * BLOCK);
@@ -80,7 +109,8 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
   // The upper half of a two-sided map is computed from z in the lower half, then z gives way to its
   // own features.
   float* z = phi;
-  gemm(map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK, Into::set);
+  gemm(map.format, map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK,
+       Into::set);
   const Vec eps = splat(map.eps);
   const bool exponential = is_exponential(map.activation),
              normalize = map.activation == LOL_SOFTMAX;

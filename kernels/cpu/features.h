@@ -9,6 +9,7 @@ namespace LOL_ISA {
 
 struct FeatureMap {
   const float* weight;  // [D x f] of one head; null: phi(x) = x
+  Format format;        // of weight and of x
   const float* bias;    // [f] or null
   int D, f, F;
   int activation;
@@ -26,10 +27,12 @@ static inline int64_t feature_dim(const lol_features& features, int64_t D) {
 // The map that head h of `heads` uses.
 static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads, int64_t D) {
   if (!has_map(p))
-    return {nullptr, nullptr, (int)D, (int)D, (int)D, LOL_IDENTITY, false, false, 0.0f};
+    return {nullptr, Format::f32, nullptr, (int)D, (int)D, (int)D, LOL_IDENTITY, false, false,
+            0.0f};
   const int64_t f = p.weight.shape[2];
   const int64_t own = h / (heads / p.weight.shape[0]);
   return {(const float*)p.weight.data + own * D * f,
+          Format::f32,
           p.bias.data ? (const float*)p.bias.data + own * f : nullptr,
           (int)D,
           (int)f,
@@ -39,6 +42,11 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
           p.skip != 0,
           (float)p.eps};
 }
+
+// Whether a map can read pairs of bf16: skip and favor need x in fp32.
+bool takes_pairs(const lol_features& features);
+// The map with pairs of bf16 for weights, in `to` [ceil(D / 2) x f]: rounded no worse than x was.
+FeatureMap with_paired_weight(FeatureMap map, float* to);
 
 // phi[F x BLOCK] of x[D x BLOCK].
 void features_forward(const FeatureMap& map, const float* x, float* phi);

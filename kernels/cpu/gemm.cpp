@@ -18,7 +18,15 @@ constexpr int ANY = 0;
 // over the stack.
 #define LOL_UNROLL _Pragma("GCC unroll 24")
 
-template <int R, int P, Into into, int ROW>
+template <Format format>
+inline Vec multiply_add(Vec sum, Vec a, Vec b) {
+#ifdef LOL_PAIRS
+  if constexpr (format == Format::bf16_pairs) return add_dot(sum, a, b);
+#endif
+  return sum + a * b;
+}
+
+template <Format format, int R, int P, Into into, int ROW>
 inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc) {
   const int64_t row = ROW == ANY ? a.row : ROW;
   Vec acc[R][P];
@@ -33,7 +41,7 @@ inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64
     LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
     LOL_UNROLL for (int r = 0; r < R; r++) {
       const Vec av = splat(ak[r * row]);
-      LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] += av * bv[p];
+      LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] = multiply_add<format>(acc[r][p], av, bv[p]);
     }
   }
   asm("" : "+r"(c));  // addresses of rows are not worth keeping over the loop
@@ -78,6 +86,13 @@ inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Ba
   return {0, K};
 }
 
+// The depth in words.
+template <Format format>
+inline Range words_of(Range depth) {
+  if (format == Format::f32 || depth.end < depth.begin) return depth;
+  return {depth.begin / 2, (depth.end + 1) / 2};
+}
+
 struct Product {
   int M, N, K;
   Operand a;
@@ -90,53 +105,65 @@ struct Product {
 };
 
 // Rows m.. of one panel, R at a time, the rest by smaller powers of two.
-template <int R, int P, Into into, int ROW>
+template <Format format, int R, int P, Into into, int ROW>
 inline void panel(const Product& p, int m, int n) {
   for (; m + R <= p.M; m += R) {
-    const Range depth = depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band);
+    const Range depth =
+        words_of<format>(depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band));
     const int length = depth.end - depth.begin;
     if (length < 0 || (length == 0 && into == Into::add)) continue;
     const Operand a = {p.a.data + m * p.a.row + depth.begin * p.a.depth, p.a.row, p.a.depth};
-    micro<R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb, p.c + m * p.ldc + n,
+    micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb, p.c + m * p.ldc + n,
                            p.ldc);
   }
   constexpr int LESS = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R / 2;
   if constexpr (LESS > 0) {
-    if (m < p.M) panel<LESS, P, into, ROW>(p, m, n);
+    if (m < p.M) panel<format, LESS, P, into, ROW>(p, m, n);
   }
 }
 
-template <Into into, int ROW>
+template <Format format, Into into, int ROW>
 inline void panels(const Product& p) {
   const bool by_column = p.skip == Skip::outputs || p.skip == Skip::keys_of_n ||
                          p.skip == Skip::queries_of_n;
   int n = 0;
   if (!by_column) {
     for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)
-      panel<ACCUMULATORS / PANEL, PANEL, into, ROW>(p, 0, n);
+      panel<format, ACCUMULATORS / PANEL, PANEL, into, ROW>(p, 0, n);
   }
-  for (; n < p.N; n += LANES) panel<ACCUMULATORS, 1, into, ROW>(p, 0, n);
+  for (; n < p.N; n += LANES) panel<format, ACCUMULATORS, 1, into, ROW>(p, 0, n);
 }
 
-template <Into into>
+template <Format format, Into into>
 inline void by_stride(const Product& p) {
-  if (p.a.row == 1) return panels<into, 1>(p);
-  if (p.a.row == BLOCK) return panels<into, BLOCK>(p);
-  panels<into, ANY>(p);
+  constexpr int TILE_ROW = format == Format::f32 ? BLOCK : BLOCK / 2;
+  if (p.a.row == 1) return panels<format, into, 1>(p);
+  if (p.a.row == TILE_ROW) return panels<format, into, TILE_ROW>(p);
+  panels<format, into, ANY>(p);
+}
+
+template <Format format>
+inline void multiply(const Product& p, Into into) {
+  if (into == Into::set) {
+    by_stride<format, Into::set>(p);
+  } else {
+    by_stride<format, Into::add>(p);
+  }
 }
 
 }  // namespace
 
-void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
-          Into into, Skip skip, const Band* band) {
+void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
+          int64_t ldc, Into into, Skip skip, const Band* band) {
   if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
   if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
   const Product product = {M, N, K, a, b, ldb, c, ldc, skip, band};
-  if (into == Into::set) {
-    by_stride<Into::set>(product);
-  } else {
-    by_stride<Into::add>(product);
-  }
+#ifdef LOL_PAIRS
+  if (format == Format::bf16_pairs) return multiply<Format::bf16_pairs>(product, into);
+#else
+  (void)format;
+#endif
+  multiply<Format::f32>(product, into);
 }
 
 }  // namespace LOL_ISA

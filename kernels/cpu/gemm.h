@@ -1,5 +1,4 @@
-// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] on small fp32 tiles in
-// cache.
+// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] on small tiles in cache.
 //
 // A is read one broadcast element at a time, so it may be transposed at no cost (row stride rs,
 // depth stride ks). B and C are row-major with lanes along N; N is padded to a multiple of LANES.
@@ -43,8 +42,18 @@ static inline Operand transposed(const float* a, int64_t lda) { return {a, 1, ld
 
 enum class Into { set, add };
 
-void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc,
-          Into into, Skip skip = Skip::none, const Band* band = nullptr);
+// What a word of A and B is: a float, or two bf16 that follow each other along K (the second is zero
+// past an odd K). Strides count words. C is fp32.
+enum class Format { f32, bf16_pairs };
+static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
+
+void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
+          int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);
+static inline void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
+                        int64_t ldc, Into into, Skip skip = Skip::none,
+                        const Band* band = nullptr) {
+  gemm(Format::f32, M, N, K, a, b, ldb, c, ldc, into, skip, band);
+}
 
 }  // namespace LOL_ISA
 }  // namespace lol

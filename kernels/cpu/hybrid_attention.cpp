@@ -9,7 +9,7 @@ namespace lol {
 namespace LOL_ISA {
 
 int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
-  const Problem p = problem_of(a);
+  const Problem p = problem_of(a).by_pairs();
   float *m = (float*)a.m.data, *den = (float*)a.den.data;
   return run_workers(
       batch.count * p.state_heads(), Chunkwise::floats(p), p.work(batch.real_tokens),
@@ -28,7 +28,6 @@ int hybrid_attention_backward(const lol_hybrid_attention_backward_args& a, const
   BackwardProblem b(problem_of(fwd));
   b.dy = a.do_;
   b.y = fwd.o;
-  b.m = (const float*)fwd.m.data;
   b.den = (const float*)fwd.den.data;
   b.dq = a.dq;
   b.dk = a.dk;

@@ -20,6 +20,7 @@ struct Step {
          window,        (float)a.scale,
          a.affine != 0, true,
          0.0f};
+    chunks = p.by_pairs();
     ring = a.state.k_ring.shape[2];
     slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
   }
@@ -58,11 +59,12 @@ struct Step {
 
   const lol_hybrid_attention_step_args& a;
   Problem p;
+  Problem chunks;  // of many_tokens
   int64_t ring, slack;
 };
 
 void many_tokens(const Step& step, const Sequence& s, int64_t state_head, Arena& arena) {
-  const Problem& p = step.p;
+  const Problem& p = step.chunks;
   const int64_t past = step.length(s), total = past + s.tokens, kv_head = p.kv_head_of(state_head);
   Chunkwise c(p, state_head, total, step.keys(s, kv_head), step.values(s, kv_head), arena);
   c.load_state(step.kv(s, state_head), step.ksum(s, state_head), step.folded(s));
@@ -272,7 +274,7 @@ int hybrid_attention_step(const lol_hybrid_attention_step_args& a, const Batch& 
   const Step step(a);
   const Problem& p = step.p;
   const bool single = a.q.shape[2] == 1;
-  const int64_t floats = single ? OneToken::floats(p, step.ring) : Chunkwise::floats(p);
+  const int64_t floats = single ? OneToken::floats(p, step.ring) : Chunkwise::floats(step.chunks);
   const auto work = [&](int64_t w, Arena arena) {
     const Sequence& s = batch.sequences[w / p.state_heads()];
     if (s.tokens == 0) return;

@@ -9,7 +9,7 @@ namespace lol {
 namespace LOL_ISA {
 
 int linear_attention(const lol_linear_attention_args& a, const Batch& batch) {
-  const Problem p = problem_of(a);
+  const Problem p = problem_of(a).by_pairs();
   float* den = (float*)a.den.data;
   return run_workers(
       batch.count * p.state_heads(), Chunkwise::floats(p), p.work(batch.real_tokens),
