@@ -4,6 +4,7 @@
 // every pair of a query and a key, once forward and three times backward.
 #include "backward.h"
 #include "cross_entropy.h"
+#include "forward.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -41,9 +42,8 @@ class TransferWorker {
  private:
   void block(int64_t first, int64_t h, double* squares, double* entropy) {
     const int ld = padded(p_.V());
-    const Queries block =
-        student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h),
-                              p_.lambda(h));
+    const Queries block = student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first),
+                                                tokens_of(p_.q, s_, h), p_.lambda(h));
     Sums& student = student_.attend(block, h);
     gather(pairs_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, teacher_);
     float lse[BLOCK], delta[BLOCK];

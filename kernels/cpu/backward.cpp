@@ -198,8 +198,8 @@ void BackwardWorker::apply_score_gradients(WeightTile* piece, int count, float g
   }
 }
 
-// The maximum of the whole window comes before R, and R before any ds: a window of several pieces is
-// walked three times.
+// The maximum of the whole window comes before R, and R before any ds: a window of several pieces
+// is walked three times.
 void BackwardWorker::softmax_part(int64_t h) {
   const float g = p_.g(h);
   SoftmaxGradient sum = {};
@@ -232,19 +232,19 @@ void BackwardWorker::forward_in_time(int64_t h, int64_t first) {
   memset(dq_, 0, sizeof(float) * D_ * BLOCK);
   if (p_.gate) softmax_part(h);
 
-  if (c_.has_state()) {
-    gemm(F_, BLOCK, V_, rows(c_.kv, padded(V_)), g_, BLOCK, dphi_, BLOCK, Into::set);
+  if (!c_.state.empty) {
+    gemm(F_, BLOCK, V_, rows(c_.state.kv, padded(V_)), g_, BLOCK, dphi_, BLOCK, Into::set);
     for (int i = 0; i < F_; i++) {
       for (int c = 0; c < BLOCK; c += LANES) {
         float* d = dphi_ + i * BLOCK + c;
-        store(d, load(d) - c_.ksum[i] * load(delta_ + c));
+        store(d, load(d) - c_.state.ksum[i] * load(delta_ + c));
       }
     }
   } else {
     memset(dphi_, 0, sizeof(float) * F_ * BLOCK);
   }
   const int64_t linear_end = p_.window.start(first + block_.n - 1);
-  for (int64_t start = c_.folded(); start < linear_end; start += BLOCK) {
+  for (int64_t start = c_.state.folded; start < linear_end; start += BLOCK) {
     KeyTile& tile = c_.tiles.at(start);
     const Band band = linear_band(p_.window, start, tile.n, first, block_.n);
     linear_score_gradients(tile, band);

@@ -25,7 +25,7 @@ struct BackwardProblem {
   float dy_factor = 1.0f;        // multiplies dy
   lol_tensor y = {};             // the output, or absent: then
   const float* delta = nullptr;  // dy . y [B, H, T], to be multiplied by dy_factor as well
-  const float* den = nullptr;                    // [B, H, T]
+  const float* den = nullptr;    // [B, H, T]
   const float *kv0 = nullptr, *ksum0 = nullptr;  // initial state, or null
   const float *dkv = nullptr, *dksum = nullptr;  // gradient of the final state, or null
   lol_tensor dq = {}, dk = {}, dv = {};          // absent: not wanted (all three)

@@ -32,9 +32,13 @@ int KeyTiles::for_window(const Problem& p) {
 }
 
 int64_t KeyTiles::floats(const Problem& p, int count) {
-  return count * (lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F() + 1)) +
-         at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.F() + 1) + p.D() * p.f() +
-         LANES;
+  return count * tile_floats(p) + at_least(rows_size(p.D()), rows_size(p.V())) +
+         lanes_size(p.F() + 1) + p.D() * p.f() + LANES;
+}
+
+KeyTile KeyTiles::make_tile(const Problem& p, Arena& arena) {
+  float *keys = arena.take(lanes_size(p.D())), *v = arena.take(rows_size(p.V()));
+  return {-1, 0, false, keys, v, arena.take(lanes_size(p.F() + 1)), false, 0};
 }
 
 KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v,
@@ -46,11 +50,7 @@ KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v
       total_(total),
       sinks_(p.window.sink),
       count_(count) {
-  for (int i = 0; i < count_; i++) {
-    keys_[i] = arena.take(lanes_size(p.D()));
-    values_[i] = arena.take(rows_size(p.V()));
-    tiles_[i] = {-1, 0, false, keys_[i], values_[i], arena.take(lanes_size(p.F() + 1)), false, 0};
-  }
+  for (int i = 0; i < count_; i++) tiles_[i] = make_tile(p, arena);
   row_tile_ = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
   if (format_ == Format::f32) return;
   phi_ = arena.take(lanes_size(p.F() + 1));
@@ -58,6 +58,9 @@ KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v
 }
 
 KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
+  const int64_t past_first = start - shared_first_;
+  if (!sink && past_first >= 0 && past_first % BLOCK == 0 && past_first / BLOCK < shared_count_)
+    return shared_[past_first / BLOCK];
   int slot = 0;
   clock_++;
   for (int i = 0; i < count_; i++) {
@@ -69,17 +72,21 @@ KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
     if (tile.used < tiles_[slot].used) slot = i;
   }
   KeyTile& tile = tiles_[slot];
+  load(tile, start, end, sink);
+  tile.used = clock_;
+  return tile;
+}
+
+void KeyTiles::load(KeyTile& tile, int64_t start, int64_t end, bool sink) {
   tile.start = start;
   tile.n = at_most(BLOCK, end - start);
   tile.sink = sink;
   tile.has_phi = false;
-  tile.used = clock_;
-  load_lanes(keys_[slot], k_, start, tile.n, format_, row_tile_, sink);
-  load_values(values_[slot], v_, start, tile.n, format_, row_tile_, sink);
+  load_lanes(tile.keys, k_, start, tile.n, format_, row_tile_, sink);
+  load_values(tile.v, v_, start, tile.n, format_, row_tile_, sink);
   const int64_t ahead = at_most(BLOCK, end - start - tile.n);
   prefetch_rows(k_, start + tile.n, ahead);
   prefetch_rows(v_, start + tile.n, ahead);
-  return tile;
 }
 
 const float* KeyTiles::phi(KeyTile& tile) {
@@ -135,8 +142,8 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
 
 namespace {
 
-// Products q . k become g e^{s - m}, zero outside the band; den and `rescale`, the factor of earlier sums,
-// follow the maximum.
+// Products q . k become g e^{s - m}, zero outside the band; den and `rescale`, the factor of
+// earlier sums, follow the maximum.
 void softmax_weights(const WeightTile* piece, int count, float scale, float g, Sums& out,
                      float* rescale) {
   for (int c = 0; c < BLOCK; c += LANES) {
@@ -203,8 +210,7 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
   memset(out.y, 0, sizeof(float) * BLOCK * ld);
   Pieces pieces(tiles, window, block, from);
   WeightTile piece[MOST_TILES];
-  for (bool first = true; int count = pieces.next(piece, weights, (int)p.D());
-       first = false) {
+  for (bool first = true; int count = pieces.next(piece, weights, (int)p.D()); first = false) {
     float rescale[BLOCK];
     softmax_weights(piece, count, p.scale, g, out, rescale);
     for (int64_t i = 0; !first && i < block.n; i++) {
@@ -261,8 +267,8 @@ void sum_rows(float* to, const float* tile, int F, int n, Into into) {
   }
 }
 
-// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd number
-// shares its words with a key that stays out: it comes in by itself.
+// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd
+// number shares its words with a key that stays out: it comes in by itself.
 void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
                 Into into) {
 #ifdef LOL_PAIRS
@@ -322,20 +328,20 @@ void add_products(float* to, const float* a, const float* tile, int F) {
 }  // namespace
 
 int64_t Chunkwise::floats(const Problem& p) {
-  return KeyTiles::floats(p, KeyTiles::for_window(p)) + p.F() * padded(p.V()) + p.F() +
-         WEIGHTS + at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) +
-         lanes_size(p.F() + 1) + rows_size(p.V()) + p.group() * p.D() * p.f() +
-         (p.F() + 1) * padded(p.V()) + 64;
+  return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p) + WEIGHTS +
+         at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
+         rows_size(p.V()) + p.group() * p.D() * p.f() + (p.F() + 1) * padded(p.V()) + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
                      const Tokens& v, Arena& arena)
     : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena),
       p_(p),
-      state_head_(state_head),
-      folded_(p.window.sink) {
-  kv = arena.take(p.F() * padded(p.V()));
-  ksum = arena.take(p.F());
+      state_head_(state_head) {
+  state.kv = arena.take(p.F() * padded(p.V()));
+  state.ksum = arena.take(p.F());
+  state.folded = p.window.sink;
+  state.empty = true;
   scores = arena.take(WEIGHTS);
   row_tile = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
   q_ = arena.take(lanes_size(p.D()));
@@ -351,41 +357,44 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
   const int64_t V = p_.V(), F = p_.F(), ld = padded(V);
   for (int64_t i = 0; i < F; i++) {
-    memcpy(kv + i * ld, from_kv + i * V, sizeof(float) * V);
-    fill(kv + i * ld + V, ld - V, 0.0f);
+    memcpy(state.kv + i * ld, from_kv + i * V, sizeof(float) * V);
+    fill(state.kv + i * ld + V, ld - V, 0.0f);
   }
-  memcpy(ksum, from_ksum, sizeof(float) * F);
-  folded_ = at_least(folded, folded_);
-  has_state_ = true;
+  memcpy(state.ksum, from_ksum, sizeof(float) * F);
+  state.folded = at_least(folded, state.folded);
+  state.empty = false;
 }
 
-void Chunkwise::store_state(float* to_kv, float* to_ksum) const {
-  const int64_t V = p_.V(), F = p_.F();
-  if (!has_state_) {
-    memset(to_kv, 0, sizeof(float) * F * V);
-    memset(to_ksum, 0, sizeof(float) * F);
-    return;
+void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
+  const int64_t V = p_.V();
+  for (int64_t i = part.begin; i < part.end; i++) {
+    if (state.empty) {
+      fill(to_kv + i * V, V, 0.0f);
+    } else {
+      memcpy(to_kv + i * V, state.kv + i * padded(V), sizeof(float) * V);
+    }
+    to_ksum[i] = state.empty ? 0.0f : state.ksum[i];
   }
-  for (int64_t i = 0; i < F; i++) memcpy(to_kv + i * V, kv + i * padded(V), sizeof(float) * V);
-  memcpy(to_ksum, ksum, sizeof(float) * F);
 }
 
-void Chunkwise::fold(int64_t end) {
+void Chunkwise::fold(int64_t end, Features part) {
   end = at_most(end, tiles.total());
-  const int F = (int)p_.F(), ld = padded(p_.V());
-  while (folded_ < end) {
-    KeyTile& tile = tiles.at(folded_);
-    const int n = (int)at_most(tile.n, end - folded_);
-    const Operand phi = tiles.phi_by_keys(tile);
-    const Into into = has_state_ ? Into::add : Into::set;
+  const int F = (int)(part.end - part.begin), ld = padded(p_.V());
+  float *kv = state.kv + part.begin * ld, *ksum = state.ksum + part.begin;
+  while (state.folded < end) {
+    KeyTile& tile = tiles.at(state.folded);
+    const int n = (int)at_most(tile.n, end - state.folded);
+    Operand phi = tiles.phi_by_keys(tile);
+    phi.data += part.begin * phi.row;
+    const Into into = state.empty ? Into::set : Into::add;
     if (p_.format == Format::f32) {
       gemm(F, ld, n, phi, tile.v, ld, kv, ld, into);
       sum_rows(ksum, phi.data, F, n, into);
     } else {
       fold_pairs(phi.data, tile.v, n, F, ld, kv, ksum, into);
     }
-    has_state_ = true;
-    folded_ += n;
+    state.empty = false;
+    state.folded += n;
   }
 }
 
@@ -406,22 +415,22 @@ Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Token
 
 // kv as the right side of a product.
 const float* Chunkwise::readable_kv() {
-  if (p_.format == Format::f32) return kv;
-  if (kv_pairs_folded_ != folded_) pair_rows(kv_pairs_, kv, (int)p_.F(), padded(p_.V()));
-  kv_pairs_folded_ = folded_;
+  if (p_.format == Format::f32) return state.kv;
+  if (kv_pairs_folded_ != state.folded) pair_rows(kv_pairs_, state.kv, (int)p_.F(), padded(p_.V()));
+  kv_pairs_folded_ = state.folded;
   return kv_pairs_;
 }
 
 Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   const int ld = padded(p_.V()), F = (int)p_.F();
-  gather(tiles, p_.window, block, folded_, p_, p_.g(h), scores, sums_);
-  if (has_state_) {
+  gather(tiles, p_.window, block, state.folded, p_, p_.g(h), scores, sums_);
+  if (!state.empty) {
     gemm(p_.format, (int)block.n, ld, F, transposed(block.phi, BLOCK), readable_kv(), ld, sums_.y,
          ld, Into::add);
     if (p_.format == Format::f32) {
-      add_products(sums_.den, ksum, block.phi, F);
+      add_products(sums_.den, state.ksum, block.phi, F);
     } else {
-      add_products_of_pairs(sums_.den, ksum, block.phi, F);
+      add_products_of_pairs(sums_.den, state.ksum, block.phi, F);
     }
   }
   for (int c = 0; c < BLOCK; c += LANES) {
@@ -431,50 +440,6 @@ Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   }
   if (p_.normalize) normalize(sums_, block.n, (int)p_.V());
   return sums_;
-}
-
-void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c,
-                    int64_t past, const lol_tensor& o, float* m, float* den,
-                    const FinalState* final) {
-  const int64_t total = c.tiles.total(), T = o.shape[2];
-  // Blocks fold further than the final state may hold when some of it must stay revocable: take the
-  // copy on the way.
-  const auto fold = [&](int64_t end) {
-    if (final && end >= final->fold) {
-      c.fold(final->fold);
-      c.store_state(final->kv, final->ksum);
-      final = nullptr;
-    }
-    c.fold(end);
-  };
-  for (int64_t first = past; first < total; first += BLOCK) {
-    const int64_t n = at_most(BLOCK, total - first);
-    fold(p.window.start(first));
-    for (int64_t h = state_head * p.group(); h < (state_head + 1) * p.group(); h++) {
-      Tokens from = tokens_of(p.q, s, h), to = tokens_of(o, s, h);
-      from.past = to.past = past;
-      const Queries block = c.load_queries(h, first, n, from, p.lambda(h));
-      const Sums& sums = c.attend(block, h);
-      store_rows(to, first, n, sums.y);
-      const int64_t ahead = at_most(BLOCK, total - first - n);
-      prefetch_rows(from, first + n, ahead);
-      prefetch_rows(to, first + n, ahead);
-      const int64_t row0 = (s.batch * p.heads() + h) * T;
-      for (int64_t i = 0; i < n; i++) {
-        if (m) m[row0 + s.row(first + i)] = sums.m[i];
-        if (den) den[row0 + s.row(first + i)] = sums.den[i];
-      }
-    }
-  }
-  if (final) fold(at_least(final->fold, c.folded()));
-}
-
-void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den) {
-  if (!batch.padded) return;
-  const int64_t rows = o.shape[0] * o.shape[1] * o.shape[2];
-  clear(o);
-  if (m) fill(m, rows, 0.0f);
-  if (den) fill(den, rows, 1.0f);
 }
 
 }  // namespace LOL_ISA

@@ -26,7 +26,7 @@ struct Problem {
   Window window;
   float scale;
   bool affine, normalize;
-  float eps;                     // added to den
+  float eps;                    // added to den
   Format format = Format::f32;  // of tiles
 
   // Products of bf16 by pairs, where the instruction set has them.
@@ -73,9 +73,9 @@ Problem problem_of(const lol_linear_attention_args& args);
 struct KeyTile {
   int64_t start, n;
   bool sink;
-  const float* keys;  // [D x BLOCK]
-  const float* v;     // [BLOCK x padded(V)]
-  float* phi;         // [F x BLOCK], computed on demand
+  float* keys;  // [D x BLOCK]
+  float* v;     // [BLOCK x padded(V)]
+  float* phi;   // [F x BLOCK], computed on demand
   bool has_phi;
   int64_t used;  // when, for replacing the tile used longest ago
 };
@@ -85,6 +85,10 @@ constexpr int MOST_TILES = 16;
 class KeyTiles {
  public:
   static int64_t floats(const Problem& p, int count);
+  static int64_t tile_floats(const Problem& p) {
+    return lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F() + 1);
+  }
+  static KeyTile make_tile(const Problem& p, Arena& arena);
   static int for_window(const Problem& p);  // how many tiles serve its window
   // `total` keys exist; positions below k.past are in the ring or among the sinks.
   KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v, const FeatureMap& map,
@@ -94,6 +98,14 @@ class KeyTiles {
   const float* phi(KeyTile& tile);
   // phi as the left side of a sum over keys.
   Operand phi_by_keys(KeyTile& tile);
+  // Loads a tile that others may read; and serves `count` such tiles, from key `first` on, in place
+  // of own ones.
+  void load(KeyTile& tile, int64_t start, int64_t end, bool sink = false);
+  void share(KeyTile* tiles, int64_t first, int64_t count) {
+    shared_ = tiles;
+    shared_first_ = first;
+    shared_count_ = count;
+  }
   int64_t total() const { return total_; }
   Format format() const { return format_; }
   int count() const { return count_; }  // the last count() tiles asked for stay valid
@@ -107,7 +119,9 @@ class KeyTiles {
   int64_t total_, sinks_, clock_ = 0;
   int count_;
   KeyTile tiles_[MOST_TILES];
-  float *keys_[MOST_TILES], *values_[MOST_TILES], *row_tile_, *phi_;
+  KeyTile* shared_ = nullptr;
+  int64_t shared_first_ = 0, shared_count_ = 0;
+  float *row_tile_, *phi_;
 };
 
 // A block of queries of one head.
@@ -157,53 +171,50 @@ void normalize(Sums& sums, int64_t n, int V);
 void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
                    float* scores);
 
+// The sums over the keys [sinks, folded).
+struct State {
+  float *kv, *ksum;  // [F x padded(V)], [F]; without meaning while `empty`
+  int64_t folded;
+  bool empty;
+
+  static int64_t floats(const Problem& p) { return p.F() * padded(p.V()) + p.F() + 16; }
+};
+// Rows [begin, end) of a state, which threads can share among them.
+struct Features {
+  int64_t begin, end;
+};
+
 class Chunkwise {
  public:
   static int64_t floats(const Problem& p);
-  // The state starts empty, or holds [sinks, folded) after load_state.
+  // The state starts empty, or with what load_state gives it.
   Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v,
             Arena& arena);
   void load_state(const float* kv, const float* ksum, int64_t folded);
-  void store_state(float* kv, float* ksum) const;
-  void fold(int64_t end);  // takes the keys before `end` into the state
-  int64_t folded() const { return folded_; }
-  bool has_state() const { return has_state_; }
+  void store_state(float* kv, float* ksum, Features part) const;
+  void fold(int64_t end, Features part);  // takes the keys before `end` into the state
+  void fold(int64_t end) { fold(end, {0, p_.F()}); }
   // q and factor * phi_q.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
   // The outputs y of queries loaded with lambda as their factor, and their m and den.
   Sums& attend(const Queries& block, int64_t h);
 
   KeyTiles tiles;
-  float *kv, *ksum;  // [F x padded(V)], [F]
-  float* scores;     // WEIGHTS floats, scratch
-  float* row_tile;   // [BLOCK x padded(max(D, V))], scratch
+  State state;
+  float* scores;    // WEIGHTS floats, scratch
+  float* row_tile;  // [BLOCK x padded(max(D, V))], scratch
 
  private:
   const float* readable_kv();
 
   const Problem& p_;
-  int64_t state_head_, folded_;
-  bool has_state_ = false;
+  int64_t state_head_;
   float *q_, *phi_;
   Sums sums_;
   float* weights_q_;  // pairs of the maps of this state's query heads
   float* kv_pairs_;   // [ceil(F / 2) x padded(V)], kv up to kv_pairs_folded_
   int64_t kv_pairs_folded_ = -1;
 };
-
-// The state after the last token, written once all keys before `fold` are in it.
-struct FinalState {
-  int64_t fold;
-  float *kv, *ksum;
-};
-
-// Outputs of the queries [first, total) of one worker. m and den [B, H, T] and `final` may be null.
-void forward_worker(const Problem& p, const Sequence& s, int64_t state_head, Chunkwise& c,
-                    int64_t first, const lol_tensor& o, float* m, float* den,
-                    const FinalState* final);
-
-// Before the workers of a padded batch: outputs of padded queries are 0, their m 0 and den 1.
-void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den);
 
 }  // namespace LOL_ISA
 }  // namespace lol

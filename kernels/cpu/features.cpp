@@ -9,9 +9,9 @@ namespace {
 // upper = exp(-(z - min z)) and z = exp(z - max z), clamped, divided by their sums if `normalize`;
 // only the latter unless `two_sided`.
 //
-// One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range, the
-// other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is so
-// wide that e could leave the normal floats, each side takes its own exponential.
+// One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range,
+// the other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is
+// so wide that e could leave the normal floats, each side takes its own exponential.
 inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
   Vec top = load(z), bottom = top;
   for (int i = 1; i < f; i++) {

@@ -27,8 +27,8 @@ static inline int64_t feature_dim(const lol_features& features, int64_t D) {
 // The map that head h of `heads` uses.
 static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads, int64_t D) {
   if (!has_map(p))
-    return {nullptr, Format::f32, nullptr, (int)D, (int)D, (int)D, LOL_IDENTITY, false, false,
-            0.0f};
+    return {nullptr, Format::f32,  nullptr, (int)D, (int)D,
+            (int)D,  LOL_IDENTITY, false,   false,  0.0f};
   const int64_t f = p.weight.shape[2];
   const int64_t own = h / (heads / p.weight.shape[0]);
   return {(const float*)p.weight.data + own * D * f,

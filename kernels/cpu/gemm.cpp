@@ -32,8 +32,8 @@ inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64
   Vec acc[R][P];
   const float* from = c;
   LOL_UNROLL for (int r = 0; r < R; r++, from += ldc) {
-    LOL_UNROLL for (int p = 0; p < P; p++)
-      acc[r][p] = into == Into::add ? load(from + p * LANES) : Vec{};
+    LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] =
+        into == Into::add ? load(from + p * LANES) : Vec{};
   }
   const float* ak = a.data;
   for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
@@ -108,13 +108,12 @@ struct Product {
 template <Format format, int R, int P, Into into, int ROW>
 inline void panel(const Product& p, int m, int n) {
   for (; m + R <= p.M; m += R) {
-    const Range depth =
-        words_of<format>(depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band));
+    const Range depth = words_of<format>(depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band));
     const int length = depth.end - depth.begin;
     if (length < 0 || (length == 0 && into == Into::add)) continue;
     const Operand a = {p.a.data + m * p.a.row + depth.begin * p.a.depth, p.a.row, p.a.depth};
-    micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb, p.c + m * p.ldc + n,
-                           p.ldc);
+    micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb,
+                                   p.c + m * p.ldc + n, p.ldc);
   }
   constexpr int LESS = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R / 2;
   if constexpr (LESS > 0) {
@@ -124,8 +123,8 @@ inline void panel(const Product& p, int m, int n) {
 
 template <Format format, Into into, int ROW>
 inline void panels(const Product& p) {
-  const bool by_column = p.skip == Skip::outputs || p.skip == Skip::keys_of_n ||
-                         p.skip == Skip::queries_of_n;
+  const bool by_column =
+      p.skip == Skip::outputs || p.skip == Skip::keys_of_n || p.skip == Skip::queries_of_n;
   int n = 0;
   if (!by_column) {
     for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)

@@ -42,8 +42,8 @@ static inline Operand transposed(const float* a, int64_t lda) { return {a, 1, ld
 
 enum class Into { set, add };
 
-// What a word of A and B is: a float, or two bf16 that follow each other along K (the second is zero
-// past an odd K). Strides count words. C is fp32.
+// What a word of A and B is: a float, or two bf16 that follow each other along K (the second is
+// zero past an odd K). Strides count words. C is fp32.
 enum class Format { f32, bf16_pairs };
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
 

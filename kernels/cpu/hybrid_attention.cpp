@@ -2,25 +2,22 @@
 // chunkwise, one worker per sequence and state head. Per token and head 2 (2 D f + 2 F V + w (D +
 // V)) useful FLOPs; q, k, v are read and o written once.
 #include "backward.h"
+#include "forward.h"
 #include "kernels.h"
-#include "parallel.h"
 
 namespace lol {
 namespace LOL_ISA {
 
 int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
   const Problem p = problem_of(a).by_pairs();
-  float *m = (float*)a.m.data, *den = (float*)a.den.data;
-  return run_workers(
-      batch.count * p.state_heads(), Chunkwise::floats(p), p.work(batch.real_tokens),
-      [&](int64_t w, Arena arena) {
-        const Sequence& s = batch.sequences[w / p.state_heads()];
-        const int64_t state_head = w % p.state_heads(), kv_head = p.kv_head_of(state_head);
-        Chunkwise c(p, state_head, s.tokens, tokens_of(a.k, s, kv_head), tokens_of(a.v, s, kv_head),
-                    arena);
-        forward_worker(p, s, state_head, c, 0, a.o, m, den, nullptr);
-      },
-      [&] { clear_padding(batch, a.o, m, den); });
+  const Outputs out = {a.o, (float*)a.m.data, (float*)a.den.data};
+  return forward(p, batch, out, [&](const Sequence& s, int64_t state_head) {
+    Run run = {&s, state_head};
+    run.k = tokens_of(a.k, s, p.kv_head_of(state_head));
+    run.v = tokens_of(a.v, s, p.kv_head_of(state_head));
+    run.total = s.tokens;
+    return run;
+  });
 }
 
 int hybrid_attention_backward(const lol_hybrid_attention_backward_args& a, const Batch& batch) {

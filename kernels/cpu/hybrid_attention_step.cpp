@@ -3,9 +3,8 @@
 // T > 1 runs the chunkwise forward on the ring's tokens followed by the new ones. T = 1 is the
 // decode step, bound by reading and writing the state once: 8 F V bytes, 2 (2 D f + 2 F V + w (D +
 // V)) FLOPs per head; lanes run along features and values.
-#include "chunkwise.h"
+#include "forward.h"
 #include "kernels.h"
-#include "parallel.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -63,14 +62,24 @@ struct Step {
   int64_t ring, slack;
 };
 
-void many_tokens(const Step& step, const Sequence& s, int64_t state_head, Arena& arena) {
-  const Problem& p = step.chunks;
-  const int64_t past = step.length(s), total = past + s.tokens, kv_head = p.kv_head_of(state_head);
-  Chunkwise c(p, state_head, total, step.keys(s, kv_head), step.values(s, kv_head), arena);
-  c.load_state(step.kv(s, state_head), step.ksum(s, state_head), step.folded(s));
-  const int64_t fold = at_least(step.folded_after(s, total), c.folded());
-  const FinalState final = {fold, step.kv(s, state_head), step.ksum(s, state_head)};
-  forward_worker(p, s, state_head, c, past, step.a.o, nullptr, nullptr, &final);
+// What T > 1 tokens of a sequence do to one state head.
+Run many_tokens(const Step& step, const Sequence& s, int64_t state_head) {
+  const int64_t past = step.length(s), total = past + s.tokens;
+  const int64_t kv_head = step.p.kv_head_of(state_head);
+  float *kv = step.kv(s, state_head), *ksum = step.ksum(s, state_head);
+  const int64_t folded = at_least(step.folded(s), step.p.window.sink);
+  return {&s,
+          state_head,
+          step.keys(s, kv_head),
+          step.values(s, kv_head),
+          past,
+          total,
+          kv,
+          ksum,
+          folded,
+          kv,
+          ksum,
+          at_least(step.folded_after(s, total), folded)};
 }
 
 // The row itself where it can be read as it is, else a copy of it.
@@ -273,20 +282,19 @@ void remember(const Step& step, const Sequence& s, const Tokens& t) {
 int hybrid_attention_step(const lol_hybrid_attention_step_args& a, const Batch& batch) {
   const Step step(a);
   const Problem& p = step.p;
-  const bool single = a.q.shape[2] == 1;
-  const int64_t floats = single ? OneToken::floats(p, step.ring) : Chunkwise::floats(step.chunks);
-  const auto work = [&](int64_t w, Arena arena) {
+  const auto one_token = [&](int64_t w, Arena arena) {
     const Sequence& s = batch.sequences[w / p.state_heads()];
-    if (s.tokens == 0) return;
-    if (single) {
-      OneToken(step, s, w % p.state_heads(), arena).run();
-    } else {
-      many_tokens(step, s, w % p.state_heads(), arena);
-    }
+    if (s.tokens) OneToken(step, s, w % p.state_heads(), arena).run();
   };
-  const auto prepare = [&] { clear_padding(batch, a.o, nullptr, nullptr); };
+  const Outputs out = {a.o, nullptr, nullptr};
   const int status =
-      run_workers(batch.count * p.state_heads(), floats, p.work(batch.real_tokens), work, prepare);
+      a.q.shape[2] == 1
+          ? run_workers(batch.count * p.state_heads(), OneToken::floats(p, step.ring),
+                        p.work(batch.real_tokens), one_token,
+                        [&] { clear_padding(batch, a.o, nullptr, nullptr); })
+          : forward(step.chunks, batch, out, [&](const Sequence& s, int64_t state_head) {
+              return many_tokens(step, s, state_head);
+            });
   if (status != LOL_OK) return status;
   for (int64_t i = 0; i < batch.count; i++) {
     const Sequence& s = batch.sequences[i];

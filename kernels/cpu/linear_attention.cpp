@@ -2,31 +2,29 @@
 // eps), with fused or no feature maps, initial and final state. Per token and head 2 (2 D f + 2 F
 // V) useful FLOPs.
 #include "backward.h"
+#include "forward.h"
 #include "kernels.h"
-#include "parallel.h"
 
 namespace lol {
 namespace LOL_ISA {
 
 int linear_attention(const lol_linear_attention_args& a, const Batch& batch) {
   const Problem p = problem_of(a).by_pairs();
-  float* den = (float*)a.den.data;
-  return run_workers(
-      batch.count * p.state_heads(), Chunkwise::floats(p), p.work(batch.real_tokens),
-      [&](int64_t w, Arena arena) {
-        const Sequence& s = batch.sequences[w / p.state_heads()];
-        const int64_t state_head = w % p.state_heads(), kv_head = p.kv_head_of(state_head);
-        const int64_t at = s.slot * p.state_heads() + state_head, F = p.F();
-        Chunkwise c(p, state_head, s.tokens, tokens_of(a.k, s, kv_head), tokens_of(a.v, s, kv_head),
-                    arena);
-        if (a.kv0.data)
-          c.load_state((const float*)a.kv0.data + at * F * p.V(),
-                       (const float*)a.ksum0.data + at * F, 0);
-        const FinalState final = {s.tokens, (float*)a.kv.data + at * F * p.V(),
-                                  (float*)a.ksum.data + at * F};
-        forward_worker(p, s, state_head, c, 0, a.o, nullptr, den, &final);
-      },
-      [&] { clear_padding(batch, a.o, nullptr, den); });
+  const Outputs out = {a.o, nullptr, (float*)a.den.data};
+  return forward(p, batch, out, [&](const Sequence& s, int64_t state_head) {
+    const int64_t at = s.slot * p.state_heads() + state_head, F = p.F(), V = p.V();
+    Run run = {&s, state_head};
+    run.k = tokens_of(a.k, s, p.kv_head_of(state_head));
+    run.v = tokens_of(a.v, s, p.kv_head_of(state_head));
+    run.total = run.fold = s.tokens;
+    if (a.kv0.data) {
+      run.kv = (const float*)a.kv0.data + at * F * V;
+      run.ksum = (const float*)a.ksum0.data + at * F;
+    }
+    run.final_kv = (float*)a.kv.data + at * F * V;
+    run.final_ksum = (float*)a.ksum.data + at * F;
+    return run;
+  });
 }
 
 int linear_attention_backward(const lol_linear_attention_backward_args& a, const Batch& batch) {

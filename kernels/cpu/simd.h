@@ -150,9 +150,9 @@ static inline void to_bf16(uint16_t* p, Vec v) {
 #define LOL_PAIRS 1
 static inline Vec pair(Vec first, Vec second) {
 #ifdef __AVX512BF16__
-  alignas(64) static const uint16_t INTERLEAVE[32] = {
-      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  alignas(64) static const uint16_t INTERLEAVE[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), both);
 #else

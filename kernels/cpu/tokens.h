@@ -150,8 +150,7 @@ static inline void pair_columns(float* dst, const float* src, int rows) {
 }
 
 // Rows as they are, in words: [n x padded(words)], the rest of the BLOCK rows zero.
-static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n,
-                              bool sink) {
+static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink) {
   const int64_t bytes = t.row_bytes(), ld = padded((bytes + 3) / 4);
   for (int64_t i = 0; i < n; i++) {
     char* to = (char*)(dst + i * ld);

@@ -55,8 +55,8 @@ static inline VecI in_band(const Band& band, int c, int j) {
   return (load_as<VecI>(band.lo + c) <= splat_int(j)) & (load_as<VecI>(band.hi + c) > splat_int(j));
 }
 
-// body(j, keep) for the rows that some of the columns [c, c + LANES) see; keep(v) is v where they do
-// and zero (or `otherwise`) elsewhere, at no cost in rows that all of them see.
+// body(j, keep) for the rows that some of the columns [c, c + LANES) see; keep(v) is v where they
+// do and zero (or `otherwise`) elsewhere, at no cost in rows that all of them see.
 template <class Body>
 static inline void for_band(const Band& band, int c, Body body) {
   const int lo = band.lo[c], hi = band.hi[c + LANES - 1];

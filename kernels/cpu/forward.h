@@ -1,0 +1,73 @@
+// The forward pass over many recurrent states, or over time where there are few of them.
+#pragma once
+#include "chunkwise.h"
+#include "parallel.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+// One sequence and state head: the queries are the positions [past, total).
+struct Run {
+  const Sequence* sequence;
+  int64_t state_head;
+  Tokens k, v;
+  int64_t past, total;
+  const float *kv, *ksum;  // the state before, or null: empty
+  int64_t folded;          // which holds the positions before this one
+  // The state after the last token, once all keys before `fold` are in it; or null.
+  float *final_kv, *final_ksum;
+  int64_t fold;
+};
+
+struct Outputs {
+  lol_tensor o;
+  float *m, *den;  // [B, H, T], or null
+};
+
+// Before the runs of a padded batch: outputs of padded queries are 0, their m 0 and den 1.
+void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den);
+
+// One run in one thread.
+void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena);
+
+// Several threads on one run, a stretch of blocks of queries at a time: together they load its keys
+// with their features, then each folds all of them into its rows of the state, leaving a copy for
+// every block, then they share out the blocks. No product is computed twice, and each sum is taken
+// in the order in which one thread takes it: results are the same to the bit.
+class Team {
+ public:
+  // Threads that would idle if every run had one; 0 where a team would not pay.
+  static int threads_for(const Problem& p, const Batch& batch);
+  Team(const Problem& p, int threads);
+  bool ok() const { return memory_.ok(); }
+  void forward(const Run& run, const Outputs& out);
+
+ private:
+  const Problem& p_;
+  int threads_;
+  int64_t blocks_, tiles_, own_;  // blocks of a stretch, its shared tiles, floats of one thread
+  Buffer memory_;
+};
+
+// All runs; run_of(sequence, state_head) describes one.
+template <class RunOf>
+int forward(const Problem& p, const Batch& batch, const Outputs& out, RunOf run_of) {
+  const int64_t runs = batch.count * p.state_heads();
+  const auto run_at = [&](int64_t w) {
+    return run_of(batch.sequences[w / p.state_heads()], w % p.state_heads());
+  };
+  const auto prepare = [&] { clear_padding(batch, out.o, out.m, out.den); };
+  if (const int threads = Team::threads_for(p, batch)) {
+    Team team(p, threads);
+    if (!team.ok()) return LOL_ENOMEM;
+    prepare();
+    for (int64_t w = 0; w < runs; w++) team.forward(run_at(w), out);
+    return LOL_OK;
+  }
+  return run_workers(
+      runs, Chunkwise::floats(p), p.work(batch.real_tokens),
+      [&](int64_t w, Arena arena) { forward(p, run_at(w), out, arena); }, prepare);
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

@@ -1,0 +1,38 @@
+"""The same bits, however many threads share the work."""
+
+import pytest
+import torch
+from helpers.cases import Case, make_inputs
+from helpers.kernels import KERNELS
+
+import lolcats_ops as lo
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("window", "kind", "sink"), [(64, "sliding", 1), (50, "terrace", 0), (0, "sliding", 3)]
+)
+@pytest.mark.parametrize("kv_heads", [1, 3])  # fewer than threads; and one more than two threads
+def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads):
+    case = Case("2048", D=20, f=12, G=2, batch=(1, kv_heads), window=window, shared="k")
+    x = make_inputs(case).as_dtype(dtype, "plain")
+    q, k, v, gate = (x.leaves[n].detach() for n in ("q", "k", "v", "gate"))
+    maps = [lo.Features(x.leaves[n].detach()) for n in ("weight_q", "weight_k")]
+    windows = {"window": window, "window_kind": kind, "sink": sink, "backend": backend}
+
+    def run(threads: int) -> list[torch.Tensor]:
+        torch.set_num_threads(threads)
+        out = lo.hybrid_attention(q, k, v, *maps, gate, **windows)
+        stateful, state = lo.hybrid_attention(q, k, v, *maps, gate, **windows, return_state=True)
+        options = {"feature_q": maps[0], "feature_k": maps[1], "return_state": True}
+        linear, sums = lo.linear_attention(q, k, v, **options, backend=backend)
+        return [out, stateful, state.kv, state.ksum, linear, sums.kv, sums.ksum]
+
+    before = torch.get_num_threads()
+    try:
+        want = run(1)
+        for threads in (2, 4):
+            assert all(map(torch.equal, run(threads), want)), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
