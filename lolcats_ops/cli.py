@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -235,6 +236,31 @@ def info(
     for name, value in rows.items():
         table.add_row(name, str(value))
     console.print(table)
+
+
+@app.command(
+    add_help_option=False,  # --help is the suite's as well
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Time the operators against their peers; takes the options of `python -m bench`.
+
+    Needs a checkout of the repository, which the suite is a part of, and `lolcats_ops[bench]`.
+
+    Example: lolcats bench --case step --budget 0.2
+    """
+    import lolcats_ops as lo
+
+    # An editable installation, or the current folder.
+    checkouts = (Path(lo.__file__).parents[1], Path.cwd())
+    checkout = next((c for c in checkouts if (c / "bench" / "cases.py").is_file()), None)
+    if checkout is None:
+        raise FileNotFoundError(
+            "bench: the suite is in the repository, not in the installed package; "
+            "run this in a checkout of lolcats_ops, or `make bench` there"
+        )
+    sys.path.insert(0, str(checkout))
+    importlib.import_module("bench.__main__").main(context.args, prog="lolcats bench")
 
 
 def _config(path: Path | None) -> ConversionConfig:

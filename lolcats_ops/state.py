@@ -123,11 +123,7 @@ class HybridState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order of the operator's schema."""
-        return {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if f.name not in ("window", "window_kind")
-        }
+        return {name: getattr(self, name) for name in _TENSORS}
 
     @property
     def batch(self) -> int:
@@ -207,3 +203,6 @@ class HybridState:
         for t in (self.kv, self.ksum, self.length, self.folded):
             t.zero_() if indices is None else t.index_fill_(0, indices, 0)
         return self
+
+
+_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))

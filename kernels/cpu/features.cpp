@@ -149,31 +149,53 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   const int f = map.f;
   float z[MAX_FEATURES + LANES], e[MAX_FEATURES + LANES];
   for (int j = 0; j < f; j++) z[j] = (map.bias ? map.bias[j] : 0.0f) + (map.skip ? x[j] : 0.0f);
-  // Four vectors of z stay in registers over the sum: enough independent chains to hide the latency
-  // of an FMA.
+  // Eight chains of sums in registers, two for each of four vectors of z: enough to hide the
+  // latency of an FMA.
   int j = 0;
   for (; j + 4 * LANES <= f; j += 4 * LANES) {
-    Vec a[4];
-    for (int i = 0; i < 4; i++) a[i] = load(z + j + i * LANES);
-    for (int d = 0; d < map.D; d++) {
-      for (int i = 0; i < 4; i++) a[i] += x[d] * load(map.weight + d * f + j + i * LANES);
+    Vec even[4], odd[4] = {};
+    for (int i = 0; i < 4; i++) even[i] = load(z + j + i * LANES);
+    int d = 0;
+    for (; d + 2 <= map.D; d += 2) {
+      const float* w = map.weight + d * f + j;
+      for (int i = 0; i < 4; i++) {
+        even[i] += x[d] * load(w + i * LANES);
+        odd[i] += x[d + 1] * load(w + f + i * LANES);
+      }
     }
-    for (int i = 0; i < 4; i++) store(z + j + i * LANES, a[i]);
+    for (int i = 0; i < 4; i++) {
+      if (d < map.D) even[i] += x[d] * load(map.weight + d * f + j + i * LANES);
+      store(z + j + i * LANES, even[i] + odd[i]);
+    }
   }
   for (int d = 0; d < map.D; d++) {
     for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
   }
-  const auto exponentials_of = [&](float sign, float* out) {
-    float top = sign * z[0], sum = 0.0f;
-    for (int i = 1; i < f; i++) top = sign * z[i] > top ? sign * z[i] : top;
-    for (int i = 0; i < f; i += LANES) store(e + i, exp(sign * load(z + i) - top));
-    for (int i = 0; i < f; i++) sum += e[i];
-    const float factor = map.activation == LOL_SOFTMAX ? 1.0f / sum : 1.0f;
-    for (int i = 0; i < f; i++) out[i] = e[i] * factor < map.eps ? map.eps : e[i] * factor;
-  };
   if (is_exponential(map.activation)) {
-    exponentials_of(1.0f, phi);
-    if (map.two_sided) exponentials_of(-1.0f, phi + f);
+    const int whole = f / LANES * LANES;
+    for (int side = 0; side < (map.two_sided ? 2 : 1); side++) {
+      const float sign = side ? -1.0f : 1.0f;
+      float top = sign * z[0];
+      if (whole) {
+        Vec tops = sign * load(z);
+        for (int i = LANES; i < whole; i += LANES) tops = max(tops, sign * load(z + i));
+        top = horizontal_max(tops);
+      }
+      for (int i = whole; i < f; i++) top = sign * z[i] > top ? sign * z[i] : top;
+      Vec sums = {};
+      for (int i = 0; i < f; i += LANES) {
+        const Vec v = exp(sign * load(z + i) - top);
+        if (i < whole) sums += v;
+        store(e + i, v);
+      }
+      float sum = horizontal_sum(sums);
+      for (int i = whole; i < f; i++) sum += e[i];
+      const float factor = map.activation == LOL_SOFTMAX ? 1.0f / sum : 1.0f;
+      float* out = phi + side * f;
+      for (int i = 0; i < whole; i += LANES)
+        store(out + i, max(factor * load(e + i), splat(map.eps)));
+      for (int i = whole; i < f; i++) out[i] = e[i] * factor < map.eps ? map.eps : e[i] * factor;
+    }
     return;
   }
   float half_norm = 0.0f;

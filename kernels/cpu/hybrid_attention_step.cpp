@@ -89,14 +89,6 @@ const float* row_in_fp32(float* copy, const char* row, int width, int dtype) {
   return copy;
 }
 
-float dot(const float* a, const float* b, int n) {
-  Vec sum = {};
-  for (int i = 0; i < n; i += LANES) sum += load(a + i) * load(b + i);
-  float total = 0.0f;
-  for (int lane = 0; lane < LANES; lane++) total += sum[lane];
-  return total;
-}
-
 void add_scaled(float* to, float factor, const float* x, int n) {
   for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
 }
@@ -107,8 +99,11 @@ class OneToken {
  public:
   static int64_t floats(const Problem& p, int64_t ring) {
     return 2 * padded(p.D()) + padded(p.V()) * (1 + p.group()) + p.F() * (1 + p.group()) +
-           p.group() + ring + p.window.sink + LANES;
+           p.group() + keys(p, ring) +
+           2 * keys(p, ring) * (int64_t)(sizeof(char*) / sizeof(float)) + LANES;
   }
+  // The most that a token attends by softmax, rounded up to the four that are taken at a time.
+  static int64_t keys(const Problem& p, int64_t ring) { return ring + p.window.sink + 1 + LANES; }
 
   OneToken(const Step& step, const Sequence& s, int64_t state_head, Arena arena)
       : step_(step),
@@ -129,7 +124,10 @@ class OneToken {
     phi_q_ = arena.take(G_ * F_);
     o_ = arena.take(G_ * padded(V_));
     linear_ = arena.take(G_);
-    scores_ = arena.take(step.ring + p_.window.sink + LANES);
+    scores_ = arena.take(keys(p_, step.ring));
+    constexpr int64_t WORDS = sizeof(char*) / sizeof(float);
+    key_rows_ = (const char**)arena.take(keys(p_, step.ring) * WORDS);
+    value_rows_ = (const char**)arena.take(keys(p_, step.ring) * WORDS);
   }
 
   void run() {
@@ -147,6 +145,7 @@ class OneToken {
     read_state(position < fold_to ? position : -1);
     for (position = at_least(position, fold_to); position < p_.window.start(position_); position++)
       read_token(position);
+    find_window();
     for (int g = 0; g < G_; g++) finish(g);
   }
 
@@ -188,9 +187,15 @@ class OneToken {
         for (int g = 0; g < G_; g++) o_[g * padded(V_) + j] += phi_q_[g * F_ + i] * x;
       }
     }
-    for (int i = 0; i < F_; i++) {
-      ksum[i] += phi_k_[i];
-      for (int g = 0; g < G_; g++) linear_[g] += phi_q_[g * F_ + i] * ksum[i];
+    int i = 0;
+    for (; i + LANES <= F_; i += LANES) store(ksum + i, load(ksum + i) + load(phi_k_ + i));
+    for (; i < F_; i++) ksum[i] += phi_k_[i];
+    for (int g = 0; g < G_; g++) {
+      const float* phi_q = phi_q_ + g * F_;
+      Vec sum = {};
+      for (i = 0; i + LANES <= F_; i += LANES) sum += load(phi_q + i) * load(ksum + i);
+      linear_[g] += horizontal_sum(sum);
+      for (; i < F_; i++) linear_[g] += phi_q[i] * ksum[i];
     }
   }
 
@@ -227,34 +232,82 @@ class OneToken {
     }
   }
 
+  // Where the keys and values of the sinks and of the window are.
+  void find_window() {
+    const int64_t sinks = at_most(p_.window.sink, position_ + 1);
+    int64_t n = 0;
+    for (; n < sinks; n++) {
+      key_rows_[n] = keys_.sink_row(n);
+      value_rows_[n] = values_.sink_row(n);
+    }
+    const int64_t start = p_.window.start(position_);
+    int64_t slot = start % at_least(step_.ring, 1);  // one division for the whole ring
+    for (int64_t at = start; at < position_; at++, n++) {
+      key_rows_[n] = keys_.ring + slot * keys_.row_bytes();
+      value_rows_[n] = values_.ring + slot * values_.row_bytes();
+      if (++slot == step_.ring) slot = 0;
+    }
+    if (start <= position_) {
+      key_rows_[n] = keys_.row(position_);
+      value_rows_[n++] = values_.row(position_);
+    }
+    keys_in_window_ = n;
+  }
+
   // The softmax part: scores of the sinks and the window, their exponentials, then both parts over
   // one denominator.
   void finish(int g) {
     load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
-    const int64_t sinks = at_most(p_.window.sink, position_ + 1),
-                  start = p_.window.start(position_);
-    const int64_t keys = sinks + at_least(position_ + 1 - start, 0);
-    const auto sink_or_window = [&](const Tokens& t, int64_t i) {
-      return i < sinks ? t.sink_row(i) : t.row(start + i - sinks);
-    };
+    const int64_t keys = keys_in_window_;
     float m = keys ? -INFINITY : 0.0f, sum = 0.0f;
-    for (int64_t i = 0; i < keys; i++) {
-      scores_[i] = p_.scale *
-                   dot(q_, row_in_fp32(k_, sink_or_window(keys_, i), D_, keys_.dtype), padded(D_));
-      m = scores_[i] > m ? scores_[i] : m;
+    const int ld = padded(D_);
+    for (int64_t i = 0; i < keys; i += 4) {
+      Vec4 quarters[4] = {}, columns[4];
+      for (int r = 0; r < 4 && i + r < keys; r++) {
+        const float* k = row_in_fp32(k_, key_rows_[i + r], D_, keys_.dtype);
+        Vec dot = {};
+        for (int d = 0; d < ld; d += LANES) dot += load(q_ + d) * load(k + d);
+        quarters[r] = quarter_sums(dot);
+      }
+      transpose4(quarters, columns);
+      const Vec4 dots = p_.scale * ((columns[0] + columns[2]) + (columns[1] + columns[3]));
+      memcpy(scores_ + i, &dots, sizeof(dots));
     }
+    for (int64_t i = 0; i < keys; i++) m = scores_[i] > m ? scores_[i] : m;
     for (int64_t i = 0; i < keys; i += LANES) store(scores_ + i, exp(load(scores_ + i) - m));
     const float gate = p_.g(head(g)), lambda = p_.lambda(head(g));
     float* o = o_ + g * padded(V_);
     for (int j = 0; j < V_; j++) o[j] *= lambda;
-    for (int64_t i = 0; i < keys; i++) {
-      const float* v = row_in_fp32(v_, sink_or_window(values_, i), V_, values_.dtype);
-      add_scaled(o, gate * scores_[i], v, padded(V_));
-      sum += scores_[i];
-    }
+    for (int64_t i = 0; i < keys; i++) sum += scores_[i];
+    // Sums of up to four vectors of V stay in registers while the keys pass.
+    int j = 0;
+    for (; j + 4 * LANES <= V_; j += 4 * LANES) add_values<4>(o, j, gate);
+    for (; j < V_; j += LANES) add_values<1>(o, j, gate);
     const float den = gate * sum + lambda * linear_[g];
     for (int j = 0; j < V_; j++) o[j] /= den;
     store_row(tokens_of(step_.a.o, s_, head(g)).row(0), o, V_, step_.a.o.dtype);
+  }
+
+  // o += gate sum scores v over the columns [j, j + P LANES) of the values.
+  template <int P>
+  void add_values(float* o, int j, float gate) {
+    const int size = dtype_size(values_.dtype), width = (int)at_most(P * LANES, V_ - j);
+    Vec sum[P] = {};
+    for (int64_t i = 0; i < keys_in_window_; i++) {
+      const char* row = value_rows_[i] + j * size;
+      const Vec weight = splat(scores_[i]);
+      if (width == P * LANES) {
+        for (int p = 0; p < P; p++)
+          sum[p] += weight * load_converted(row + p * LANES * size, values_.dtype);
+      } else {
+        load_row(v_, row, width, values_.dtype);
+        for (int p = 0; p < P; p++) sum[p] += weight * load(v_ + p * LANES);
+      }
+    }
+    for (int p = 0; p < P; p++) {
+      float* to = o + j + p * LANES;
+      store(to, load(to) + gate * sum[p]);
+    }
   }
 
   const Step& step_;
@@ -264,6 +317,8 @@ class OneToken {
   const Tokens keys_, values_;
   const int D_, V_, F_, G_;
   float *q_, *k_, *v_, *phi_k_, *phi_q_, *o_, *linear_, *scores_;
+  const char **key_rows_, **value_rows_;
+  int64_t keys_in_window_;
 };
 
 // After all heads have read the old ring: the new tokens' keys or values go into ring and sinks.

@@ -9,8 +9,9 @@
 namespace lol {
 namespace LOL_ISA {
 
-// Multiply-adds that are worth a thread: about 10 us, several times what waking one costs.
-constexpr int64_t THREAD_WORK = 1 << 18;
+// Multiply-adds that are worth a thread: 4 us of a decode step, which streams its state, about what
+// a barrier between threads that are awake costs.
+constexpr int64_t THREAD_WORK = 1 << 16;
 
 static inline int thread_count(int64_t workers, int64_t work) {
 #ifdef _OPENMP

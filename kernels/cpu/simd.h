@@ -84,6 +84,16 @@ static inline float horizontal_sum(Vec v) {
   return (q[0] + q[2]) + (q[1] + q[3]);
 }
 
+static inline float horizontal_max(Vec v) {
+  float parts[LANES];
+  memcpy(parts, &v, sizeof(v));
+  for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; i++)
+      parts[i] = parts[i] < parts[i + width] ? parts[i + width] : parts[i];
+  }
+  return parts[0];
+}
+
 // Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the
 // low bits of the result.
 constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
 from .. import reference
 from ..dispatch import select
@@ -72,10 +71,10 @@ def hybrid_attention_step_(
     inputs = (q, k, v, feature_q, feature_k, gate, state)
     options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
     if backend is None and _library_checks(*inputs):
-        check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
         # The C library makes the checks below in a microsecond, before it writes; here they take as
         # long as the step, so they run only to name the Python argument that it refused.
-        with suppress(RuntimeError):
+        with suppress(AttributeError, RuntimeError, TypeError):
+            check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
             return step_(*inputs, **options)
     check_attention(op, q, k, v, feature_q, feature_k)
     check_gate(op, gate, q)
@@ -93,18 +92,17 @@ def _library_checks(
 ) -> bool:
     """Whether the C library would see all that Python checks: real tensors on the CPU, one kind of
     feature map."""
-    return (
-        not torch.compiler.is_compiling()
+    if not (
+        type(q) is Tensor
+        and isinstance(state, HybridState)
         and isinstance(feature_q, Features)
         and isinstance(feature_k, Features)
-        and isinstance(state, HybridState)
         and feature_q.kind == feature_k.kind
-        and all(
-            isinstance(x, Tensor) and x.device.type == "cpu"
-            for x in (q, k, v, gate, feature_q.weight, feature_k.weight, *state.tensors.values())
-        )
-        and not isinstance(q, FakeTensor)
-    )
+        and not torch.compiler.is_compiling()
+    ):
+        return False
+    tensors = [q, k, v, gate, feature_q.weight, feature_k.weight, *state.tensors.values()]
+    return all(isinstance(x, Tensor) and x.is_cpu for x in tensors)
 
 
 def step_(
