@@ -36,7 +36,7 @@ class DemoConfig:
     finetune_length: int = 512
     finetune: FinetuneConfig = field(
         default_factory=lambda: FinetuneConfig(
-            learning_rate=1e-3, batch_size=1, gradient_accumulation=1, max_steps=20
+            learning_rate=1e-3, batch_size=1, gradient_accumulation=1, max_steps=28
         )
     )
 
