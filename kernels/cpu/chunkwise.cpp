@@ -144,6 +144,7 @@ namespace {
 
 // Products q . k become g e^{s - m}, zero outside the band; den and `rescale`, the factor of
 // earlier sums, follow the maximum.
+template <Format format>
 void softmax_weights(const WeightTile* piece, int count, float scale, float g, Sums& out,
                      float* rescale) {
   for (int c = 0; c < BLOCK; c += LANES) {
@@ -163,7 +164,7 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
       clear_outside(piece[t].weights, piece[t].softmax, c, piece[t].tile->n);
       for_band(piece[t].softmax, c, [&](int j, auto keep) {
         float* w = piece[t].weights + j * BLOCK + c;
-        const Vec e = keep(g * exp(scale * load(w) - shift));
+        const Vec e = keep(g * exp_for<format>(scale * load(w) - shift));
         den += e;
         store(w, e);
       });
@@ -212,7 +213,11 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
   WeightTile piece[MOST_TILES];
   for (bool first = true; int count = pieces.next(piece, weights, (int)p.D()); first = false) {
     float rescale[BLOCK];
-    softmax_weights(piece, count, p.scale, g, out, rescale);
+    if (tiles.format() == Format::f32) {
+      softmax_weights<Format::f32>(piece, count, p.scale, g, out, rescale);
+    } else {
+      softmax_weights<Format::bf16_pairs>(piece, count, p.scale, g, out, rescale);
+    }
     for (int64_t i = 0; !first && i < block.n; i++) {
       for (int j = 0; j < ld; j += LANES)
         store(out.y + i * ld + j, rescale[i] * load(out.y + i * ld + j));
@@ -273,18 +278,25 @@ void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* k
                 Into into) {
 #ifdef LOL_PAIRS
   gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into);
-  for (int i = 0; i < F; i++) {
-    const uint16_t* row = (const uint16_t*)(phi + i * (BLOCK / 2));
-    float sum = 0.0f;
-    if (n == BLOCK) {
-      Vec total = {};
-      for (int j = 0; j < BLOCK; j += LANES) total += from_bf16(row + j);
-      sum = horizontal_sum(total);
-    } else {
-      for (int j = 0; j < n; j++) sum += bf16_value(row[j]);
+  static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
+  const Vec ones = pair(splat(1.0f), splat(1.0f));
+  for (int i = 0; i < F; i += 4) {
+    Vec4 quarters[4] = {}, columns[4];
+    for (int r = 0; r < 4 && i + r < F; r++) {
+      // An odd last key comes without the second half of its word.
+      const VecI key = 2 * lane_index();
+      Vec row = load(phi + (i + r) * LANES);
+      row = select(key + 1 < splat_int(n), row,
+                   select(key < splat_int(n), without_second(row), Vec{}));
+      quarters[r] = quarter_sums(add_dot(Vec{}, row, ones));
     }
-    ksum[i] = into == Into::add ? ksum[i] + sum : sum;
-    if (n % 2 == 0) continue;
+    transpose4(quarters, columns);
+    const Vec4 sums = (columns[0] + columns[2]) + (columns[1] + columns[3]);
+    for (int r = 0; r < 4 && i + r < F; r++)
+      ksum[i + r] = into == Into::add ? ksum[i + r] + sums[r] : sums[r];
+  }
+  for (int i = 0; n % 2 && i < F; i++) {
+    const uint16_t* row = (const uint16_t*)(phi + i * LANES);
     const float* last = v + n / 2 * ld;
     const Vec weight = splat(bf16_value(row[n - 1]));
     for (int j = 0; j < ld; j += LANES)

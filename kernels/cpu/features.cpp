@@ -12,6 +12,7 @@ namespace {
 // One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range,
 // the other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is
 // so wide that e could leave the normal floats, each side takes its own exponential.
+template <Format format>
 inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
   Vec top = load(z), bottom = top;
   for (int i = 1; i < f; i++) {
@@ -24,11 +25,11 @@ inline void exponentials(float* z, float* upper, int f, bool two_sided, bool nor
   const Vec shift = shared ? bottom + half : top;
   Vec sum = {}, upper_sum = {};
   for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK), e = exp(x - shift);
+    const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - shift);
     sum += e;
     store(z + i * BLOCK, e);
     if (!two_sided) continue;
-    const Vec u = shared ? reciprocal(e) : exp(bottom - x);
+    const Vec u = shared ? reciprocal(e) : exp_for<format>(bottom - x);
     upper_sum += u;
     store(upper + i * BLOCK, u);
   }
@@ -121,7 +122,9 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
       if (map.skip) store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
     }
     if (exponential) {
-      exponentials(zt, zt + map.f * BLOCK, map.f, map.two_sided, normalize, map.eps);
+      const auto run =
+          map.format == Format::f32 ? exponentials<Format::f32> : exponentials<Format::bf16_pairs>;
+      run(zt, zt + map.f * BLOCK, map.f, map.two_sided, normalize, map.eps);
       continue;
     }
     Vec half_norm = {};

@@ -138,7 +138,6 @@ inline void by_stride(const Product& p) {
   constexpr int TILE_ROW = format == Format::f32 ? BLOCK : BLOCK / 2;
   if (p.a.row == 1) return panels<format, into, 1>(p);
   if (p.a.row == TILE_ROW) return panels<format, into, TILE_ROW>(p);
-    return panels<format, into, 64>(p);  // values, state, weights at the usual widths
   panels<format, into, ANY>(p);
 }
 

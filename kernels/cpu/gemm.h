@@ -45,6 +45,10 @@ enum class Into { set, add };
 // What a word of A and B is: a float, or two bf16 that follow each other along K (the second is
 // zero past an odd K). Strides count words. C is fp32.
 enum class Format { f32, bf16_pairs };
+template <Format format>
+static inline Vec exp_for(Vec x) {
+  return format == Format::f32 ? exp(x) : exp_for_bf16(x);
+}
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,

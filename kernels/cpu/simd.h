@@ -44,6 +44,11 @@ static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
 // x - 0 is x for every x, while 0 + x is not for -0: this way no addition remains.
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
+static inline VecI lane_index() {
+  VecI v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
 // NaN in the first argument stays. The ternary is what the instructions do, but GCC does not see it
 // through a constant argument, and blending costs twice as much on AVX2.
 #if LOL_LANES == 8 && defined(__AVX__)
@@ -116,6 +121,19 @@ static inline Vec exp(Vec x) {
   return (Vec)((VecI)p + ((VecI)t << 23));
 }
 
+// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax), half
+// of exp's multiplications. Ends like exp, at 2^-126 and e^88.3.
+static inline Vec exp_for_bf16(Vec x) {
+  const Vec t = min(max(x, splat(-87.33f)), splat(88.37f)) * 1.44269504f;
+  const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
+  Vec p = splat(9.5701e-3f);
+  p = p * r + 5.591786e-2f;
+  p = p * r + 0.24024745f;
+  p = p * r + 0.69312181f;
+  p = p * r + 0.99999926f;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));
+}
+
 // ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2),
 // sqrt(2)).
 static inline Vec log(Vec x) {
@@ -173,6 +191,7 @@ static inline Vec pair(Vec first, Vec second) {
 #endif
 }
 static inline Vec first_of(Vec pairs) { return (Vec)((VecU)pairs << 16); }
+static inline Vec without_second(Vec pairs) { return (Vec)((VecU)pairs & 0xffffu); }
 static inline Vec second_of(Vec pairs) { return (Vec)((VecU)pairs & 0xffff0000u); }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
 #ifdef __AVX512BF16__
