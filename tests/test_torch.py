@@ -1,4 +1,4 @@
-"""The operators inside torch: opcheck, compile, export, AOTInductor, torch.func, autocast, fakes."""
+"""The operators inside torch: opcheck, compile, export, AOTInductor, torch.func, autocast."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,0 +1,1 @@
+"""The microbenchmark suite: `make bench`, or `lolcats bench` in a checkout."""

@@ -1,0 +1,183 @@
+"""``python -m bench``: times the standard set of cases, and writes tables, plots and a page."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .base import BaseError, base_server, describe
+from .cases import Case, select
+from .measure import keep_freed_memory
+from .peers import find, peers
+from .plots import draw
+from .report import (
+    BAR_HEAD,
+    BASE_HEAD,
+    bar_row,
+    base_rows,
+    duration,
+    unsteady,
+    verdicts,
+    write_page,
+)
+from .results import Results
+from .run import BUDGET_S, run_cases
+
+EXAMPLES = """\
+examples:
+  python -m bench --list
+  python -m bench --case step --budget 0.2
+  python -m bench --case forward-T2048 --implementations lolcats lolcats:avx2 sdpa
+  python -m bench --case hybrid --base HEAD~1
+"""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") -> None:
+    """Runs the suite as the command line says."""
+    parser = _parser(prog)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    try:
+        cases = select(options.case)
+        for name in options.implementations:
+            find(name)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.list:
+        _list(cases)
+        return
+    keep_freed_memory()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    columns = (
+        TextColumn("{task.description:<48}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    try:
+        with (
+            ExitStack() as stack,
+            Progress(*columns, console=Console(stderr=True)) as progress,
+        ):
+            task = progress.add_task("", total=len(cases))
+            bases = {}
+            for ref in options.base:
+                progress.update(task, description=f"building {ref}")
+                bases[f"lolcats@{ref}"] = stack.enter_context(base_server(ref))
+            started: list[Case] = []
+
+            def on_case(case: Case) -> None:
+                progress.update(task, description=str(case), completed=len(started))
+                started.append(case)
+
+            rows, skips = run_cases(
+                cases,
+                options.implementations,
+                device=options.device,
+                budget_s=options.budget,
+                bases=bases,
+                on_case=on_case,
+            )
+            progress.update(task, description="done", completed=len(cases))
+    except BaseError as error:
+        parser.exit(1, f"{prog}: {error}\n")
+    results = Results(shlex.join([*prog.split(), *arguments]), describe("--dirty"), rows, skips)
+    results.save(options.out)
+    draw(results, options.out)
+    page = write_page(results, options.out)
+    _show(console, results)
+    if rows and (warning := unsteady(results)):
+        console.print(warning, style="yellow")
+    console.print(f"wrote {page}, results.csv, results.json and plots")
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only cases whose name contains this text or matches this glob; repeat for more",
+    )
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="these instead of lolcats and the peers of each case",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=BUDGET_S,
+        metavar="SECONDS",
+        help="of samples for each implementation of a case (default %(default)s)",
+    )
+    parser.add_argument(
+        "--base",
+        action="append",
+        default=[],
+        metavar="REF",
+        help="also build and time the library of this commit; repeat for more",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/bench"),
+        metavar="DIR",
+        help="where to write (default %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--list", action="store_true", help="show cases and implementations")
+    return parser
+
+
+def _list(cases: Sequence[Case]) -> None:
+    for case in cases:
+        print(f"{case!s:<52} {' '.join(case.peers)}".rstrip())
+    print("\nimplementations:")
+    for name, peer in peers().items():
+        print(f"{name:<52} {peer.about}")
+
+
+def _show(console: Console, results: Results) -> None:
+    """The bars and the comparison with other commits; for a run without either, the times."""
+    judged, against = verdicts(results), base_rows(results)
+    if judged:
+        table = Table(*BAR_HEAD, box=None)
+        for verdict in judged:
+            style = "" if verdict.met else "yellow" if verdict.why_not else "red"
+            table.add_row(*bar_row(verdict), style=style)
+        console.print(table)
+    if against:
+        table = Table(*BASE_HEAD, box=None)
+        for row in against:
+            table.add_row(*row)
+        console.print(table)
+    if not judged and not against:
+        table = Table("case", "implementation", "median", "GFLOP/s", "of ceiling", box=None)
+        for row in results.rows:
+            numbers = f"{row.gflops_per_s:.1f}", f"{row.ceiling_fraction:.2f}"
+            table.add_row(row.case, row.implementation, duration(row.median_s), *numbers)
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

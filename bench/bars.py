@@ -1,0 +1,176 @@
+"""The bars: what is claimed of the standard set, as ratios of numbers of one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .cases import (
+    BACKWARD,
+    BACKWARD_BF16,
+    BF16,
+    FEATURES,
+    FORWARD_BF16,
+    HYBRID,
+    LINEAR,
+    LONG,
+    LONGEST,
+    ONE_HEAD,
+    ONE_HEAD_THREAD,
+    SHORT,
+    SMOLLM2,
+    STEPS,
+    TRAINING,
+    TRANSFER,
+    WIDE,
+    WIDE_BF16,
+    Case,
+)
+from .results import Results
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of the results: one column of the row of an implementation in a case."""
+
+    case: Case
+    implementation: str = "lolcats"
+    column: str = "median_s"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What is claimed: sum(over) / sum(under) is at least or at most a limit."""
+
+    claim: str
+    over: tuple[Quantity, ...]
+    under: tuple[Quantity, ...] = ()  # none: 1
+    at_least: float | None = None
+    at_most: float | None = None
+    isa: str | None = None  # the instruction set it is about
+
+    def show(self, value: float) -> str:
+        """A value of this bar as people read it."""
+        seconds = not self.under and self.over[0].column == "median_s"
+        return f"{value * 1e6:.3g} us" if seconds else f"{value:.3g}"
+
+    @property
+    def limit(self) -> str:
+        """The bar itself."""
+        if self.at_least is not None:
+            return f">= {self.show(self.at_least)}"
+        assert self.at_most is not None
+        return f"<= {self.show(self.at_most)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run says of a bar. ``why_not`` is empty where it was measured."""
+
+    bar: Bar
+    value: float | None = None
+    why_not: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether it was measured and holds."""
+        if self.value is None:
+            return False
+        if self.bar.at_least is not None:
+            return self.value >= self.bar.at_least
+        return self.bar.at_most is not None and self.value <= self.bar.at_most
+
+    @property
+    def result(self) -> str:
+        """met, missed, or not measured and why."""
+        return f"not measured: {self.why_not}" if self.why_not else "met" if self.met else "missed"
+
+
+def judge(bar: Bar, results: Results) -> Verdict:
+    """Measures a bar by the rows of a run."""
+    for quantity in bar.over + bar.under:
+        case, name = str(quantity.case), quantity.implementation
+        row = results.find(case, name)
+        if row is None:
+            reasons = (
+                s.reason for s in results.skips if (s.case, s.implementation) == (case, name)
+            )
+            return Verdict(bar, why_not=f"{name}: {next(reasons, 'not in this run')}")
+        if getattr(row, quantity.column) is None:
+            return Verdict(bar, why_not=f"this system does not tell {quantity.column}")
+        if bar.isa is not None and row.isa != bar.isa:
+            return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {bar.isa}")
+    over, under = (
+        sum(getattr(results.find(str(q.case), q.implementation), q.column) for q in quantities)
+        for quantities in (bar.over, bar.under)
+    )
+    return Verdict(bar, over / (under if bar.under else 1))
+
+
+def _faster(claim: str, case: Case, peer: str, ratio: float) -> Bar:
+    return Bar(claim, (Quantity(case, peer),), (Quantity(case),), at_least=ratio)
+
+
+def _rate(claim: str, case: Case, limit: float, implementation: str = "lolcats") -> Bar:
+    quantity = Quantity(case, implementation, "ceiling_fraction")
+    return Bar(claim, (quantity,), at_least=limit)
+
+
+BARS: tuple[Bar, ...] = (
+    _faster("hybrid forward, T=2048: faster than SDPA", HYBRID, "sdpa", 4),
+    _faster("hybrid forward, T=8192: faster than SDPA", LONG, "sdpa", 16),
+    _faster("hybrid forward, T=2048: faster than quadratic, eager", HYBRID, "quadratic", 100),
+    _faster("hybrid forward, T=2048: faster than chunkwise, eager", HYBRID, "chunkwise", 4),
+    _faster(
+        "hybrid forward, T=2048: faster than chunkwise, compiled", HYBRID, "compiled:chunkwise", 3
+    ),
+    _rate("hybrid forward, D=64: useful FLOP rate / torch.mm", LONG, 0.9),
+    _rate("hybrid forward, D=128: useful FLOP rate / torch.mm", WIDE, 0.9),
+    _rate("the same on AVX2, D=64: / AVX2 torch.mm", LONG, 0.85, "lolcats:avx2"),
+    _rate("the same on AVX2, D=128: / AVX2 torch.mm", WIDE, 0.85, "lolcats:avx2"),
+    *(
+        Bar(
+            f"hybrid forward, D={wide.D}: bf16 faster than fp32",
+            (Quantity(wide),),
+            (Quantity(half),),
+            at_least=1.8,
+            isa="avx512_bf16",
+        )
+        for wide, half in ((LONG, BF16), (WIDE, WIDE_BF16))
+    ),
+    *(
+        Bar(f"hybrid backward / forward, {b.dtype}", (Quantity(b),), (Quantity(f),), at_most=2.5)
+        for b, f in ((BACKWARD, HYBRID), (BACKWARD_BF16, FORWARD_BF16))
+    ),
+    _faster("hybrid forward + backward, T=2048: faster than SDPA", TRAINING, "sdpa", 3),
+    Bar(
+        "attention_transfer + gradients / (SDPA forward + hybrid forward + backward)",
+        (Quantity(TRANSFER),),
+        (Quantity(HYBRID, "sdpa"), Quantity(TRAINING)),
+        at_most=1.0,
+    ),
+    _faster("feature_map, 64k tokens: faster than eager", FEATURES, "eager", 4),
+    _faster("linear_attention, F=128: faster than chunkwise, eager", LINEAR, "chunkwise", 4),
+    _faster(
+        "linear_attention, F=128: faster than the sequential product", LINEAR, "sequential", 15
+    ),
+    _rate("step, states beyond the caches: bandwidth / copy", STEPS, 0.75),
+    Bar("step, one sequence of SmolLM2-135M", (Quantity(SMOLLM2),), at_most=15e-6),
+    Bar(
+        "hybrid forward: time at T=65536 / at T=4096",
+        (Quantity(LONGEST),),
+        (Quantity(SHORT[-1]),),
+        at_most=1.05 * 16,
+    ),
+    Bar(
+        "hybrid forward, one head: all threads faster than one",
+        (Quantity(ONE_HEAD_THREAD),),
+        (Quantity(ONE_HEAD),),
+        at_least=1.8,
+    ),
+    Bar(
+        "hybrid forward: extra memory / q, k, v, o",
+        (Quantity(LONG, column="extra_bytes"),),
+        (Quantity(LONG, column="bytes"),),
+        at_most=0.25,
+    ),
+)

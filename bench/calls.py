@@ -1,0 +1,130 @@
+"""A peer on the inputs of a case, as one call, and whether it computes what it should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lolcats_ops import _C
+
+from .cases import Case
+from .inputs import Inputs, make_inputs
+from .peers import Peer, kind, peers
+
+Call = Callable[[], tuple[Tensor, ...]]
+# Relative errors: eager formulations round each of their steps, gradients twice.
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+GATE_TOKENS = 320  # five windows: the state counts for most of them
+GATE_BATCH = 2
+
+
+class WrongResult(RuntimeError):
+    """An implementation that does not compute what it says; it gets no time."""
+
+
+def bind(peer: Peer, inputs: Inputs) -> Call:
+    """One call of the case's pass: outputs, or gradients of what the operator differentiates."""
+    use_isa(peer)
+    pass_ = inputs.case.pass_
+    leaves = _leaves(peer, inputs) if "backward" in pass_ else []
+    call = peer.prepare[kind(inputs.case)](inputs)
+    if not leaves:
+
+        def forward() -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                return _outputs(call())
+
+        return forward
+    output = _outputs(call())[-1]
+    seed = _output_gradient(output)
+    if pass_ == "backward":
+        return lambda: torch.autograd.grad(output, leaves, seed, retain_graph=True)
+    return lambda: torch.autograd.grad(_outputs(call())[-1], leaves, seed)
+
+
+def use_isa(peer: Peer) -> None:
+    """Makes our library run on the instruction set of this entry."""
+    if peer.isa is not None:
+        _C.set_cpu_isa(peer.isa)
+
+
+def check(peer: Peer, case: Case, device: str = "cpu") -> None:
+    """Compares a short version of the case with the fp64 reference.
+
+    Raises:
+        WrongResult: outputs or gradients are off.
+    """
+    if peer.compiled:
+        return  # its outputs at full size are compared with another's
+    short = replace(case, T=min(case.T, GATE_TOKENS), B=min(case.B, GATE_BATCH))
+    inputs = make_inputs(short, device)
+    wide = inputs.wide()
+    compare(bind(peer, inputs)(), expected(peer, wide), case)
+
+
+def expected(peer: Peer, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What this kind of peer should return."""
+    if peer.computes == "softmax":
+        truth = Peer("softmax", dict.fromkeys(("hybrid_attention", "step"), _softmax), "softmax")
+    else:
+        truth = peers()["reference"]
+    return bind(truth, inputs)()
+
+
+def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> None:
+    """||got - want|| <= tolerance * ||want|| for every tensor.
+
+    Raises:
+        WrongResult: it is not.
+    """
+    tolerance = TOLERANCE[case.dtype] * (2 if "backward" in case.pass_ else 1)
+    for i, (a, b) in enumerate(zip(got, want, strict=True)):
+        truth = b.detach().double()
+        error = ((a.detach().double() - truth).norm() / truth.norm()).item()
+        if not error <= tolerance:  # nan is not
+            raise WrongResult(f"result {i} is off by {error:.1e}, more than {tolerance:.0e}")
+
+
+def _outputs(result: Any) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def _output_gradient(output: Tensor) -> Tensor:
+    rng = torch.Generator(output.device).manual_seed(2)
+    gradient = torch.empty(output.shape, device=output.device).normal_(generator=rng)
+    return gradient.to(output.dtype) if output.ndim else torch.ones_like(output)
+
+
+def _leaves(peer: Peer, inputs: Inputs) -> list[Tensor]:
+    """What a training step takes gradients of; attention transfer's are parameters alone."""
+    rows = ["q"] if inputs.case.op == "feature_map" else ["q", "k", "v"]
+    parameters = [name for name in inputs.tensors if name not in ("q", "k", "v")]
+    if inputs.case.op == "feature_map":
+        parameters = ["weight_q"]
+    if inputs.case.op == "linear_attention":
+        parameters.remove("gate")
+    if inputs.case.op == "attention_transfer":
+        rows = []
+    names = rows if peer.computes == "softmax" else rows + parameters
+    return [inputs.tensors[name].requires_grad_() for name in names]
+
+
+def _softmax(x: Inputs) -> Callable[[], Tensor]:
+    keys, values = x.k, x.v
+    if x.state is not None:
+        k_cache, v_cache = x.cache()
+        keys = torch.cat([k_cache[:, :, :-1], x.k], 2)
+        values = torch.cat([v_cache[:, :, :-1], x.v], 2)
+
+    def attention() -> Tensor:
+        T, S, groups = x.q.shape[2], keys.shape[2], x.case.H // x.case.Hk
+        scores = x.q @ keys.repeat_interleave(groups, 1).mT * x.case.D**-0.5
+        visible = torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(S - T)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+        return weights @ values.repeat_interleave(groups, 1)
+
+    return attention

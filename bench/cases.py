@@ -1,0 +1,177 @@
+"""What is measured: cases with their useful FLOPs and bytes, and the standard set.
+
+Nothing here needs torch. A case counts work once, as the formula needs it, whoever computes it: no
+implementation gains by computing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+
+PASSES = ("forward", "backward", "forward+backward", "step")
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. ``f`` 0 takes q and k as the features; maps are two-sided softmax."""
+
+    op: str
+    pass_: str = "forward"  # backward alone reuses one forward's graph; a step decodes token T
+    B: int = 1
+    H: int = 8
+    Hk: int = 8
+    T: int = 2048  # of a step: the context
+    D: int = 64
+    V: int = 64
+    f: int = 64
+    window: int = 64
+    dtype: str = "float32"
+    threads: int = 0  # 0: as many as the run has
+    peers: tuple[str, ...] = ()  # what the standard set compares with
+
+    def __str__(self) -> str:
+        """op-pass-T2048, and whatever differs from the usual."""
+        plain = Case(self.op)
+        rest = (
+            f"{f.name}{getattr(self, f.name)}".removeprefix("dtype")
+            for f in fields(self)
+            if f.name not in ("op", "pass_", "T", "peers")
+            and getattr(self, f.name) != getattr(plain, f.name)
+        )
+        return "-".join((self.op, self.pass_, f"T{self.T}", *rest))
+
+    @property
+    def F(self) -> int:
+        """Width of the features."""
+        return 2 * self.f if self.f else self.D
+
+    @property
+    def tokens(self) -> int:
+        """Tokens times heads that one call computes."""
+        return self.B * self.H * (1 if self.pass_ == "step" else self.T)
+
+    @property
+    def flops(self) -> int:
+        """Useful FLOPs, two per multiply-add; exponentials and masked-out products are free.
+
+        Per token and head, forward and step:
+
+            feature_map         2Df
+            linear_attention    4Df + 4FV              (two maps; state written and read)
+            hybrid_attention    4Df + 4FV + 2w(D + V)  (and the window)
+            attention_transfer  the same + (T + 1)(D + V), the causal teacher
+
+        A backward pass has two products for each of the forward's, and what it recomputes is not
+        useful: twice the forward. attention_transfer's has parameters alone, hence one, and none
+        for the teacher.
+        """
+        features, state = 2 * self.D * self.f, 4 * self.F * self.V
+        window = 2 * self.window * (self.D + self.V)
+        forward = {
+            "feature_map": features,
+            "linear_attention": 2 * features + state,
+            "hybrid_attention": 2 * features + state + window,
+            "attention_transfer": 2 * features + state + window,
+        }[self.op]
+        share = 1 if self.op == "attention_transfer" else 2
+        passes = {"forward": 1, "step": 1, "backward": share, "forward+backward": 1 + share}
+        teacher = 0
+        if self.op == "attention_transfer" and self.pass_ != "backward":
+            teacher = (self.T + 1) * (self.D + self.V)
+        return self.tokens * (passes[self.pass_] * forward + teacher)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must move: every input read once, every output written once.
+
+        A backward pass reads inputs, output and its gradient and writes the inputs' gradients. A
+        step reads and writes kv and ksum and reads the window.
+        """
+        size, tokens = ITEMSIZE[self.dtype], 1 if self.pass_ == "step" else self.T
+        if self.op == "feature_map":
+            inputs, maps = self.tokens * self.D * size, self.H * self.D * self.f * 4
+            output = self.tokens * self.F * size
+        else:
+            inputs = self.tokens * self.D * size + self.B * self.Hk * tokens * (
+                (self.D + self.V) * size
+            )
+            maps = 2 * self.H * self.D * self.f * 4
+            output = self.tokens * self.V * size
+        forward, backward = inputs + maps + output, 2 * (inputs + maps + output)
+        if self.pass_ == "step":
+            kv = self.B * self.H * self.F * (self.V + 1) * 4
+            return forward + 2 * kv + self.B * self.Hk * self.window * (self.D + self.V) * size
+        return {
+            "forward": forward,
+            "backward": backward,
+            "forward+backward": forward + backward,
+        }[self.pass_]
+
+
+HYBRID = Case(
+    "hybrid_attention", peers=("quadratic", "chunkwise", "compiled:chunkwise", "sdpa", "flex")
+)
+LONG = replace(HYBRID, T=8192, peers=("sdpa", "lolcats:avx2"))
+WIDE = replace(HYBRID, T=8192, D=128, V=128, peers=("lolcats:avx2",))
+BF16 = replace(LONG, dtype="bfloat16", peers=())
+WIDE_BF16 = replace(WIDE, dtype="bfloat16", peers=())
+SHORT = tuple(replace(HYBRID, T=T, peers=("sdpa",)) for T in (128, 256, 512, 1024, 4096))
+LONGEST = replace(HYBRID, T=65536, peers=())
+BACKWARD = replace(HYBRID, pass_="backward", peers=())
+BACKWARD_BF16 = replace(BACKWARD, dtype="bfloat16")
+FORWARD_BF16 = replace(HYBRID, dtype="bfloat16", peers=())
+TRAINING = replace(HYBRID, pass_="forward+backward", peers=("sdpa",))
+ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=())
+ONE_HEAD_THREAD = replace(ONE_HEAD, threads=1)
+TRANSFER = Case("attention_transfer", "forward+backward")
+FEATURES = Case("feature_map", T=8192, peers=("eager",))
+LINEAR = Case(
+    "linear_attention", D=128, f=0, window=0, peers=("chunkwise", "sequential", "fla", "mamba")
+)
+# The states of 1024 sequences are 270 MB: beyond four times the caches of most machines.
+STEPS = Case("hybrid_attention", "step", B=1024)
+SMOLLM2 = Case("hybrid_attention", "step", H=9, Hk=3, peers=("lolcats_op",))
+DECODE = tuple(
+    Case("hybrid_attention", "step", T=T, peers=("sdpa",)) for T in (64, 256, 1024, 4096, 16384)
+)
+
+# Beside each other: what the bars compare, so that the machine has little time to change.
+STANDARD: tuple[Case, ...] = (
+    HYBRID,
+    FORWARD_BF16,
+    BACKWARD,
+    BACKWARD_BF16,
+    TRAINING,
+    TRANSFER,
+    *SHORT,
+    LONGEST,
+    LONG,
+    BF16,
+    WIDE,
+    WIDE_BF16,
+    ONE_HEAD,
+    ONE_HEAD_THREAD,
+    FEATURES,
+    LINEAR,
+    STEPS,
+    SMOLLM2,
+    *DECODE,
+)
+
+
+def select(patterns: Sequence[str], cases: Sequence[Case] = STANDARD) -> list[Case]:
+    """The cases whose names contain, or as a glob match, any of the patterns; all without one.
+
+    Raises:
+        ValueError: a pattern matches none.
+    """
+    if not patterns:
+        return list(cases)
+    found = {p: [c for c in cases if fnmatchcase(str(c), f"*{p}*")] for p in patterns}
+    for pattern, matches in found.items():
+        if not matches:
+            raise ValueError(f"no case matches {pattern!r}; --list shows them all")
+    return [case for case in cases if any(case in matches for matches in found.values())]

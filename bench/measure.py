@@ -1,0 +1,138 @@
+"""Seconds of calls that take turns, the machine's ceilings among them, and their extra memory."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Mapping
+from math import ceil
+from pathlib import Path
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .calls import Call, use_isa
+from .peers import Peer
+
+SAMPLE_S = 2e-3  # calls shorter than this are timed several at once
+MIN_SAMPLES = 3
+MAX_SAMPLES = 100
+MM_SIZE = 2048
+COPY_BYTES = 256 << 20  # beyond the caches of all but the largest machines
+
+
+class Timer(Protocol):
+    """Something that can be timed."""
+
+    def seconds(self, number: int) -> float:
+        """Seconds of so many calls."""
+
+
+class LocalTimer:
+    """A call in this process."""
+
+    def __init__(self, call: Call, peer: Peer | None = None, device: str = "cpu") -> None:
+        self.call, self.peer, self.device = call, peer, device
+
+    def seconds(self, number: int) -> float:
+        """Seconds of so many calls, until the device has done them.
+
+        Short calls follow one that is not timed: they are wanted with the caches and the threads
+        as they leave them, not as whatever ran in between did.
+        """
+        if self.peer is not None:
+            use_isa(self.peer)
+        if number > 1:
+            self.call()
+        _synchronize(self.device)
+        start = perf_counter()
+        for _ in range(number):
+            self.call()
+        _synchronize(self.device)
+        return perf_counter() - start
+
+
+def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
+    """Seconds per call in rounds A B C A B C ..., so that a slow minute of the machine hits all.
+
+    Each stops after ``budget_s``, but never before three samples.
+    """
+    number: dict[str, int] = {}
+    for name, timer in timers.items():
+        timer.seconds(1)  # pages and caches are touched
+        number[name] = max(1, ceil(SAMPLE_S / timer.seconds(1)))
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    spent = dict.fromkeys(timers, 0.0)
+    active = list(timers)
+    while active:
+        for name in active:
+            seconds = timers[name].seconds(number[name])
+            samples[name].append(seconds / number[name])
+            spent[name] += seconds
+        active = [
+            name
+            for name in active
+            if len(samples[name]) < MIN_SAMPLES
+            or (spent[name] < budget_s and len(samples[name]) < MAX_SAMPLES)
+        ]
+    return samples
+
+
+def keep_freed_memory() -> None:
+    """Leaves what tensors free with the process, where the C library can do that.
+
+    glibc would hand large blocks back to the system, and every call would begin with a page fault
+    for each 4 kB of its results: up to half of the time of a kernel that mostly moves memory. It
+    holds for all implementations; a server's allocator does the same.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def mm_timer(device: str) -> Timer:
+    """torch.mm of two fp32 matrices 2048 x 2048: 2 * 2048^3 FLOPs."""
+    a, b = (torch.randn(MM_SIZE, MM_SIZE, device=device) for _ in range(2))
+    out = torch.empty_like(a)
+    return LocalTimer(lambda: (torch.mm(a, b, out=out),), device=device)
+
+
+def copy_timer(device: str) -> Timer:
+    """A copy of 256 MB: twice as many bytes, read and written."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    out = torch.empty_like(source)
+    return LocalTimer(lambda: (out.copy_(source),), device=device)
+
+
+def extra_bytes(call: Call, device: str) -> int | None:
+    """Peak memory of one call beyond what it returns; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        size = _size(call())
+        return torch.cuda.max_memory_allocated() - before - size
+    clear = Path("/proc/self/clear_refs")
+    if platform.libc_ver()[0] != "glibc" or not clear.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one takes
+    clear.write_text("5")  # the high-water mark starts over
+    before = _status("VmRSS")
+    size = _size(call())
+    return max(0, _status("VmHWM") - before - size)
+
+
+def _size(outputs: tuple[Tensor, ...]) -> int:
+    return sum(x.nbytes for x in outputs)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,217 @@
+"""Three pictures of a run: time against T, decoding against the context, and the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import exp, isinf, log
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from .cases import HYBRID, Case
+from .report import duration
+from .results import Results, Row
+
+OURS, SOFTMAX = "#1f77b4", "#d62728"
+COLORS = {"lolcats": OURS, "sdpa": SOFTMAX}
+OTHERS = ("#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf")
+OPS = {
+    "hybrid_attention": OURS,
+    "linear_attention": "#2ca02c",
+    "attention_transfer": "#9467bd",
+    "feature_map": "#ff7f0e",
+}
+MARKERS = {"forward": "o", "backward": "s", "forward+backward": "D", "step": "^"}
+NOT_LINES = ("lolcats:avx2", "lolcats_op")  # as fast as lolcats, or nearly
+
+
+def draw(results: Results, folder: Path) -> list[Path]:
+    """The pictures that the rows are enough for, as PNG files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for name, picture in (("time", _time), ("decode", _decode), ("roofline", _roofline)):
+        figure = picture(results.rows)
+        if figure is not None:
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=150)
+            plt.close(figure)
+    return drawn
+
+
+def crossover(ours: Sequence[tuple[int, float]], softmax: Sequence[tuple[int, float]]) -> float:
+    """From which T on ours is faster, interpolated on logarithmic axes; points are (T, seconds).
+
+    The first T both have, or inf, where it is faster at all or at none of them.
+    """
+    theirs = dict(softmax)
+    lead = [(log(T), log(theirs[T] / s)) for T, s in sorted(ours) if T in theirs]
+    if not lead or lead[-1][1] <= 0:
+        return float("inf")
+    behind = [i for i, (_, ratio) in enumerate(lead) if ratio <= 0]
+    if not behind:
+        return exp(lead[0][0])
+    (x0, y0), (x1, y1) = lead[behind[-1]], lead[behind[-1] + 1]
+    return exp(x0 + (x1 - x0) * -y0 / (y1 - y0))
+
+
+def _time(rows: list[Row]) -> Any:
+    return _against_length(
+        rows,
+        lambda row: row.op == "hybrid_attention" and row.pass_ == "forward",
+        "hybrid forward",
+        "T, tokens",
+    )
+
+
+def _decode(rows: list[Row]) -> Any:
+    return _against_length(
+        rows,
+        lambda row: row.op == "hybrid_attention" and row.pass_ == "step",
+        "one decode step",
+        "context, tokens",
+    )
+
+
+def _against_length(rows: list[Row], wanted: Callable[[Row], bool], what: str, x_label: str) -> Any:
+    """Median time against T of the rows like HYBRID; None if fewer than two lengths."""
+    like = ("B", "H", "Hk", "D", "V", "f", "window", "dtype")
+    chosen = [
+        row
+        for row in rows
+        if wanted(row) and all(getattr(row, name) == getattr(HYBRID, name) for name in like)
+    ]
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in chosen:
+        if row.implementation not in NOT_LINES:
+            lines.setdefault(row.implementation, []).append((row.T, row.median_s))
+    if max((len(points) for points in lines.values()), default=0) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+    others = iter(OTHERS * 3)
+    for name, points in lines.items():
+        color = COLORS.get(name) or next(others)
+        style = {"marker": "o", "markersize": 5}
+        if len(points) == 1:  # often on top of others
+            style = {"marker": "s", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
+        axes.plot(*zip(*sorted(points), strict=True), color=color, label=name, **style)
+    if "lolcats" in lines and "sdpa" in lines:
+        _mark_crossover(axes, crossover(lines["lolcats"], lines["sdpa"]), lines["sdpa"])
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = sorted({row.T for row in chosen})
+    axes.set_xticks(lengths, [str(T) for T in lengths])
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s)))
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("median time")
+    axes.set_title(_title(what, chosen[0]), fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure
+
+
+def _mark_crossover(axes: Any, T: float, softmax: list[tuple[int, float]]) -> None:
+    lengths = [length for length, _ in softmax]
+    if isinf(T):
+        text = f"softmax (sdpa) is faster up to T = {max(lengths)}"
+    elif round(T) <= min(lengths):
+        text = f"faster than softmax (sdpa) from T = {min(lengths)} on, or before"
+    else:
+        text = f"faster than softmax (sdpa) from T = {T:.0f} on"
+        axes.axvline(T, color="gray", linestyle="--", linewidth=1)
+    axes.text(0.02, 0.97, text, transform=axes.transAxes, ha="left", va="top", fontsize=9)
+
+
+def _roofline(rows: list[Row]) -> Any:
+    """GFLOP/s against FLOPs per byte of our rows, best of each kind, under the two ceilings."""
+    rows = [row for row in rows if row.implementation == "lolcats"]
+    threads = max((row.threads for row in rows), default=0)
+    rows = [row for row in rows if row.threads == threads]
+    if not rows:
+        return None
+    mm = median(row.mm_gflops_per_s for row in rows)
+    copy = median(row.copy_gbytes_per_s for row in rows)
+    kinds: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        shape = (row.D, row.V, row.f, row.B) if row.pass_ == "step" else (row.D, row.V, row.f)
+        key = (row.op, row.pass_, row.dtype, *shape)
+        if key not in kinds or row.gflops_per_s > kinds[key].gflops_per_s:
+            kinds[key] = row
+    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    points = sorted(((row.flops / row.bytes, row) for row in kinds.values()), key=_position)
+    intensities = [intensity for intensity, _ in points]
+    low, high = min(*intensities, mm / copy) / 2, max(*intensities, mm / copy) * 2
+    axes.plot([low, mm / copy, high], [low * copy, mm, mm], color="black", linewidth=1)
+    middle = (low * mm / copy) ** 0.5
+    axes.annotate(
+        f"copy {copy:.0f} GB/s",
+        (middle, middle * copy),
+        (-8, 0),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.annotate(
+        f"torch.mm fp32 {mm:.0f} GFLOP/s", (mm / copy, mm), (-70, 5), textcoords="offset points"
+    )
+    for i, (intensity, row) in enumerate(points, 1):
+        aside = (8, -3) if i % 2 else (-8, -3)  # neighbours are numbered on different sides
+        axes.annotate(
+            str(i),
+            (intensity, row.gflops_per_s),
+            aside,
+            textcoords="offset points",
+            ha="left" if i % 2 else "right",
+            fontsize=8,
+        )
+        axes.plot(
+            intensity,
+            row.gflops_per_s,
+            MARKERS[row.pass_],
+            color=OPS[row.op],
+            markersize=8,
+            alpha=0.85,
+            fillstyle="full" if row.dtype == "float32" else "none",
+            markeredgewidth=1.6,
+            linestyle="none",
+            label=f"{i}  {_kind(row)}",
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.set_ylim(top=1.7 * max(mm, *(row.gflops_per_s for row in kinds.values())))
+    axes.set_xlabel("useful FLOPs per byte that must move")
+    axes.set_ylabel("useful GFLOP/s")
+    axes.set_title(f"{rows[0].machine}, {threads} threads, {rows[0].isa}", fontsize=10)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _position(point: tuple[float, Row]) -> tuple[float, float]:
+    """From left to right, of like intensities from the top."""
+    intensity, row = point
+    return round(log(intensity), 1), -row.gflops_per_s
+
+
+def _kind(row: Row) -> str:
+    parts = [f"{row.op} {row.pass_}"]
+    plain = Case(row.op)
+    for name in ("B", "D", "V"):
+        if getattr(row, name) != getattr(plain, name):
+            parts.append(f"{name}={getattr(row, name)}")
+    if row.dtype != "float32":
+        parts.append(row.dtype)
+    return ", ".join(parts)
+
+
+def _title(what: str, row: Row) -> str:
+    shape = f"B={row.B}, H={row.H}, D={row.D}, f={row.f}, w={row.window}, {row.dtype}"
+    return f"{what}, {shape}; {row.machine}, {row.threads} threads"

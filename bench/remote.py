@@ -1,0 +1,165 @@
+"""Timers in another process: another commit of this library, or torch held to AVX2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import sleep
+from types import TracebackType
+from typing import Any
+
+from .cases import Case
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SETTLE_S = 0.02  # for that long at most, OpenMP threads spin when their work is done
+
+
+class Refused(RuntimeError):
+    """An implementation that cannot run a case, or computes something else; it gets no time."""
+
+
+class Server:
+    """A process that prepares calls and times them on request, one line of JSON each way.
+
+    Args:
+        site: a folder with another lolcats_ops, which is used instead of the installed one.
+        environment: variables to set.
+
+    Raises:
+        RuntimeError: the process could not import what it times.
+    """
+
+    def __init__(
+        self, site: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
+        options, paths = [], [str(CHECKOUT)]
+        if site is not None:
+            # Without site-packages' .pth files: an editable installation would come first.
+            options = ["-S"]
+            paths = [str(site), str(CHECKOUT), *map(sysconfig.get_path, ("purelib", "platlib"))]
+        code = f"import sys; sys.path[:0] = {paths!r}; from bench.remote import serve; serve()"
+        self._process = subprocess.Popen(
+            [sys.executable, *options, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self._reply()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def prepare(
+        self, name: str, case: Case, device: str = "cpu"
+    ) -> tuple[RemoteTimer, str, str, int | None]:
+        """The implementation, as the fields of a run.Entry; "torch.mm" is one as well.
+
+        What was prepared before is forgotten.
+
+        Raises:
+            Refused: it cannot run the case, or computes something else.
+        """
+        import torch
+
+        threads = torch.get_num_threads()
+        reply = self._ask(name=name, case=asdict(case), device=device, threads=threads)
+        if "refused" in reply:
+            raise Refused(reply["refused"])
+        return RemoteTimer(self), reply["isa"], reply["version"], reply["extra_bytes"]
+
+    def seconds(self, number: int) -> float:
+        """Seconds of so many calls of what was prepared."""
+        return self._ask(number=number)["seconds"]
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, and _reply says so
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._reply()
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the timing process ended with exit code {self._process.wait()}")
+        reply = json.loads(line)
+        if "error" in reply:
+            raise RuntimeError(f"the timing process cannot start: {reply['error']}")
+        return reply
+
+
+@dataclass(frozen=True)
+class RemoteTimer:
+    """What a server prepared last."""
+
+    server: Server
+
+    def seconds(self, number: int) -> float:
+        """Seconds of so many calls, while no threads of another process spin."""
+        sleep(SETTLE_S)
+        seconds = self.server.seconds(number)
+        sleep(SETTLE_S)
+        return seconds
+
+
+def serve() -> None:
+    """The other side: answers the requests of a Server until it closes stdin."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+
+    def reply(**message: Any) -> None:
+        print(json.dumps(message), file=replies, flush=True)
+
+    try:
+        import torch
+
+        from .measure import keep_freed_memory, mm_timer
+        from .run import MM, Entry, prepare
+    except Exception as error:
+        reply(error=f"{type(error).__name__}: {error}")
+        return
+    keep_freed_memory()
+    reply(ready=True)
+    entry: Entry | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "number" in request:
+            assert entry is not None
+            reply(seconds=entry.timer.seconds(request["number"]))
+            continue
+        entry = None  # frees its inputs before the next ones are made
+        torch.set_num_threads(request["threads"])
+        device = request["device"]
+        try:
+            if request["name"] == MM:
+                entry = Entry(mm_timer(device), torch.backends.cpu.get_cpu_capability(), "")
+            else:
+                entry = prepare(request["name"], Case(**request["case"]), device)
+        except Refused as refused:
+            reply(refused=str(refused))
+        except Exception as error:  # the interface of another commit may be another
+            reply(refused=f"{type(error).__name__}: {error}")
+        else:
+            reply(isa=entry.isa, version=entry.version, extra_bytes=entry.extra_bytes)

@@ -1,0 +1,223 @@
+"""Runs cases: check, time in turns, and make rows."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+import lolcats_ops as lo
+from lolcats_ops import _C
+
+from .calls import Call, WrongResult, bind, check, compare
+from .cases import Case
+from .inputs import make_inputs
+from .measure import (
+    COPY_BYTES,
+    MM_SIZE,
+    LocalTimer,
+    Timer,
+    copy_timer,
+    extra_bytes,
+    interleave,
+    mm_timer,
+)
+from .peers import Peer, find
+from .remote import Refused, Server
+from .results import Row, Skip
+
+BUDGET_S = 1.0  # of samples, for each implementation of a case
+MM, MM_AVX2, COPY = "torch.mm", "torch.mm, AVX2", "copy"
+# torch reads the first once per process; its matrix product asks the second, on Intel CPUs.
+ONLY_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An implementation, checked and ready to be timed on one case."""
+
+    timer: Timer
+    isa: str
+    version: str
+    extra_bytes: int | None = None
+
+
+def run_cases(
+    cases: Sequence[Case],
+    names: Sequence[str] = (),
+    *,
+    device: str = "cpu",
+    budget_s: float = BUDGET_S,
+    bases: Mapping[str, Server] | None = None,
+    on_case: Callable[[Case], None] = lambda case: None,
+) -> tuple[list[Row], list[Skip]]:
+    """Measures cases one after the other: ours and the case's own peers, or the named ones."""
+    rows: list[Row] = []
+    skips: list[Skip] = []
+    selected = [(case, tuple(names) or ("lolcats", *case.peers)) for case in cases]
+    with ExitStack() as stack:
+        avx2 = None
+        if device == "cpu" and any(find(n).isa == "avx2" for _, ns in selected for n in ns):
+            avx2 = stack.enter_context(Server(environment=ONLY_AVX2))
+        for case, entries in selected:
+            on_case(case)
+            more_rows, more_skips = run_case(
+                case, entries, device=device, budget_s=budget_s, bases=bases, avx2=avx2
+            )
+            rows += more_rows
+            skips += more_skips
+    return rows, skips
+
+
+def run_case(
+    case: Case,
+    names: Sequence[str],
+    *,
+    device: str = "cpu",
+    budget_s: float = BUDGET_S,
+    bases: Mapping[str, Server] | None = None,
+    avx2: Server | None = None,
+) -> tuple[list[Row], list[Skip]]:
+    """Measures the named implementations of one case in turns.
+
+    What cannot run the case, or computes something else, is skipped with the reason. ``bases`` are
+    other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
+    that use AVX2.
+    """
+    entries: dict[str, Entry] = {}
+    skips: list[Skip] = []
+    agreed: dict[str, tuple[torch.Tensor, ...]] = {}
+    with settings(case.threads):
+        makers = {name: lambda name=name: prepare(name, case, device, agreed) for name in names}
+        for name, server in (bases or {}).items():
+            makers[name] = lambda server=server: Entry(*server.prepare("lolcats", case, device))
+        for name, make in makers.items():
+            try:
+                entries[name] = make()
+            except Refused as refused:
+                skips.append(Skip(str(case), name, str(refused)))
+        if not entries:
+            return [], skips
+        timers = {name: entry.timer for name, entry in entries.items()}
+        timers |= {MM: mm_timer(device), COPY: copy_timer(device)}
+        if avx2 is not None and any(entry.isa == "avx2" for entry in entries.values()):
+            timers[MM_AVX2] = avx2.prepare(MM, case, device)[0]
+        samples = interleave(timers, budget_s)
+        copy = 2e-9 * COPY_BYTES / median(samples[COPY])
+        rows = []
+        for name, entry in entries.items():
+            ceiling = MM_AVX2 if entry.isa == "avx2" and MM_AVX2 in samples else MM
+            mm = 2e-9 * MM_SIZE**3 / median(samples[ceiling])
+            rows.append(_row(case, name, entry, samples[name], device, mm, copy))
+    return rows, skips
+
+
+def prepare(
+    name: str,
+    case: Case,
+    device: str = "cpu",
+    agreed: dict[str, tuple[torch.Tensor, ...]] | None = None,
+) -> Entry:
+    """Checks an implementation and prepares its call. ``agreed``: results of those before it.
+
+    Raises:
+        Refused: it cannot run the case, or computes something else.
+    """
+    peer = find(name)
+    if (reason := peer.refusal(case)) is not None:
+        raise Refused(reason)
+    try:
+        call = checked_call(peer, case, device, {} if agreed is None else agreed)
+    except WrongResult as error:
+        raise Refused(f"computes something else: {error}") from error
+    except (NotImplementedError, RuntimeError) as error:
+        raise Refused(str(error).strip().splitlines()[0]) from error
+    isa = peer.isa or torch.backends.cpu.get_cpu_capability()
+    return Entry(LocalTimer(call, peer, device), isa, lo.__version__, extra_bytes(call, device))
+
+
+def checked_call(
+    peer: Peer, case: Case, device: str, agreed: dict[str, tuple[torch.Tensor, ...]]
+) -> Call:
+    """The call of a peer, after the gate.
+
+    Raises:
+        WrongResult: it computes something else.
+    """
+    check(peer, case, device)
+    if peer.compiled and peer.computes not in agreed:
+        trusted = find("sdpa" if peer.computes == "softmax" else "lolcats")
+        checked_call(trusted, case, device, agreed)
+    call = bind(peer, make_inputs(case, device))
+    result = call()
+    # At full size there is no reference, but all must agree.
+    compare(result, agreed.setdefault(peer.computes, result), case)
+    return call
+
+
+def _row(
+    case: Case,
+    name: str,
+    entry: Entry,
+    seconds: list[float],
+    device: str,
+    mm: float,
+    copy: float,
+) -> Row:
+    p20, _, _, p80 = quantiles(seconds, n=5, method="inclusive")
+    middle = median(seconds)
+    gflops, gbytes = (1e-9 * work / middle for work in (case.flops, case.bytes))
+    shape = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "peers"}
+    shape["threads"] = torch.get_num_threads()
+    return Row(
+        case=str(case),
+        implementation=name,
+        **shape,
+        device=device,
+        isa=entry.isa,
+        flops=case.flops,
+        bytes=case.bytes,
+        samples=len(seconds),
+        min_s=min(seconds),
+        p20_s=p20,
+        median_s=middle,
+        p80_s=p80,
+        gflops_per_s=gflops,
+        gbytes_per_s=gbytes,
+        mm_gflops_per_s=mm,
+        copy_gbytes_per_s=copy,
+        # The roofline allows min(mm, flops / bytes * copy).
+        ceiling_fraction=max(gflops / mm, gbytes / copy),
+        extra_bytes=entry.extra_bytes,
+        lolcats_ops=entry.version,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        machine=machine(device),
+    )
+
+
+@contextmanager
+def settings(threads: int) -> Iterator[None]:
+    """So many threads; afterwards threads and instruction set are what they were."""
+    before, isa = torch.get_num_threads(), _C.cpu_isa()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _C.set_cpu_isa(isa)
+
+
+def machine(device: str = "cpu") -> str:
+    """The name of the CPU, or of the GPU."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

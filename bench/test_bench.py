@@ -1,0 +1,27 @@
+"""The standard set under pytest-benchmark, which knows how to compare and keep its own files:
+
+    pytest bench -k "T2048 and forward" --benchmark-json=before.json
+
+The tables of ``make bench`` are not made from these: pytest-benchmark times one implementation
+after the other, ``python -m bench`` in turns.
+"""
+
+import pytest
+
+from .cases import STANDARD
+from .remote import Refused
+from .run import prepare, settings
+
+RUNS = [(case, name) for case in STANDARD for name in ("lolcats", *case.peers)]
+
+
+@pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{case}-{name}" for case, name in RUNS])
+def test_time(case, name, benchmark) -> None:
+    with settings(case.threads):
+        try:
+            entry = prepare(name, case)
+        except Refused as refused:
+            pytest.skip(str(refused))
+        benchmark.group = str(case)
+        benchmark.extra_info |= {"isa": entry.isa, "flops": case.flops, "bytes": case.bytes}
+        benchmark(entry.timer.seconds, 1)

@@ -1,0 +1,299 @@
+"""The benchmark suite: what it counts, refuses, measures and writes."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import bars, calls, measure, peers, plots, report, results, run
+from bench.__main__ import main
+from bench.base import BaseError, base_server
+from bench.cases import HYBRID, SMOLLM2, STANDARD, Case, select
+from bench.remote import Refused, Server
+from lolcats_ops.cli import app
+
+REPOSITORY = Path(__file__).parents[1]
+RUNS = [(case, name) for case in STANDARD for name in ("lolcats", *case.peers)]
+TINY = Case("hybrid_attention", H=2, Hk=2, T=3, D=2, V=5, f=3, window=4)
+
+
+@pytest.fixture(autouse=True)
+def same_settings():
+    with run.settings(0):
+        yield
+
+
+@pytest.fixture
+def wrong():
+    """An implementation that does nothing of what it should."""
+    peers.peers()["wrong"] = peers.Peer("zeros", {"feature_map": lambda x: lambda: _zeros(x)})
+    yield "wrong"
+    del peers.peers()["wrong"]
+
+
+def _zeros(x):
+    return x.q.new_zeros(*x.q.shape[:-1], x.case.F)
+
+
+def synthetic(seconds=lambda case, name: case.flops / (1e11 if name == "lolcats" else 1e10)):
+    """A run of the standard set, without the machine."""
+    rows = []
+    for case, name in RUNS:
+        s = seconds(case, name)
+        numbers = {"samples": 5, "min_s": s, "p20_s": s, "median_s": s, "p80_s": s}
+        gflops, gbytes = 1e-9 * case.flops / s, 1e-9 * case.bytes / s
+        rows.append(
+            results.Row(
+                case=str(case),
+                implementation=name,
+                **{k: v for k, v in vars(case).items() if k not in ("peers", "threads")},
+                device="cpu",
+                isa="avx512_bf16",
+                threads=case.threads or 2,
+                flops=case.flops,
+                bytes=case.bytes,
+                **numbers,
+                gflops_per_s=gflops,
+                gbytes_per_s=gbytes,
+                mm_gflops_per_s=200.0,
+                copy_gbytes_per_s=40.0,
+                ceiling_fraction=max(gflops / 200, gbytes / 40),
+                extra_bytes=None if name == "flex" else 1 << 20,
+                lolcats_ops="0.1.0",
+                torch="2.13",
+                python="3.11",
+                machine='a "quoted", CPU',
+            )
+        )
+    skips = [results.Skip(str(HYBRID), "fla", "fla is not installed")]
+    return results.Results("python -m bench", "abc", rows, skips)
+
+
+# What is counted
+
+
+@pytest.mark.parametrize(
+    ("op", "flops"),
+    [
+        ("feature_map", 12),  # 2 x 3 multiply-adds
+        ("linear_attention", 24 + 60 + 60),  # two maps, 6 x 5 into the state and out of it
+        ("hybrid_attention", 144 + 16 + 40),  # four scores of 2, four rows of 5
+    ],
+)
+def test_useful_flops_of_one_token_and_head_by_hand(op, flops):
+    one = replace(TINY, op=op, H=1, Hk=1, T=1)
+    assert one.flops == flops
+    assert replace(one, T=7, B=2, H=3).flops == 42 * flops
+    assert replace(one, pass_="backward").flops == 2 * flops
+    assert replace(one, pass_="forward+backward").flops == 3 * flops
+
+
+def test_attention_transfer_adds_the_pairs_of_the_causal_teacher():
+    transfer = replace(TINY, op="attention_transfer")
+    pairs = 2 * (1 + 2 + 3)  # two heads
+    assert transfer.flops - TINY.flops == pairs * 2 * (2 + 5)
+    assert replace(transfer, pass_="backward").flops == TINY.flops
+
+
+def test_bytes_by_hand():
+    case = replace(TINY, Hk=1)
+    q, k, v, maps, o = 2 * 3 * 2, 3 * 2, 3 * 5, 2 * 2 * 2 * 3, 2 * 3 * 5
+    assert case.bytes == 4 * (q + k + v + maps + o)
+    assert replace(case, dtype="bfloat16").bytes == 2 * (q + k + v + o) + 4 * maps
+    state, window = 2 * 6 * (5 + 1), 4 * (2 + 5)
+    step = (q + k + v + o) // 3 + maps + 2 * state + window
+    assert replace(case, pass_="step").bytes == 4 * step
+
+
+def test_names_of_cases_are_distinct_and_select_them():
+    assert len({str(case) for case in STANDARD}) == len(STANDARD)
+    assert select([]) == list(STANDARD)
+    assert select(["step-*-H9"]) == [SMOLLM2]
+    assert set(select(["step", "feature_map"])) == {
+        case for case in STANDARD if case.pass_ == "step" or case.op == "feature_map"
+    }
+    with pytest.raises(ValueError, match="no case matches 'nonsense'"):
+        select(["nonsense"])
+
+
+def test_every_bar_is_about_something_the_standard_set_runs():
+    measured = {(case, name) for case, name in RUNS}
+    for bar in bars.BARS:
+        assert {(q.case, q.implementation) for q in bar.over + bar.under} <= measured
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{c}-{n}" for c, n in RUNS])
+def test_implementations_pass_the_gate_or_say_why_they_cannot_run(case, name):
+    peer = peers.find(name)
+    if (reason := peer.refusal(case)) is None:
+        calls.check(peer, replace(case, T=min(case.T, 128)))
+    else:
+        assert reason
+
+
+def test_wrong_results_get_no_time(wrong):
+    case = Case("feature_map", T=64)
+    with pytest.raises(calls.WrongResult, match="off by"):
+        calls.check(peers.find(wrong), case)
+    rows, skips = run.run_case(case, ["lolcats", wrong], budget_s=1e-3)
+    assert [row.implementation for row in rows] == ["lolcats"]
+    assert skips[0].implementation == wrong
+    assert "computes something else" in skips[0].reason
+
+
+def test_nan_is_a_wrong_result():
+    nan, one = torch.tensor([math.nan]), torch.ones(1)
+    with pytest.raises(calls.WrongResult):
+        calls.compare((nan,), (one,), HYBRID)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--implementations", "lolcat"], "no implementation 'lolcat'"),
+        (["--case", "nonsense"], "no case matches 'nonsense'"),
+    ],
+)
+def test_unknown_names_are_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_commit_that_is_none_is_named():
+    with pytest.raises(BaseError, match="nonsense"), base_server("nonsense"):
+        pass
+
+
+def test_a_library_of_another_interface_is_named(tmp_path):
+    (tmp_path / "lolcats_ops").mkdir()
+    (tmp_path / "lolcats_ops" / "__init__.py").write_text("")
+    with pytest.raises(RuntimeError, match="cannot start: ImportError"):
+        Server(tmp_path)
+
+
+# What is measured
+
+
+def test_timers_take_turns_until_their_budgets_are_spent():
+    turns = []
+
+    class Clock:
+        def __init__(self, name, cost):
+            self.name, self.cost = name, cost
+
+        def seconds(self, number):
+            turns.append((self.name, number))
+            return number * self.cost
+
+    samples = measure.interleave({"slow": Clock("slow", 1.0), "fast": Clock("fast", 1e-3)}, 0.01)
+    assert turns[4:10] == [("slow", 1), ("fast", 2)] * 3  # after two calls of each
+    assert samples["slow"] == [1.0] * measure.MIN_SAMPLES
+    assert samples["fast"] == pytest.approx([1e-3] * 5)
+    assert {name for name, _ in turns[10:]} == {"fast"}
+
+
+def test_another_process_times_what_it_is_asked_to():
+    with Server(environment=run.ONLY_AVX2) as server:
+        timer, isa, *_ = server.prepare("lolcats", Case("feature_map", T=64))
+        assert timer.seconds(2) > 0
+        assert isa == peers.find("lolcats").isa
+        timer, isa, *_ = server.prepare(run.MM, HYBRID)
+        assert timer.seconds(1) > 0
+        assert isa in ("AVX2", "DEFAULT")
+        with pytest.raises(Refused, match="has no feature_map"):
+            server.prepare("sdpa", Case("feature_map", T=64))
+
+
+def test_extra_memory_is_what_a_call_takes_beyond_its_outputs():
+    def call():
+        temporary = torch.ones(1 << 24)  # 64 MB
+        return (temporary[: 1 << 22].clone(),)
+
+    extra = measure.extra_bytes(call, "cpu")
+    assert extra is None or 0.9 * 2**26 < extra < 1.2 * 2**26
+
+
+# What is written
+
+
+def test_results_survive_json_and_csv(tmp_path):
+    run_ = synthetic()
+    run_.save(tmp_path)
+    assert results.Results.load(tmp_path) == run_
+    assert results.read_csv(tmp_path / "results.csv") == run_.rows
+
+
+def test_page_shows_bars_rows_skips_and_pictures(tmp_path):
+    run_ = synthetic()
+    drawn = plots.draw(run_, tmp_path)
+    assert {path.name for path in drawn} == {"time.png", "decode.png", "roofline.png"}
+    page = report.write_page(run_, tmp_path).read_text()
+    for bar in bars.BARS:
+        assert f"| {bar.claim} | {bar.limit} |" in page
+    for row in run_.rows:
+        assert f"| {row.case} | {row.implementation} |" in page
+    assert "fla is not installed" in page
+    assert all(f"]({path.name})" in page for path in drawn)
+
+
+def test_a_machine_that_was_busy_is_said_to_be():
+    run_ = synthetic()
+    assert report.unsteady(run_) is None
+    run_.rows[7] = replace(run_.rows[7], mm_gflops_per_s=100.0)
+    assert "100 to 200 GFLOP/s" in report.unsteady(run_)
+
+
+def test_bars_are_ratios_of_medians():
+    bar = bars.Bar("2x", (bars.Quantity(HYBRID, "sdpa"),), (bars.Quantity(HYBRID),), at_least=10.1)
+    verdict = bars.judge(bar, synthetic())
+    assert verdict.value == pytest.approx(10)
+    assert verdict.result == "missed"
+    assert bars.judge(replace(bar, at_least=9.9), synthetic()).result == "met"
+    assert "avx512_bf16 ran" in bars.judge(replace(bar, isa="neon"), synthetic()).result
+    skipped = replace(bar, over=(bars.Quantity(HYBRID, "fla"),))
+    assert bars.judge(skipped, synthetic()).result == "not measured: fla: fla is not installed"
+
+
+def test_crossover_lies_between_the_lengths_around_it():
+    softmax = [(T, T * T) for T in (64, 256, 1024)]
+    assert plots.crossover([(T, 100 * T) for T in (64, 256, 1024)], softmax) == pytest.approx(100)
+    assert plots.crossover([(T, T) for T in (64, 256)], softmax) == pytest.approx(64)
+    assert math.isinf(plots.crossover([(T, 2 * T * T) for T in (64, 256)], softmax))
+
+
+def test_command_writes_tables_and_a_page(tmp_path):
+    arguments = ["bench", "--case", "step-T256", "--budget", "0.001", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    found = results.Results.load(tmp_path)
+    assert [row.implementation for row in found.rows] == ["lolcats", "sdpa"]
+    assert found.command == f"lolcats bench --case step-T256 --budget 0.001 --out {tmp_path}"
+    assert "step-T256 | sdpa" in (tmp_path / "bench.md").read_text()
+
+
+def test_command_says_where_the_suite_is(monkeypatch, tmp_path):
+    monkeypatch.setattr("lolcats_ops.__file__", str(tmp_path / "lolcats_ops" / "__init__.py"))
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(app, ["bench", "--list"]).exception
+    assert "run this in a checkout" in str(error)
+
+
+def test_pytest_benchmark_runs_the_same_cases(tmp_path):
+    file = tmp_path / "benchmark.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-k", "step-T256-lolcats"]
+    command += ["--benchmark-max-time=0.01", f"--benchmark-json={file}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    (saved,) = json.loads(file.read_text())["benchmarks"]
+    assert saved["group"] == "hybrid_attention-step-T256"
+    assert saved["stats"]["median"] > 0
