@@ -23,9 +23,9 @@ class DemoConfig:
     new_tokens: int = 40
 
     # Documentation repeats itself at long range, which is what features imitate worst: widening the
-    # window of a model trained with w = 64, and nothing else, moves the perplexity from 14.5 to 13.0
-    # (w = 128) and 11.9 (w = 256). At 192 the cache is still 20 times smaller than at 8192 softmax
-    # tokens.
+    # window of a model trained with w = 64, and nothing else, moves the perplexity from 14.5 to
+    # 13.0 (w = 128) and 11.9 (w = 256). At 192 the cache is still 20 times smaller than at 8192
+    # softmax tokens.
     lolcats: LolcatsConfig = field(default_factory=lambda: LolcatsConfig(window=192))
     length: int = 1024  # the bar's sequence length, for stage 1 and perplexity
     held_out: int = 4  # sequences: 4092 predictions; stage comparisons are paired, so few suffice

@@ -6,17 +6,19 @@ namespace {
 
 // Register blocking. An FMA has a latency of 4-5 cycles and up to two ports, so 8-10 accumulators
 // are the least; more rows share each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B +
-// 1 of A. 32 registers (AVX-512): 12 x 2 + 2 + 1. Where a band cuts through the columns, one vector
-// and twice the rows waste less of what it leaves out.
-constexpr int ACCUMULATORS = LANES == 16 ? 24 : 12;
+// 1 of A. 32 registers (AVX-512): 12 x 2 + 2 + 1.
+constexpr int ROWS = LANES == 16 ? 12 : 6;
 constexpr int PANEL = 2;
+// Where a band cuts through the columns, tiles are one vector wide and about as high: their edges
+// follow the diagonal.
+constexpr int BANDED_ROWS = LANES == 16 ? 16 : 8;
 
 // Strides of A's rows that are known at compile time leave the addressing to the instructions.
 constexpr int ANY = 0;
 
 // Unrolled before the compiler decides what lives in registers: else the accumulators take a detour
 // over the stack.
-#define LOL_UNROLL _Pragma("GCC unroll 24")
+#define LOL_UNROLL _Pragma("GCC unroll 16")
 
 template <Format format>
 inline Vec multiply_add(Vec sum, Vec a, Vec b) {
@@ -115,7 +117,7 @@ inline void panel(const Product& p, int m, int n) {
     micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb,
                                    p.c + m * p.ldc + n, p.ldc);
   }
-  constexpr int LESS = R > 16 ? 16 : R > 8 ? 8 : R > 4 ? 4 : R / 2;
+  constexpr int LESS = R > 8 ? 8 : R > 4 ? 4 : R / 2;
   if constexpr (LESS > 0) {
     if (m < p.M) panel<format, LESS, P, into, ROW>(p, m, n);
   }
@@ -128,9 +130,9 @@ inline void panels(const Product& p) {
   int n = 0;
   if (!by_column) {
     for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)
-      panel<format, ACCUMULATORS / PANEL, PANEL, into, ROW>(p, 0, n);
+      panel<format, ROWS, PANEL, into, ROW>(p, 0, n);
   }
-  for (; n < p.N; n += LANES) panel<format, ACCUMULATORS, 1, into, ROW>(p, 0, n);
+  for (; n < p.N; n += LANES) panel<format, BANDED_ROWS, 1, into, ROW>(p, 0, n);
 }
 
 template <Format format, Into into>
