@@ -67,17 +67,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     try:
         with (
             ExitStack() as stack,
-            Progress(*columns, console=Console(stderr=True)) as progress,
+            # A thread that refreshes the bar would take a core from what is timed.
+            Progress(*columns, console=Console(stderr=True), auto_refresh=False) as progress,
         ):
             task = progress.add_task("", total=len(cases))
             bases = {}
             for ref in options.base:
                 progress.update(task, description=f"building {ref}")
+                progress.refresh()
                 bases[f"lolcats@{ref}"] = stack.enter_context(base_server(ref))
             started: list[Case] = []
 
             def on_case(case: Case) -> None:
                 progress.update(task, description=str(case), completed=len(started))
+                progress.refresh()
                 started.append(case)
 
             rows, skips = run_cases(
