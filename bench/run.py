@@ -64,10 +64,19 @@ def run_cases(
         avx2 = None
         if device == "cpu" and any(find(n).isa == "avx2" for _, ns in selected for n in ns):
             avx2 = stack.enter_context(Server(environment=ONLY_AVX2))
+        # What torch.compile leaves in a process slows threads that run there afterwards.
+        needed = sorted({n for _, ns in selected for n in ns if find(n).compiled})
+        compiled = {name: stack.enter_context(Server()) for name in needed}
         for case, entries in selected:
             on_case(case)
             more_rows, more_skips = run_case(
-                case, entries, device=device, budget_s=budget_s, bases=bases, avx2=avx2
+                case,
+                entries,
+                device=device,
+                budget_s=budget_s,
+                bases=bases,
+                avx2=avx2,
+                compiled=compiled,
             )
             rows += more_rows
             skips += more_skips
@@ -82,18 +91,24 @@ def run_case(
     budget_s: float = BUDGET_S,
     bases: Mapping[str, Server] | None = None,
     avx2: Server | None = None,
+    compiled: Mapping[str, Server] | None = None,
 ) -> tuple[list[Row], list[Skip]]:
     """Measures the named implementations of one case in turns.
 
     What cannot run the case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
-    that use AVX2.
+    that use AVX2; ``compiled`` run what torch.compile makes, by the name of the implementation.
     """
     entries: dict[str, Entry] = {}
     skips: list[Skip] = []
     agreed: dict[str, tuple[torch.Tensor, ...]] = {}
     with settings(case.threads):
         makers = {name: lambda name=name: prepare(name, case, device, agreed) for name in names}
+        for name, server in (compiled or {}).items():
+            if name in names:
+                makers[name] = lambda name=name, server=server: Entry(
+                    *server.prepare(name, case, device)
+                )
         for name, server in (bases or {}).items():
             makers[name] = lambda server=server: Entry(*server.prepare("lolcats", case, device))
         for name, make in makers.items():
