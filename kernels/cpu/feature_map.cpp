@@ -1,4 +1,4 @@
-// feature_map: y = phi(x), one pass over tiles of 64 tokens; nothing but x and y touches memory.
+// feature_map: y = phi(x), one pass over tiles of tokens; nothing but x and y touches memory.
 #include "features.h"
 #include "kernels.h"
 #include "parallel.h"

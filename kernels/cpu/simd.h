@@ -174,31 +174,20 @@ static inline void to_bf16(uint16_t* p, Vec v) {
 }
 
 // Pairs of bf16: words of which the lower half comes first. Their products add up two at a time.
-#if defined(__AVX512BF16__) || defined(LOL_EMULATE_PAIRS)
+#ifdef __AVX512BF16__
 #define LOL_PAIRS 1
 static inline Vec pair(Vec first, Vec second) {
-#ifdef __AVX512BF16__
   alignas(64) static const uint16_t INTERLEAVE[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), both);
-#else
-  uint16_t lower[LANES], upper[LANES];
-  to_bf16(lower, first);
-  to_bf16(upper, second);
-  return (Vec)((VecU)from_bf16(lower) >> 16 | (VecU)from_bf16(upper));
-#endif
 }
 static inline Vec first_of(Vec pairs) { return (Vec)((VecU)pairs << 16); }
 static inline Vec without_second(Vec pairs) { return (Vec)((VecU)pairs & 0xffffu); }
 static inline Vec second_of(Vec pairs) { return (Vec)((VecU)pairs & 0xffff0000u); }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
-#ifdef __AVX512BF16__
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-  return sum + first_of(a) * first_of(b) + second_of(a) * second_of(b);
-#endif
 }
 #endif
 
