@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +67,24 @@ def _cpu(case: Case) -> str | None:
 def _cuda(case: Case) -> str | None:
     if case.device != "cuda":
         return f"it runs on cuda, not on {case.device}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lolcats_ops::{case.op}", "CUDA"):
-        return "this build has no CUDA kernels"
+    return "this build has no CUDA kernels"
+
+
+def _triton(case: Case) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no GPU"
+    if case.device == "cpu" and not triton_is_interpreted():
+        return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted there, slowly"
+    if case.device not in ("cuda", "cpu"):
+        return f"it runs on cuda, not on {case.device}"
     return _kernel_limits(case)
+
+
+def triton_is_interpreted() -> bool:
+    """Whether Triton's kernels run on CPU tensors, in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 # Best first.
@@ -76,7 +93,7 @@ _BACKENDS = {
     for b in (
         Backend("cpu", "cpu", _cpu),
         Backend("cuda", "cuda", _cuda),
-        Backend("triton", None, lambda case: "this build has no Triton kernels"),
+        Backend("triton", "cuda", _triton),
         Backend("reference", None, lambda case: None),
     )
 }
@@ -143,12 +160,14 @@ def _choose(case: Case, name: str | None) -> Choice:
     if name is not None:
         reason = _BACKENDS[name].why_not(case)
         return Choice(name, "asked for") if reason is None else Choice(None, f"{name}: {reason}")
+    reasons = []
     for b in _BACKENDS.values():
         if b.device == case.device:
             if (reason := b.why_not(case)) is None:
                 return Choice(b.name, f"{b.name} is the default on {case.device}")
-            return Choice(None, f"{b.name}: {reason}; backend='reference' runs it")
-    return Choice(None, f"{case.device} has no kernels; backend='reference' runs it")
+            reasons.append(f"{b.name}: {reason}")
+    why = "; ".join(reasons) or f"{case.device} has no kernels"
+    return Choice(None, f"{why}; backend='reference' runs it")
 
 
 def _name(dtype: torch.dtype) -> str:

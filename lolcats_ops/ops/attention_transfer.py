@@ -19,7 +19,7 @@ from .arguments import (
     scale_or_default,
     window_code,
 )
-from .native import autocast, differentiable, raw, register_autocast, register_vmap
+from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_attention, check_gate, check_window
 
 
@@ -74,7 +74,8 @@ def attention_transfer(
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
-    if select(op, backend, q, v) == "reference":
+    chosen = select(op, backend, q, v)
+    if chosen == "reference":
         return reference.attention_transfer(
             q,
             k,
@@ -92,6 +93,7 @@ def attention_transfer(
             key_padding_mask=key_padding_mask,
         )
     teacher, mse, cross, *_ = _call(
+        chosen,
         *attention_tensors(q.detach(), k.detach(), v.detach(), feature_q, feature_k, gate),
         cu_seqlens,
         key_padding_mask,
@@ -106,7 +108,7 @@ def attention_transfer(
     return Transfer(teacher, mse, cross)
 
 
-@torch.library.register_fake("lolcats_ops::attention_transfer")
+@register_fake("attention_transfer")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor | tuple[Tensor, ...]:
     def empty(*shape: int) -> Tensor:
         return q.new_empty(shape, dtype=torch.float32)
@@ -116,7 +118,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor | tuple[Tensor, ...]:
     return empty_rows(q, v.shape[3]), empty(), empty(), *statistics
 
 
-@torch.library.register_fake("lolcats_ops::attention_transfer_backward")
+@register_fake("attention_transfer_backward")
 def _(
     d_mse: Tensor, d_xent: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> Tensor | tuple[Tensor, ...]:
@@ -136,12 +138,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, _teacher: None, d_mse: Tensor | None, d_xent: Tensor | None, *_: None
+    operators: Any, ctx: Any, _teacher: None, d_mse: Tensor | None, d_xent: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     zero = tensors[-1].new_zeros(())
     d_mse, d_xent = (zero if d is None else d for d in (d_mse, d_xent))
-    gradients = raw.attention_transfer_backward(d_mse, d_xent, *tensors, *ctx.settings)
+    gradients = operators.attention_transfer_backward(d_mse, d_xent, *tensors, *ctx.settings)
     parameters = present(gradients, tensors[_PARAMETERS])
     rest = _TENSORS - _PARAMETERS.stop + len(ctx.settings)
     return None, None, None, *parameters, *(None for _ in range(rest))

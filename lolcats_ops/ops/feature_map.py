@@ -18,7 +18,7 @@ from .arguments import (
     present,
     width_after,
 )
-from .native import autocast, differentiable, raw, register_autocast, register_vmap
+from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_feature_map
 
 
@@ -46,19 +46,20 @@ def feature_map(x: Tensor, features: Features, *, backend: str | None = None) ->
     """
     (x,) = autocast(x)
     check_feature_map(x, features)
-    if select("feature_map", backend, x) == "reference":
+    chosen = select("feature_map", backend, x)
+    if chosen == "reference":
         return reference.feature_map(x, features)
-    return _call(last_contiguous(x), *parameters(features), *features.codes)
+    return _call(chosen, last_contiguous(x), *parameters(features), *features.codes)
 
 
-@torch.library.register_fake("lolcats_ops::feature_map")
+@register_fake("feature_map")
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: int, two_sided: bool, *_: Any
 ) -> Tensor | tuple[Tensor, ...]:
     return empty_rows(x, width_after(activation, two_sided, weight.shape[2]))
 
 
-@torch.library.register_fake("lolcats_ops::feature_map_backward")
+@register_fake("feature_map_backward")
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any
 ) -> Tensor | tuple[Tensor, ...]:
@@ -70,9 +71,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.codes = inputs[3:]
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(operators: Any, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    gradients = raw.feature_map_backward(last_contiguous(dy), *tensors, *ctx.codes)
+    gradients = operators.feature_map_backward(last_contiguous(dy), *tensors, *ctx.codes)
     return *present(gradients, tensors), *(None for _ in ctx.codes)
 
 

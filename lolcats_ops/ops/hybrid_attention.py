@@ -21,7 +21,7 @@ from .arguments import (
     window_code,
 )
 from .hybrid_attention_step import step_
-from .native import autocast, differentiable, raw, register_autocast, register_vmap
+from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_attention, check_gate, check_inference, check_state, check_window
 
 
@@ -100,7 +100,8 @@ def hybrid_attention(
         check_state(op, state, q, k, v, feature_k, slots=sequences, **settings)
     if state is not None or return_state:
         check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
-    if select(op, backend, q, v) == "reference":
+    chosen = select(op, backend, q, v)
+    if chosen == "reference":
         return reference.hybrid_attention(
             q,
             k,
@@ -118,6 +119,7 @@ def hybrid_attention(
         )
     if state is None and not return_state:
         out, _, _ = _call(
+            chosen,
             *attention_tensors(q, k, v, feature_q, feature_k, gate),
             cu_seqlens,
             key_padding_mask,
@@ -144,6 +146,7 @@ def hybrid_attention(
     else:
         state = state.clone()
     out = step_(
+        chosen,
         q,
         k,
         v,
@@ -159,13 +162,13 @@ def hybrid_attention(
     return (out, state) if return_state else out
 
 
-@torch.library.register_fake("lolcats_ops::hybrid_attention")
+@register_fake("hybrid_attention")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor | tuple[Tensor, ...]:
     m = q.new_empty(q.shape[:3], dtype=torch.float32)
     return empty_rows(q, v.shape[3]), m, torch.empty_like(m)
 
 
-@torch.library.register_fake("lolcats_ops::hybrid_attention_backward")
+@register_fake("hybrid_attention_backward")
 def _(do: Tensor, *args: Any) -> Tensor | tuple[Tensor, ...]:
     rows, parameters = args[:3], args[3:_GRADIENTS]
     gradients = empty_parameters(*parameters, like=do)
@@ -184,9 +187,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, do: Tensor, _dm: None, _dden: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    operators: Any, ctx: Any, do: Tensor, _dm: None, _dden: None
+) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    gradients = raw.hybrid_attention_backward(last_contiguous(do), *tensors, *ctx.settings)
+    gradients = operators.hybrid_attention_backward(last_contiguous(do), *tensors, *ctx.settings)
     rest = _TENSORS - _GRADIENTS + len(ctx.settings)
     return *present(gradients, tensors[:_GRADIENTS]), *(None for _ in range(rest))
 

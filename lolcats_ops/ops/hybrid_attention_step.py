@@ -13,7 +13,7 @@ from ..dispatch import select
 from ..features import Features
 from ..state import HybridState
 from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
-from .native import autocast, raw, register_autocast, register_vmap
+from .native import autocast, operators, register_autocast, register_fake, register_vmap
 from .validation import (
     check_attention,
     check_gate,
@@ -75,16 +75,17 @@ def hybrid_attention_step_(
         # long as the step, so they run only to name the Python argument that it refused.
         with suppress(AttributeError, RuntimeError, TypeError):
             check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
-            return step_(*inputs, **options)
+            return step_("cpu", *inputs, **options)
     check_attention(op, q, k, v, feature_q, feature_k)
     check_gate(op, gate, q)
     check_state(op, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
     if state_indices is not None:
         check_state_indices(op, state_indices, q)
     check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
-    if select(op, backend, q, v) == "reference":
+    chosen = select(op, backend, q, v)
+    if chosen == "reference":
         return reference.hybrid_attention_step_(*inputs, **options)
-    return step_(*inputs, **options)
+    return step_(chosen, *inputs, **options)
 
 
 def _library_checks(
@@ -106,6 +107,7 @@ def _library_checks(
 
 
 def step_(
+    backend: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -121,7 +123,7 @@ def step_(
     affine: bool,
 ) -> Tensor:
     """The operator on checked arguments."""
-    return raw.hybrid_attention_step_(
+    return operators(backend).hybrid_attention_step_(
         *attention_tensors(q, k, v, feature_q, feature_k, gate),
         *state.tensors.values(),
         state_indices,
@@ -135,7 +137,7 @@ def step_(
     )
 
 
-@torch.library.register_fake("lolcats_ops::hybrid_attention_step_")
+@register_fake("hybrid_attention_step_")
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor | tuple[Tensor, ...]:
     return empty_rows(q, v.shape[3])
 

@@ -19,7 +19,7 @@ from .arguments import (
     present,
     width_after,
 )
-from .native import autocast, differentiable, raw, register_autocast, register_vmap
+from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_attention, check_state
 
 
@@ -76,7 +76,8 @@ def linear_attention(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, window=0, sink=0, ring=0)
-    if select(op, backend, q, v) == "reference":
+    chosen = select(op, backend, q, v)
+    if chosen == "reference":
         return reference.linear_attention(
             q,
             k,
@@ -92,6 +93,7 @@ def linear_attention(
             key_padding_mask=key_padding_mask,
         )
     out, _, kv, ksum = _call(
+        chosen,
         last_contiguous(q),
         last_contiguous(k),
         last_contiguous(v),
@@ -126,7 +128,7 @@ def _lengths(q: Tensor, sequences: int, cu_seqlens: Tensor | None, mask: Tensor 
     return torch.full((sequences,), q.shape[2], dtype=torch.int64, device=q.device)
 
 
-@torch.library.register_fake("lolcats_ops::linear_attention")
+@register_fake("linear_attention")
 def _(
     q: Tensor,
     k: Tensor,
@@ -159,7 +161,7 @@ def _(
     )
 
 
-@torch.library.register_fake("lolcats_ops::linear_attention_backward")
+@register_fake("linear_attention_backward")
 def _(
     do: Tensor, dkv: Tensor | None, dksum: Tensor | None, *args: Any
 ) -> Tensor | tuple[Tensor, ...]:
@@ -181,12 +183,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    ctx: Any, do: Tensor | None, _dden: None, dkv: Tensor | None, dksum: Tensor | None
+    operators: Any,
+    ctx: Any,
+    do: Tensor | None,
+    _dden: None,
+    dkv: Tensor | None,
+    dksum: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     do = torch.zeros_like(tensors[_TENSORS]) if do is None else last_contiguous(do)
     dkv, dksum = (None if x is None else x.contiguous() for x in (dkv, dksum))
-    gradients = raw.linear_attention_backward(do, dkv, dksum, *tensors, *ctx.settings)
+    gradients = operators.linear_attention_backward(do, dkv, dksum, *tensors, *ctx.settings)
     rest = _TENSORS - _GRADIENTS + len(ctx.settings)
     return *present(gradients, tensors[:_GRADIENTS]), *(None for _ in range(rest))
 

@@ -1,6 +1,7 @@
-"""The raw operators of the torch shim, and what Python adds to them: autograd, vmap, autocast.
+"""The raw operators, and what Python adds to them: fakes, autograd, vmap, autocast.
 
-One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
+torch.ops.lolcats_ops is what the device of the tensors has, torch.ops.lolcats_ops_triton always the
+Triton kernels; both have the same schemas and get the same additions. One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
 through torch.library.register_autograd; the public functions go through a torch.autograd.Function,
 because torch.func.grad through register_autograd is broken in torch itself (2.13, 2.14).
 """
@@ -8,16 +9,16 @@ because torch.func.grad through register_autograd is broken in torch itself (2.1
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._native import load_torch_ops
+from . import triton
 from .arguments import last_contiguous
 
-load_torch_ops()
-raw = torch.ops.lolcats_ops
+NAMESPACES = ("lolcats_ops", triton.NAMESPACE)
 
 SEQUENCES = ("x", "q", "k", "v")  # activations: what autocast casts
 ROWS = (
@@ -39,37 +40,67 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
 
 
+def operators(backend: str) -> Any:
+    """The namespace of torch.ops that ``backend`` runs."""
+    return torch.ops.lolcats_ops_triton if backend == "triton" else torch.ops.lolcats_ops
+
+
+def overloads(name: str) -> list[Any]:
+    """The operator ``name`` of every namespace."""
+    return [getattr(getattr(torch.ops, namespace), name).default for namespace in NAMESPACES]
+
+
+def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorates the shapes of the operator's results."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        for op in overloads(name):
+            torch.library.register_fake(op._name, fake)
+        return fake
+
+    return register
+
+
 def differentiable(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Makes torch.ops.lolcats_ops.<name> differentiable.
+    """Makes the operator ``name`` differentiable. ``backward`` takes the namespace of operators to
+    call, the context and the gradients.
 
     Returns:
-        A call that torch.func can transform as well.
+        A call that torch.func can transform as well; its first argument is the backend.
     """
-    op = getattr(raw, name).default
-    torch.library.register_autograd(op._name, backward, setup_context=setup_context)
-    namespace = {
-        "forward": staticmethod(op),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-        "generate_vmap_rule": True,
-    }
-    function: Any = type(name, (torch.autograd.Function,), namespace)
+    functions = {}
+    for op in overloads(name):
+        namespace = getattr(torch.ops, op.namespace)
+        gradient = partial(backward, namespace)
+        torch.library.register_autograd(op._name, gradient, setup_context=setup_context)
+        members = {
+            "forward": staticmethod(op),
+            "setup_context": staticmethod(setup_context),
+            "backward": staticmethod(gradient),
+            "generate_vmap_rule": True,
+        }
+        functions[op] = type(name, (torch.autograd.Function,), members)
 
-    def call(*args: Any) -> Any:
+    def call(backend: str, *args: Any) -> Any:
+        op = getattr(operators(backend), name).default
         # A compiler traces the operator itself: one node, differentiable by register_autograd.
-        return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
+        return op(*args) if torch.compiler.is_compiling() else functions[op].apply(*args)
 
     return call
 
 
 def register_vmap(name: str, *, rows: bool = False) -> None:
-    """vmap of torch.ops.lolcats_ops.<name>, as a loop.
+    """vmap of the operator ``name``, as a loop.
 
     With ``rows`` (all outputs lead with the batch), as a larger batch where only rows are mapped.
     """
-    op = getattr(raw, name).default
+    for op in overloads(name):
+        torch.library.register_vmap(op._name, _vmap_rule(op, name, rows))
+
+
+def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]:
     names = [a.name for a in op._schema.arguments]
     mutated = [a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments]
 
@@ -98,7 +129,7 @@ def register_vmap(name: str, *, rows: bool = False) -> None:
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
-    torch.library.register_vmap(op._name, rule)
+    return rule
 
 
 def _merge(x: Tensor, dim: int | None, size: int) -> Tensor:
@@ -115,22 +146,22 @@ def _structure(outputs: Any, f: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:
 
 def register_autocast(name: str) -> None:
     """torch.autocast for calls of torch.ops: activations are cast, parameters stay fp32."""
-    op = getattr(raw, name).default
+    for op, library in zip(overloads(name), _libraries, strict=True):
+        for key in ("AutocastCPU", "AutocastCUDA"):
+            library.impl(name, _autocast_kernel(op, key), key)
+
+
+def _autocast_kernel(op: Any, key: str) -> Callable[..., Any]:
     casts = [a.name in SEQUENCES for a in op._schema.arguments]
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def kernel(key: str) -> Callable[..., Any]:
-        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    def call(*args: Any) -> Any:
+        # Before the guard, which makes autocast look disabled.
+        cast = [autocast(a)[0] if c else a for a, c in zip(args, casts, strict=False)]
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return op(*cast)
 
-        def call(*args: Any) -> Any:
-            # Before the guard, which makes autocast look disabled.
-            cast = [autocast(a)[0] if c else a for a, c in zip(args, casts, strict=False)]
-            with torch._C._ExcludeDispatchKeyGuard(keys):
-                return op(*cast)
-
-        return call
-
-    for key in ("AutocastCPU", "AutocastCUDA"):
-        _library.impl(name, kernel(key), key)
+    return call
 
 
-_library = torch.library.Library("lolcats_ops", "FRAGMENT")
+_libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in NAMESPACES]

@@ -1,0 +1,19 @@
+"""Triton kernels of the operators, with the schemas of torch.ops.lolcats_ops.
+
+One file per operator. What they share: problem.py (the kernels' arguments), tokens.py, window.py,
+features.py, state.py (device functions), forward.py and backward.py (attention), arguments.py and
+launch.py (tensors to programs).
+"""
+
+from .feature_map import feature_map, feature_map_backward
+from .hybrid_attention import hybrid_attention, hybrid_attention_backward
+from .linear_attention import linear_attention, linear_attention_backward
+
+__all__ = [
+    "feature_map",
+    "feature_map_backward",
+    "hybrid_attention",
+    "hybrid_attention_backward",
+    "linear_attention",
+    "linear_attention_backward",
+]

@@ -1,0 +1,186 @@
+"""Tensors as the kernels take them, and how a problem is cut into programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .problem import (
+    IDENTITY,
+    SLIDING,
+    Arithmetic,
+    Map,
+    Problem,
+    Rows,
+    Sequences,
+    Window,
+)
+
+constant = tl.constexpr
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A problem, and how many programs with which options solve it."""
+
+    problem: Problem
+    tiles: launch.Tiles
+    sequences: int  # N
+    heads: int
+    segments: int
+    slices: int
+
+    @property
+    def programs(self) -> int:
+        return self.sequences * self.heads * self.segments * self.slices
+
+    def run(self, kernel: Any, *args: Any) -> None:
+        """Launches a kernel whose first argument is the problem, a program for each place."""
+        options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
+        launch.launch(kernel, (self.programs,), self.problem, *args, **options)
+
+
+def next_power_of_2(n: int, least: int = 16) -> int:
+    """The tile that holds n columns; products need tiles of at least 16."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def rows(x: Tensor) -> Rows:
+    """x [B, H, T, width]."""
+    return Rows(x, x.stride(0), x.stride(1), x.stride(2), constant(x.shape[3]))
+
+
+def feature_map_of(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    heads: int,
+    head_dim: int,
+    codes: tuple[int, bool, bool, float],
+    tiles: launch.Tiles,
+) -> Map:
+    """The map of ``heads`` query heads; without a weight, the identity."""
+    activation, two_sided, skip, eps = codes
+    width = head_dim if weight is None else weight.shape[2]
+    return Map(
+        weight,
+        bias,
+        eps,
+        constant(1 if weight is None else heads // weight.shape[0]),
+        constant(IDENTITY.value if weight is None else activation),
+        constant(two_sided and weight is not None),
+        constant(skip),
+        constant(head_dim),
+        constant(width),
+        constant(next_power_of_2(width)),
+        constant(tiles.resident),
+        constant(min(tiles.slice, next_power_of_2(head_dim))),
+    )
+
+
+def sequences_of(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Sequences:
+    """The sequences of q's tokens. Nothing here waits for the device."""
+    batch, _, length, _ = q.shape
+    if mask is None:
+        return Sequences(length, cu_seqlens, None, None)
+    position = mask.cumsum(1) - 1
+    tokens = torch.arange(length, dtype=torch.int32, device=q.device).expand(batch, length)
+    # Padded tokens write into a column of their own, which nothing reads.
+    index = torch.empty(batch, length + 1, dtype=torch.int32, device=q.device)
+    index.scatter_(1, position.masked_fill(~mask, length), tokens)
+    return Sequences(length, None, index[:, :length].contiguous(), mask.sum(1, dtype=torch.int32))
+
+
+def window_of(size: int, kind: int, sink: int, chunk: int) -> Window:
+    """A window, for chunks of ``chunk`` tokens."""
+    if size == 0:
+        lag, near_linear, far_linear = 0, True, False
+    elif kind == SLIDING.value:
+        lag = -(-(size - 1) // chunk)
+        near_linear, far_linear = size < chunk, True
+    else:
+        # Terraces that divide a chunk reach one tile back; others a varying number of tiles.
+        lag = 1 if chunk % size == 0 else 2
+        near_linear, far_linear = size < chunk, size % chunk != 0
+    return Window(
+        *map(constant, (size, kind, sink, next_power_of_2(max(sink, 1)))),
+        *map(constant, (min(lag, 2), near_linear or lag == 0, far_linear)),
+    )
+
+
+def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
+    """bf16 is computed in bf16. fp16 is not computed in fp16: sums of features outgrow its range."""
+    if dtype == torch.bfloat16:
+        return Arithmetic(constant(tl.bfloat16), constant("tf32"))
+    return Arithmetic(constant(tl.float32), constant(launch.precision()))
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor | None,
+    bias_q: Tensor | None,
+    weight_k: Tensor | None,
+    bias_k: Tensor | None,
+    gate: Tensor | None,
+    cu_seqlens: Tensor | None,
+    key_padding_mask: Tensor | None,
+    *,
+    window: tuple[int, int, int] = (0, 0, 0),
+    scale: float,
+    affine: bool = False,
+    codes: tuple[int, bool, bool, float],
+    tiles: launch.Tiles,
+) -> Plan:
+    """The arguments of an operator as those of the kernels, cut as ``tiles`` say."""
+    heads, length, head_dim = q.shape[1:]
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunks = -(-length // tiles.chunk)
+    slices = -(-v.shape[3] // tiles.block_v)
+    segment_chunks = launch.segment_chunks(chunks, sequences * heads * slices)
+    segments = max(1, -(-chunks // segment_chunks))
+    problem = Problem(
+        rows(q),
+        rows(k),
+        rows(v),
+        feature_map_of(weight_q, bias_q, heads, head_dim, codes, tiles),
+        feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
+        gate,
+        scale,
+        sequences_of(q, cu_seqlens, key_padding_mask),
+        window_of(*window, tiles.chunk),
+        arithmetic_of(q.dtype),
+        constant(affine),
+        constant(heads),
+        constant(heads // k.shape[1]),
+        constant(tiles.chunk),
+        constant(next_power_of_2(head_dim)),
+        constant(tiles.block_v),
+        constant(slices),
+        constant(segments),
+        constant(segment_chunks),
+    )
+    return Plan(problem, tiles, sequences, heads, segments, slices)
+
+
+def empty_like_rows(
+    x: Tensor,
+    width: int,
+    *,
+    dtype: torch.dtype | None = None,
+    batch: int | None = None,
+    zero: bool = False,
+) -> Tensor:
+    """[B, H, T, width] in x's memory order; ``zero`` where not every token will be written."""
+    heads, length = x.shape[1:3]
+    batch = x.shape[0] if batch is None else batch
+    if heads > 1 and length > 1 and x.stride(1) < x.stride(2):
+        y = x.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+    else:
+        y = x.new_empty(batch, heads, length, width, dtype=dtype)
+    return y.zero_() if zero else y

@@ -1,0 +1,260 @@
+"""Launches of the attention kernels: what linear, hybrid attention and transfer have in common."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .arguments import Plan, constant, empty_like_rows, rows
+from .backward import Incoming, Parts, RowGradients, backward_keys, backward_queries
+from .backward import segment_gradients as segment_gradients_kernel
+from .forward import attention_forward, exclusive_sums, segment_sums
+
+BLOCK = 1024  # words of a state that a program of exclusive_sums adds up
+
+
+def fp32(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def state_shape(plan: Plan, v: Tensor) -> tuple[int, int]:
+    """F, V."""
+    f = plan.problem.map_k
+    return f.width.value * (2 if f.two_sided.value else 1), v.shape[3]
+
+
+def scan(
+    plan: Plan, kv: Tensor, ksum: Tensor, kv0: Tensor | None, ksum0: Tensor | None, reverse: bool
+) -> None:
+    """States [N, H, segments, F, V] of each segment alone become those before (after) each."""
+    for x, initial in ((kv, kv0), (ksum, ksum0)):
+        size = x[0, 0, 0].numel()
+        grid = (-(-size // BLOCK), plan.sequences * plan.heads)
+        launch.launch(exclusive_sums, grid, x, initial, size, plan.segments, reverse, BLOCK)
+
+
+def initial_states(
+    plan: Plan, v: Tensor, kv0: Tensor | None, ksum0: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The states at the start of every segment, [N, H, segments, F, V] and [N, H, segments, F]."""
+    if plan.segments == 1:
+        return kv0, ksum0
+    shape = plan.sequences, plan.heads, plan.segments
+    width, value_dim = state_shape(plan, v)
+    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, width)
+    plan.run(segment_sums, kv, ksum)
+    scan(plan, kv, ksum, kv0, ksum0, False)
+    return kv, ksum
+
+
+def per_query_head(plan: Plan, x: Tensor | None) -> Tensor | None:
+    """A state [N, Hs, ...] with the shared ones repeated for their group: [N, H, ...]."""
+    if x is None or x.shape[1] == plan.heads:
+        return None if x is None else x.contiguous()
+    return x.repeat_interleave(plan.heads // x.shape[1], 1)
+
+
+def of_first_head(plan: Plan, x: Tensor | None) -> Tensor | None:
+    """A gradient [N, Hs, ...] of shared states as that of the first query head of each group."""
+    if x is None or x.shape[1] == plan.heads:
+        return None if x is None else x.contiguous()
+    y = x.new_zeros(x.shape[0], plan.heads, *x.shape[2:])
+    y[:, :: plan.heads // x.shape[1]] = x
+    return y
+
+
+def group_sum(x: Tensor | None, initial: Tensor | None) -> Tensor:
+    """The gradient [N, Hs, ...] of an initial state from those of the query heads; else empty."""
+    if x is None or initial is None:
+        return torch.empty(0)
+    return x.unflatten(1, (initial.shape[1], -1)).sum(2)
+
+
+class Output(NamedTuple):
+    """Of a forward pass."""
+
+    out: Tensor  # [B, H, T, V]
+    m: Tensor | None  # [B, H, T]
+    den: Tensor
+    kv: Tensor | None  # [N, H, F, V]
+    ksum: Tensor | None
+
+
+def forward(
+    plan: Plan,
+    q: Tensor,
+    v: Tensor,
+    *,
+    kv0: Tensor | None = None,
+    ksum0: Tensor | None = None,
+    with_state: bool = False,
+    eps: float = 0.0,
+    normalize: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Output:
+    """y in ``dtype`` (q's by default); padded tokens get y = 0, m = 0 and den = 1."""
+    all_written = plan.problem.sequences.bounds is None and plan.problem.sequences.index is None
+    out = empty_like_rows(q, v.shape[3], zero=not all_written, dtype=dtype)
+    with_m = plan.problem.gate is not None
+    m = torch.zeros(q.shape[:3], device=q.device) if with_m else None
+    den = torch.ones(q.shape[:3], device=q.device)
+    width, value_dim = state_shape(plan, v)
+    kv1, ksum1 = None, None
+    if with_state:
+        kv1 = fp32(q, plan.sequences, plan.heads, width, value_dim)
+        ksum1 = fp32(q, plan.sequences, plan.heads, width)
+    states = initial_states(plan, v, kv0, ksum0)
+    plan.run(attention_forward, rows(out), m, den, *states, kv1, ksum1, eps, normalize)
+    return Output(out, m, den, kv1, ksum1)
+
+
+class Gradients(NamedTuple):
+    """Of a backward pass; those of inputs are None where they were not asked for."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    weight_q: Tensor | None
+    bias_q: Tensor | None
+    weight_k: Tensor | None
+    bias_k: Tensor | None
+    dm: Tensor  # [H], sums over the queries
+    kv0: Tensor | None
+    ksum0: Tensor | None
+
+
+def parts_of(x: Tensor) -> Parts:
+    """x [parts, B, H, T, width]."""
+    return Parts(rows(x[0])._replace(pointer=x), x.stride(0))
+
+
+def partial(x: Tensor, count: int, zero: bool) -> Tensor:
+    """Room for the gradient of x in ``count`` parts: of x's dtype if it is one, else fp32."""
+    dtype = x.dtype if count == 1 else torch.float32
+    y = empty_like_rows(x, x.shape[3], dtype=dtype, batch=count * x.shape[0], zero=zero)
+    return y.unflatten(0, (count, x.shape[0]))
+
+
+def total(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the parts."""
+    return x[0] if x.shape[0] == 1 else x.sum(0).to(dtype)
+
+
+def of_programs(plan: Plan, x: Tensor) -> Tensor:
+    """Sums of what every program left, [programs, ...], by head: [H, ...]."""
+    shares = x.unflatten(0, (plan.sequences, plan.heads, plan.segments * plan.slices))
+    return shares.sum((0, 2))
+
+
+def of_maps(plan: Plan, x: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """The gradient of a map's parameter [Hf, ...], from the shares of the programs."""
+    if x is None or parameter is None:
+        return None
+    return of_programs(plan, x).unflatten(0, (parameter.shape[0], -1)).sum(1)
+
+
+def backward(
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight_q: Tensor | None,
+    bias_q: Tensor | None,
+    weight_k: Tensor | None,
+    bias_k: Tensor | None,
+    incoming: Incoming,
+    *,
+    with_inputs: bool = True,
+    kv0: Tensor | None = None,
+    ksum0: Tensor | None = None,
+    dkv: Tensor | None = None,
+    dksum: Tensor | None = None,
+) -> Gradients:
+    """Gradients for what comes in, with initial states and the gradients of final ones."""
+    p = plan.problem
+    batch, heads, length, head_dim = q.shape
+    padded = p.sequences.bounds is not None or p.sequences.index is not None
+    statistics = batch * heads * length
+    left = RowGradients(
+        fp32(q, plan.slices, statistics), fp32(q, statistics), fp32(q, plan.slices, statistics),
+        statistics,
+    )  # fmt: skip
+
+    def shares(x: Tensor | None, resident: bool = True) -> Tensor | None:
+        if x is None:
+            return None
+        y = fp32(q, plan.programs, *x.shape[1:])
+        return y if resident else y.zero_()
+
+    d_weight_q = shares(weight_q, p.map_q.resident.value)
+    d_weight_k = shares(weight_k, p.map_k.resident.value)
+    d_bias_q, d_bias_k = shares(bias_q), shares(bias_k)
+    dm = fp32(q, plan.programs)
+    dq = dk = dv = dk_sink = dv_sink = None
+    groups = heads // k.shape[1]
+    if with_inputs:
+        dq = partial(q, plan.slices, padded)
+        dk, dv = partial(k, plan.slices * groups, padded), partial(v, groups, padded)
+        if p.window.sink.value:
+            block = p.window.sink_block.value
+            dk_sink = fp32(q, plan.programs, block, p.block_d.value)
+            dv_sink = fp32(q, plan.programs, block, p.block_v.value)
+    plan.run(
+        backward_queries, incoming, left, *initial_states(plan, v, kv0, ksum0),
+        None if dq is None else parts_of(dq), d_weight_q, d_bias_q, dm, dk_sink, dv_sink,
+    )  # fmt: skip
+
+    dkv0 = dksum0 = None
+    if kv0 is not None:
+        dkv0, dksum0 = torch.empty_like(kv0), torch.empty_like(ksum0)
+    plan.run(
+        backward_keys, incoming, left, *final_gradients(plan, v, incoming, left, dkv, dksum),
+        None if dk is None else parts_of(dk), None if dv is None else parts_of(dv), d_weight_k,
+        d_bias_k, dkv0, dksum0, dk_sink, dv_sink,
+    )  # fmt: skip
+    return Gradients(
+        None if dq is None else total(dq, q.dtype),
+        None if dk is None else total(dk, k.dtype),
+        None if dv is None else total(dv, v.dtype),
+        of_maps(plan, d_weight_q, weight_q),
+        of_maps(plan, d_bias_q, bias_q),
+        of_maps(plan, d_weight_k, weight_k),
+        of_maps(plan, d_bias_k, bias_k),
+        of_programs(plan, dm),
+        dkv0,
+        dksum0,
+    )
+
+
+def final_gradients(
+    plan: Plan,
+    v: Tensor,
+    incoming: Incoming,
+    left: RowGradients,
+    dkv: Tensor | None,
+    dksum: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The state's gradient at the end of every segment, [N, H, segments, F, V] and [..., F]."""
+    if plan.segments == 1:
+        return dkv, dksum
+    shape = plan.sequences, plan.heads, plan.segments
+    width, value_dim = state_shape(plan, v)
+    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, width)
+    plan.run(segment_gradients_kernel, incoming, left, kv, ksum)
+    scan(plan, kv, ksum, dkv, dksum, True)
+    return kv, ksum
+
+
+def map_gradients(gradients: Gradients) -> tuple[Tensor, ...]:
+    """(dweight_q, dbias_q, dweight_k, dbias_k), those of absent parameters empty."""
+    absent = gradients.dm.new_empty(0)
+    return tuple(absent if x is None else x for x in gradients[3:7])
+
+
+def gate_gradient(gradients: Gradients, gate: Tensor, affine: bool) -> Tensor:
+    """The gate scales the softmax part, whose weights' gradients sum up to -dm; with ``affine`` also
+    the linear part, whose sum up to dm."""
+    return -gradients.dm if affine else -gradients.dm * gate.sigmoid().neg().add(1)

@@ -1,0 +1,590 @@
+"""Attention backward: features and states are recomputed, in two passes over the tokens.
+
+With g_i = do_i / den_i and delta_i = g_i . y_i, the gradient of an unnormalised weight a_ij is
+
+    da_ij = g_i . v_j - delta_i.
+
+``backward_queries`` goes forward in time with the state of the forward pass:
+
+    dphi_q_i = lambda (kv g_i - delta_i ksum + sum_N da_ij phi_k_j)        (pairs of the same chunks)
+    dm_i     = phi_q_i . dphi_q_i
+    ds_ij    = a_ij da_ij + dm_i [s_ij = m_i] / (how many of the row are)  for j in W(i)
+    dq_i     = scale sum_W ds_ij k_j + the gradient of phi_q
+
+The maximum's gradient dm_i is -sum_W a_ij da_ij; since sum_j a_ij da_ij = 0 over all j, it is also
+what is written above, which is exactly zero where N(i) is empty. The gate's is a multiple of it.
+
+``backward_keys`` goes backward in time with the state's gradient, the sums of phi_q g^T and of
+-phi_q delta over the queries whose state holds the keys:
+
+    dphi_k_j = dkv v_j + dksum + lambda sum_N da_ij phi_q_i
+    dv_j     = phi_k_j . dkv + sum_pairs a_ij g_i
+    dk_j     = scale sum_W ds_ij q_i + the gradient of phi_k
+
+All of it is linear in do, so programs that take BLOCK_V columns of V each add up.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .features import (
+    activate,
+    clamp,
+    dot_rows,
+    keep_rows,
+    load_weight,
+    product,
+    project,
+    times,
+)
+from .forward import (
+    absorb_tiles,
+    key_features,
+    linear_factor,
+    linear_weights,
+    log2_gate,
+    query_features,
+    scores,
+)
+from .map_gradient import MapTile, map_gradient, store_map_gradients
+from .problem import INF, Rows, Sides, State
+from .state import absorb, empty_state, ksum_rows, load_state, store_state
+from .tokens import (
+    chunk_range,
+    load_k,
+    load_q,
+    load_tile,
+    load_v,
+    place_of,
+    rows_of,
+    statistic,
+    store_tile,
+    tokens_at,
+)
+from .window import end_chunk, first_tile, folds, pair_masks, sink_mask, window_start
+
+
+class Incoming(NamedTuple):
+    """The gradient that comes in, of y or, times ``coefficient``, of attention_transfer's."""
+
+    do: Rows
+    out: Rows  # y, or None: then ``delta`` is do . y
+    delta: Any  # [B, H, T] or None
+    den: Any  # [B, H, T]; None without normalisation
+    coefficient: Any  # pointer to a factor of do and delta, or None
+    constant: Any  # [B, H, T] to be added to -da of all of a query's pairs, or None
+
+
+class RowGradients(NamedTuple):
+    """What the first pass leaves to the second, of every query and slice of V: [slices, B, H, T]."""
+
+    delta: Any
+    m: Any  # in units of log2 e, [B, H, T]
+    tie: Any  # dm, shared among the largest scores
+    slice: Any  # B H T
+
+
+class Parts(NamedTuple):
+    """Partial gradients [parts, B, H, T, width], to be summed over the parts."""
+
+    rows: Rows
+    stride: Any
+
+
+class Queries(NamedTuple):
+    """A chunk of queries and what came in for them."""
+
+    q: Any  # [C, BLOCK_D]
+    g: Any  # [C, BLOCK_V] fp32
+    delta: Any  # [C]
+    m: Any  # [C]
+    tie: Any  # [C]
+
+
+@triton.jit
+def map_tile(p, x, rows, valid, weight, f, head):
+    z, half_norm = project(x, rows, valid, weight, f, head, p.arithmetic)
+    return MapTile(x, rows, valid, z, activate(z, half_norm, f), weight)
+
+
+@triton.jit
+def incoming_of(p, at, incoming, tokens):
+    """(g [C, BLOCK_V], delta [C]) of a chunk of queries."""
+    do_rows = rows_of(incoming.do, at.batch, at.head, tokens)
+    g = load_tile(do_rows, tokens.valid, at.column, p.v.width, p.block_v).to(tl.float32)
+    own = statistic(p, at, tokens)
+    delta = tl.zeros((p.chunk,), tl.float32)
+    if incoming.out is not None:
+        out_rows = rows_of(incoming.out, at.batch, at.head, tokens)
+        y = load_tile(out_rows, tokens.valid, at.column, p.v.width, p.block_v)
+        delta = tl.sum(g * y.to(tl.float32), 1)
+    elif incoming.delta is not None:
+        if at.part == 0:
+            delta = tl.load(incoming.delta + own, mask=tokens.valid, other=0.0)
+    if incoming.coefficient is not None:
+        factor = tl.load(incoming.coefficient)
+        g *= factor
+        delta *= factor
+    if incoming.constant is not None:
+        if at.part == 0:
+            delta += tl.load(incoming.constant + own, mask=tokens.valid, other=0.0)
+    if incoming.den is not None:
+        inverse = 1.0 / tl.load(incoming.den + own, mask=tokens.valid, other=1.0)
+        g *= inverse[:, None]
+        delta *= inverse
+    return g, delta
+
+
+@triton.jit
+def weight_gradients(p, g, delta, v):
+    """da = g . v - delta, [queries, keys]."""
+    return product(g, tl.trans(v), None, p.arithmetic) - delta[:, None]
+
+
+@triton.jit
+def add_product(a, b, sides, arithmetic):
+    """sides + a @ b, for a [n, m] and both sides of b, [m, f]."""
+    plus = product(a, b.plus, sides.plus, arithmetic)
+    if b.minus is None:
+        return Sides(plus, None)
+    else:
+        return Sides(plus, product(a, b.minus, sides.minus, arithmetic))
+
+
+@triton.jit
+def state_product(x, delta, state, arithmetic):
+    """x . kv^T + delta * ksum, [tokens, f] for both sides; x [tokens, BLOCK_V], delta [tokens]."""
+    plus = product(x, tl.trans(state.kv.plus), None, arithmetic)
+    plus += delta[:, None] * state.ksum.plus[None, :]
+    if state.kv.minus is None:
+        return Sides(plus, None)
+    else:
+        minus = product(x, tl.trans(state.kv.minus), None, arithmetic)
+        return Sides(plus, minus + delta[:, None] * state.ksum.minus[None, :])
+
+
+@triton.jit
+def largest_score(m, count, s, inside):
+    """(m, count) with a tile of scores: the maximum, and how often it occurs."""
+    s = tl.where(inside, s, -INF)
+    top = tl.maximum(m, tl.max(s, 1))
+    hits = tl.sum(tl.where(inside & (s == top[:, None]), 1.0, 0.0), 1)
+    return top, tl.where(m == top, count, 0.0) + hits
+
+
+@triton.jit
+def softmax_weights(s, inside, m, log2_g):
+    """g exp(s - m) of the pairs in W, [queries, keys]."""
+    return tl.where(inside, tl.exp2(s - (m - log2_g)[:, None]), 0.0)
+
+
+@triton.jit
+def score_gradients(s, inside, weights, da, m, tie):
+    """ds of the pairs in W, [queries, keys]."""
+    ds = weights * da
+    return ds + tl.where(inside & (s == m[:, None]), tie[:, None], 0.0)
+
+
+@triton.jit
+def linear_pairs(p, g, delta, v, phi_k, outside, d_phi):
+    """d_phi with the pairs of a tile that are weighed by features."""
+    da = tl.where(outside, weight_gradients(p, g, delta, v), 0.0)
+    return add_product(da, phi_k, d_phi, p.arithmetic)
+
+
+@triton.jit
+def softmax_pairs(p, queries, k, v, inside, log2_g, dq):
+    """(dq, weights, ds) with the pairs of a tile that are attended by softmax."""
+    s = scores(p, queries.q, k)
+    weights = softmax_weights(s, inside, queries.m, log2_g)
+    da = weight_gradients(p, queries.g, queries.delta, v)
+    ds = score_gradients(s, inside, weights, da, queries.m, queries.tie) * p.scale
+    if dq is not None:
+        dq = product(ds, k, dq, p.arithmetic)
+    return dq, weights, ds
+
+
+@triton.jit
+def far_pairs(p, at, g, delta, c, i, weight_k, d_phi):
+    """d_phi with the tiles before c, read again."""
+    near = window_start(p.window, c * p.chunk + p.chunk - 1)
+    start = first_tile(p, c)
+    for t in range(start, tl.minimum(c, tl.cdiv(near, p.chunk))):
+        tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+        phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        inside, outside = pair_masks(p, at, i, tokens.position)
+        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), phi_k, outside, d_phi)
+    return d_phi
+
+
+@triton.jit
+def row_maximum(p, at, q, k, k_old, old, i, c):
+    """The largest score of every query's window in units of log2 e (0 if empty), and its count."""
+    m = tl.full((p.chunk,), -INF, tl.float32)
+    count = tl.zeros((p.chunk,), tl.float32)
+    if p.window.sink > 0:
+        tokens = tokens_at(p, at, 0, p.window.sink_block)
+        s = scores(p, q, load_k(p, at, tokens))
+        m, count = largest_score(m, count, s, sink_mask(p, at, i, tokens.position))
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, at, i, i)
+        m, count = largest_score(m, count, scores(p, q, k), inside)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, at, i, old.position)
+            m, count = largest_score(m, count, scores(p, q, k_old), inside)
+        elif p.window.lag == 2:
+            for t in range(first_tile(p, c), c):
+                tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+                inside, outside = pair_masks(p, at, i, tokens.position)
+                s = scores(p, q, load_k(p, at, tokens))
+                m, count = largest_score(m, count, s, inside)
+    return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
+
+
+@triton.jit
+def backward_queries(
+    p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate, dk_sink, dv_sink
+):  # fmt: skip
+    """dq, the gradients of map_q, the sums of dm, and the sinks' shares of dk and dv.
+
+    dq: Parts with a part for each slice, or None where only parameters are asked for. d_weight,
+    d_bias, d_gate, dk_sink [sink_block, D] and dv_sink [sink_block, BLOCK_V]: one of each for every
+    program, or None; d_weight must be zero where map_q is not resident.
+    """
+    at = place_of(p)
+    w, f = p.window, p.map_q
+    begin, end = chunk_range(p, at)
+    program = tl.program_id(0).to(tl.int64)
+    weight_q = load_weight(f, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
+    log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    state = load_state(p, at, kv0, ksum0, at.slot)
+    dw, db = None, None
+    own_weight = None
+    if d_weight is not None:
+        own_weight = d_weight + program * (f.head_dim * f.width)
+        if f.resident:
+            dw = tl.zeros((p.block_d, f.block), tl.float32)
+    if d_bias is not None:
+        db = tl.zeros((f.block,), tl.float32)
+    total_dm = tl.zeros((p.chunk,), tl.float32)
+    if dk_sink is not None:
+        dk_first = tl.zeros((w.sink_block, p.block_d), tl.float32)
+        dv_first = tl.zeros((w.sink_block, p.block_v), tl.float32)
+    old, k_old, v_old = None, None, None
+    if w.lag == 1:
+        old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
+        k_old, v_old = load_k(p, at, old), load_v(p, at, old)
+
+    for c in range(begin, end):
+        tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+        i = tokens.position
+        q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
+        q_rows = rows_of(p.q, at.batch, at.head, tokens)
+        g, delta = incoming_of(p, at, incoming, tokens)
+        tile = map_tile(p, q, q_rows, tokens.valid, weight_q, f, at.head)
+
+        d_phi = state_product(g, -delta, state, p.arithmetic)
+        phi_k, phi_old = None, None
+        if w.near_linear:
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, at, i, i)
+            d_phi = linear_pairs(p, g, delta, v, phi_k, outside, d_phi)
+        if w.lag == 1:
+            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
+            phi_old = key_features(p, at, old, k_old, weight_k)
+            if w.far_linear:
+                inside, outside = pair_masks(p, at, i, old.position)
+                d_phi = linear_pairs(p, g, delta, v_old, phi_old, outside, d_phi)
+        elif w.lag == 2 and w.far_linear:
+            d_phi = far_pairs(p, at, g, delta, c, i, weight_k, d_phi)
+        d_phi = times(d_phi, factor)
+        dm = tl.where(tokens.valid, dot_rows(clamp(tile.phi, f), d_phi), 0.0)
+        total_dm += dm
+
+        grad = None
+        if dq is not None:
+            grad = tl.zeros((p.chunk, p.block_d), tl.float32)
+            if w.size > 0 or w.sink > 0:
+                m, count = row_maximum(p, at, q, k, k_old, old, i, c)
+                queries = Queries(q, g, delta, m, dm / count)
+                if w.sink > 0:
+                    first = tokens_at(p, at, 0, w.sink_block)
+                    inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
+                    keys, values = load_k(p, at, first), load_v(p, at, first)
+                    grad, weights, ds = softmax_pairs(
+                        p, queries, keys, values, inside, log2_g, grad
+                    )
+                    dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
+                    dv_first = product(tl.trans(weights), g, dv_first, p.arithmetic)
+                if w.size > 0:
+                    inside, outside = pair_masks(p, at, i, i)
+                    grad, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, grad)
+                    if w.lag == 1:
+                        inside, outside = pair_masks(p, at, i, old.position)
+                        grad, weights, ds = softmax_pairs(
+                            p, queries, k_old, v_old, inside, log2_g, grad
+                        )
+                    elif w.lag == 2:
+                        for t in range(first_tile(p, c), c):
+                            far = tokens_at(p, at, t * p.chunk, p.chunk)
+                            keys, values = load_k(p, at, far), load_v(p, at, far)
+                            inside, outside = pair_masks(p, at, i, far.position)
+                            grad, weights, ds = softmax_pairs(
+                                p, queries, keys, values, inside, log2_g, grad
+                            )
+                own = statistic(p, at, tokens)
+                part = own + at.part.to(tl.int64) * left.slice
+                tl.store(left.tie + part, dm / count, mask=tokens.valid)
+                if at.part == 0:
+                    tl.store(left.m + own, m, mask=tokens.valid)
+        part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
+        tl.store(left.delta + part, delta, mask=tokens.valid)
+
+        grad, dw, dz = map_gradient(p, tile, f, at.head, d_phi, grad, dw, own_weight)
+        if d_bias is not None:
+            db += tl.sum(dz, 0)
+        if dq is not None:
+            rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
+            store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
+
+        if w.lag == 0:
+            state = absorb(state, keep_rows(phi_k, folds(p, tokens)), v, p.arithmetic)
+        elif w.lag == 1:
+            state = absorb(state, keep_rows(phi_old, folds(p, old)), v_old, p.arithmetic)
+            k_old, v_old = k, v
+        else:
+            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
+
+    store_map_gradients(p, f, dw, db, own_weight, d_bias, program)
+    if d_gate is not None:
+        tl.store(d_gate + program, tl.sum(total_dm, 0))
+    if dk_sink is not None:
+        r, d = tl.arange(0, w.sink_block), tl.arange(0, p.block_d)
+        cells = dk_sink + (program * w.sink_block + r)[:, None] * p.block_d + d[None, :]
+        tl.store(cells, dk_first)
+        column = tl.arange(0, p.block_v)
+        cells = dv_sink + (program * w.sink_block + r)[:, None] * p.block_v + column[None, :]
+        tl.store(cells, dv_first)
+
+
+@triton.jit
+def load_queries(p, at, left, incoming, tokens, WITH_SCORES: tl.constexpr):
+    """A chunk of queries, with what the first pass left of them."""
+    g, unused = incoming_of(p, at, incoming, tokens)
+    own = statistic(p, at, tokens)
+    part = own + at.part.to(tl.int64) * left.slice
+    delta = tl.load(left.delta + part, mask=tokens.valid, other=0.0)
+    m, tie = delta, delta
+    if WITH_SCORES:
+        m = tl.load(left.m + own, mask=tokens.valid, other=0.0)
+        tie = tl.load(left.tie + part, mask=tokens.valid, other=0.0)
+    return Queries(load_q(p, at, tokens), g, delta, m, tie)
+
+
+class KeyPass(NamedTuple):
+    """Sums of the second pass for a tile of keys."""
+
+    dk: Any  # [C, BLOCK_D], or None where only parameters are asked for
+    dv: Any  # [C, BLOCK_V], likewise
+    d_phi: Any  # sides of [C, f]
+
+
+@triton.jit
+def add_queries(p, at, sums, queries, i, phi_q, k, v, phi_k, j, log2_g):
+    """sums with a chunk of queries; phi_q, times lambda, is None where no pair is linear."""
+    inside, outside = pair_masks(p, at, i, j)
+    dk, dv, d_phi = sums.dk, sums.dv, sums.d_phi
+    if dk is not None and p.window.size > 0:
+        unused, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, None)
+        dk = product(tl.trans(ds), queries.q, dk, p.arithmetic)
+        dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
+    if phi_q is not None:
+        da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
+        d_phi = add_product(tl.trans(da), phi_q, d_phi, p.arithmetic)
+        if dv is not None:
+            weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
+            dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
+    return KeyPass(dk, dv, d_phi)
+
+
+@triton.jit
+def absorb_queries(state, phi_q, queries, arithmetic):
+    """The state's gradient with phi_q g^T and -phi_q delta of a chunk."""
+    weighted = Sides(phi_q.plus * -queries.delta[:, None], None)
+    kv = product(tl.trans(phi_q.plus), queries.g, state.kv.plus, arithmetic)
+    ksum = state.ksum.plus + tl.sum(weighted.plus, 0)
+    if phi_q.minus is None:
+        return State(Sides(kv, None), Sides(ksum, None))
+    else:
+        kv_minus = product(tl.trans(phi_q.minus), queries.g, state.kv.minus, arithmetic)
+        ksum_minus = state.ksum.minus + tl.sum(phi_q.minus * -queries.delta[:, None], 0)
+        return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
+
+
+@triton.jit
+def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
+    """The state's gradient with the chunks [begin, end)."""
+    for c in range(begin, end):
+        tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+        queries = load_queries(p, at, left, incoming, tokens, False)
+        phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
+        state = absorb_queries(state, phi_q, queries, p.arithmetic)
+    return state
+
+
+@triton.jit
+def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, j, weight_q, factor, log2_g):
+    """sums with the chunks after t whose state does not hold tile t."""
+    last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
+    for c in range(t + 1, last):
+        tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+        queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
+        i = tokens.position
+        sums = add_queries(p, at, sums, queries, i, None, k, v, phi_k, j, log2_g)
+        if p.window.far_linear:
+            if t * p.chunk < window_start(p.window, c * p.chunk + p.chunk - 1):
+                phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
+                inside, outside = pair_masks(p, at, i, j)
+                da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
+                d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
+                dv = sums.dv
+                if dv is not None:
+                    weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
+                    dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
+                sums = KeyPass(sums.dk, dv, d_phi)
+    return sums
+
+
+@triton.jit
+def backward_keys(
+    p, incoming, left, dkv1, dksum1, dk, dv, d_weight, d_bias, dkv0, dksum0, dk_sink, dv_sink
+):  # fmt: skip
+    """dk, dv, the gradients of map_k and of the initial state.
+
+    dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V]. dk has a
+    part for each slice and query head of a group, dv one for each query head. dkv0, dksum0: [N, H,
+    F, V] and [N, H, F], or None. The rest is as in backward_queries.
+    """
+    at = place_of(p)
+    w, f = p.window, p.map_k
+    begin, end = chunk_range(p, at)
+    program = tl.program_id(0).to(tl.int64)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(f, at.head, p.arithmetic, p.block_d)
+    log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    state = load_state(p, at, dkv1, dksum1, at.slot)
+    dw, db = None, None
+    own_weight = None
+    if d_weight is not None:
+        own_weight = d_weight + program * (f.head_dim * f.width)
+        if f.resident:
+            dw = tl.zeros((p.block_d, f.block), tl.float32)
+    if d_bias is not None:
+        db = tl.zeros((f.block,), tl.float32)
+    WITH_INPUTS: tl.constexpr = dk is not None
+    newer = None
+    if w.lag == 1:
+        newer = load_queries(
+            p, at, left, incoming, tokens_at(p, at, end * p.chunk, p.chunk), WITH_INPUTS
+        )
+
+    for step in range(0, end - begin):
+        t = end - 1 - step
+        tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+        j = tokens.position
+        k, v = load_k(p, at, tokens), load_v(p, at, tokens)
+        k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
+        tile = map_tile(p, k, k_rows, tokens.valid, weight_k, f, at.head)
+        phi_k = keep_rows(clamp(tile.phi, f), folds(p, tokens))
+        ones = tl.full((p.chunk,), 1.0, tl.float32)
+        d_phi = state_product(v, ones, state, p.arithmetic)
+        if WITH_INPUTS:
+            key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
+            if f.two_sided:
+                key_dv = product(phi_k.minus, state.kv.minus, key_dv, p.arithmetic)
+            key_dk = tl.zeros((p.chunk, p.block_d), tl.float32)
+            sums = KeyPass(key_dk, key_dv, d_phi)
+        else:
+            sums = KeyPass(None, None, d_phi)
+
+        queries = load_queries(p, at, left, incoming, tokens, WITH_INPUTS)
+        phi_q = None
+        if w.near_linear:
+            phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
+        sums = add_queries(p, at, sums, queries, j, phi_q, k, v, phi_k, j, log2_g)
+        if w.lag == 1:
+            after = tokens_at(p, at, (t + 1) * p.chunk, p.chunk)
+            phi_new = times(query_features(p, at, after, newer.q, weight_q), factor)
+            phi_far = phi_new
+            if not w.far_linear:
+                phi_far = None
+            sums = add_queries(p, at, sums, newer, after.position, phi_far, k, v, phi_k, j, log2_g)
+        elif w.lag == 2:
+            sums = add_far_queries(
+                p, at, sums, t, left, incoming, k, v, phi_k, j, weight_q, factor, log2_g
+            )
+
+        d_phi = keep_rows(sums.d_phi, folds(p, tokens))
+        grad, dw, dz = map_gradient(p, tile, f, at.head, d_phi, sums.dk, dw, own_weight)
+        if d_bias is not None:
+            db += tl.sum(dz, 0)
+        if WITH_INPUTS:
+            group = (at.head % p.group).to(tl.int64)
+            key_dv = sums.dv
+            if dk_sink is not None:
+                if t * p.chunk < w.sink:
+                    grad, key_dv = add_sink_gradients(p, at, dk_sink, dv_sink, j, grad, key_dv)
+            rows = rows_of(dk.rows, at.batch, at.head // p.group, tokens)
+            rows += (at.part * p.group + group) * dk.stride
+            store_tile(rows, grad, tokens.valid, 0, p.k.width, p.block_d)
+            rows = rows_of(dv.rows, at.batch, at.head // p.group, tokens) + group * dv.stride
+            store_tile(rows, key_dv, tokens.valid, at.column, p.v.width, p.block_v)
+
+        if w.lag == 0:
+            state = absorb_queries(state, phi_q, queries, p.arithmetic)
+        elif w.lag == 1:
+            state = absorb_queries(state, phi_new, newer, p.arithmetic)
+            newer = queries
+        elif t > 0:
+            last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
+            first = tl.minimum(end_chunk(p, t - 1), last)
+            state = absorb_chunks(p, at, state, first, last, left, incoming, weight_q, factor)
+
+    store_map_gradients(p, f, dw, db, own_weight, d_bias, program)
+    if dkv0 is not None:
+        if at.segment == 0:
+            store_state(p, at, dkv0, dksum0, at.n * p.heads + at.head, state)
+
+
+@triton.jit
+def add_sink_gradients(p, at, dk_sink, dv_sink, j, dk, dv):
+    """(dk, dv) with what the first pass found for the sinks among the keys j, in all segments."""
+    sink = (j < p.window.sink) & (j < at.length)
+    d, column = tl.arange(0, p.block_d), tl.arange(0, p.block_v)
+    head = (at.n * p.heads + at.head).to(tl.int64) * p.segments
+    for segment in range(p.segments):
+        row = ((head + segment) * p.slices + at.part) * p.window.sink_block + j
+        cells = dk_sink + row[:, None] * p.block_d + d[None, :]
+        dk += tl.load(cells, mask=sink[:, None], other=0.0)
+        cells = dv_sink + row[:, None] * p.block_v + column[None, :]
+        dv += tl.load(cells, mask=sink[:, None], other=0.0)
+    return dk, dv
+
+
+@triton.jit
+def segment_gradients(p, incoming, left, dkv, dksum):
+    """What the queries of every segment add to the state's gradient, in the order of keys."""
+    at = place_of(p)
+    begin, end = chunk_range(p, at)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+    last = tl.minimum(end_chunk(p, end - 1), tl.cdiv(at.length, p.chunk))
+    first = tl.minimum(end_chunk(p, begin - 1), last)
+    state = absorb_chunks(
+        p, at, empty_state(p), first, last, left, incoming, weight_q, linear_factor(p, at)
+    )
+    store_state(p, at, dkv, dksum, at.slot, state)

@@ -1,0 +1,154 @@
+"""feature_map and its gradient, with the schemas of torch.ops.lolcats_ops (SPEC 1).
+
+A program takes a tile of the tokens of a head. Backward, it takes several tiles in turn, since each
+program leaves a share of the weight's gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arguments import (
+    arithmetic_of,
+    constant,
+    empty_like_rows,
+    feature_map_of,
+    next_power_of_2,
+    rows,
+)
+from .features import activate, clamp, load_weight, project
+from .launch import launch, tiles_for
+from .map_gradient import MapTile, map_gradient, store_map_gradients
+from .problem import Map, Rows, Sides
+from .tokens import load_tile, store_tile
+
+
+class Maps(NamedTuple):
+    """A feature map of all tokens of x."""
+
+    x: Rows
+    map: Map
+    arithmetic: Any
+    tokens: Any  # T
+    heads: Any  # constants from here on
+    chunk: Any  # tokens of a tile
+    block_d: Any
+    steps: Any  # tiles of a program
+
+
+@triton.jit
+def program_rows(p):
+    """(head, row of the batch, first token) of a program."""
+    head, batch = tl.program_id(1) % p.heads, tl.program_id(1) // p.heads
+    return head, batch, tl.program_id(0) * (p.steps * p.chunk)
+
+
+@triton.jit
+def tile_rows(x, batch, head, tokens):
+    """Pointers to the rows of a tile."""
+    base = x.pointer + batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
+    return base + tokens.to(tl.int64) * x.token
+
+
+@triton.jit
+def map_of_rows(p, rows, valid, weight, head):
+    """The tile of x at ``rows`` and its unclamped features."""
+    x = load_tile(rows, valid, 0, p.x.width, p.block_d)
+    z, half_norm = project(x, rows, valid, weight, p.map, head, p.arithmetic)
+    return MapTile(x, rows, valid, z, activate(z, half_norm, p.map), weight)
+
+
+@triton.jit
+def feature_map_forward(p, y):
+    """y = phi(x)."""
+    f = p.map
+    head, batch, start = program_rows(p)
+    weight = load_weight(f, head, p.arithmetic, p.block_d)
+    for step in range(p.steps):
+        tokens = start + step * p.chunk + tl.arange(0, p.chunk)
+        valid = tokens < p.tokens
+        phi = clamp(map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head).phi, f)
+        y_rows = tile_rows(y, batch, head, tokens)
+        store_tile(y_rows, phi.plus, valid, 0, f.width, f.block)
+        if f.two_sided:
+            store_tile(y_rows + f.width, phi.minus, valid, 0, f.width, f.block)
+
+
+@triton.jit
+def feature_map_gradients(p, dy, dx, d_weight, d_bias):
+    """dx, and every program's share of the parameters' gradients."""
+    f = p.map
+    head, batch, start = program_rows(p)
+    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    weight = load_weight(f, head, p.arithmetic, p.block_d)
+    own = d_weight + program * (f.head_dim * f.width)
+    dw, db = None, None
+    if f.resident:
+        dw = tl.zeros((p.block_d, f.block), tl.float32)
+    if d_bias is not None:
+        db = tl.zeros((f.block,), tl.float32)
+    for step in range(p.steps):
+        tokens = start + step * p.chunk + tl.arange(0, p.chunk)
+        valid = tokens < p.tokens
+        tile = map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head)
+        dy_rows = tile_rows(dy, batch, head, tokens)
+        plus = load_tile(dy_rows, valid, 0, f.width, f.block).to(tl.float32)
+        minus = None
+        if f.two_sided:
+            minus = load_tile(dy_rows + f.width, valid, 0, f.width, f.block).to(tl.float32)
+        grad = tl.zeros((p.chunk, p.block_d), tl.float32)
+        grad, dw, dz = map_gradient(p, tile, f, head, Sides(plus, minus), grad, dw, own)
+        if d_bias is not None:
+            db += tl.sum(dz, 0)
+        store_tile(tile_rows(dx, batch, head, tokens), grad, valid, 0, p.x.width, p.block_d)
+    store_map_gradients(p, f, dw, db, own, d_bias, program)
+
+
+BACKWARD_STEPS = 16  # a share of the weight's gradient for every 16 tiles
+
+
+def maps_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, codes: tuple, kernel: str, steps: int
+) -> tuple[Maps, tuple[int, int], dict[str, int]]:
+    """(the arguments of a kernel, its grid, its options)."""
+    batch, heads, length, head_dim = x.shape
+    tiles = tiles_for(kernel, x, weight, x)
+    problem = Maps(
+        rows(x),
+        feature_map_of(weight, bias, heads, head_dim, codes, tiles),
+        arithmetic_of(x.dtype),
+        length,
+        *map(constant, (heads, tiles.chunk, next_power_of_2(head_dim), steps)),
+    )
+    grid = -(-length // (tiles.chunk * steps)), batch * heads
+    return problem, grid, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+
+
+def feature_map(x: Tensor, weight: Tensor, bias: Tensor | None, *codes: float) -> Tensor:
+    """phi(x)."""
+    problem, grid, options = maps_of(x, weight, bias, codes, "feature_map", 1)
+    f = problem.map
+    y = empty_like_rows(x, f.width.value * (2 if f.two_sided.value else 1))
+    launch(feature_map_forward, grid, problem, rows(y), **options)
+    return y
+
+
+def feature_map_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *codes: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias); the last is empty without a bias."""
+    problem, grid, options = maps_of(x, weight, bias, codes, "feature_map", BACKWARD_STEPS)
+    dx = empty_like_rows(x, x.shape[3])
+    shares = weight.new_zeros(x.shape[0], x.shape[1], grid[0], *weight.shape[1:])
+    bias_shares = None if bias is None else weight.new_empty(*shares.shape[:3], weight.shape[2])
+    launch(feature_map_gradients, grid, problem, rows(dy), rows(dx), shares, bias_shares, **options)
+
+    def of_heads(x: Tensor) -> Tensor:
+        return x.sum((0, 2)).unflatten(0, (weight.shape[0], -1)).sum(1)
+
+    d_bias = weight.new_empty(0) if bias_shares is None else of_heads(bias_shares)
+    return dx, of_heads(shares), d_bias

@@ -1,0 +1,65 @@
+"""How kernels are launched: tile sizes by shape, and the one place that calls Triton's launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A launch configuration."""
+
+    chunk: int  # C, tokens of a chunk and keys of a tile
+    block_v: int  # columns of V that a program takes
+    num_warps: int
+    num_stages: int = 2
+    resident: bool = True  # feature weights are one tile each, loaded once
+    slice: int = 64  # else the columns of x that are projected at a time
+
+
+def precision() -> str:
+    """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+# Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before.
+SEGMENT_CHUNKS = 16
+ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
+
+
+def segment_chunks(chunks: int, programs: int) -> int:
+    """The chunks of a segment: all, where there are programs enough without dividing sequences."""
+    if programs >= ENOUGH_PROGRAMS or chunks <= SEGMENT_CHUNKS:
+        return max(chunks, 1)
+    return SEGMENT_CHUNKS
+
+
+def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:
+    """The launch configuration of a kernel, "forward" or "backward", for the shapes of a call."""
+    head_dim, value_dim = _tile(q.shape[3]), _tile(v.shape[3])
+    width = head_dim if weight is None else _tile(weight.shape[2])
+    chunk = 32 if max(head_dim, width) <= 128 else 16
+    resident = head_dim * width <= 128 * 64
+    return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
+
+
+def _tile(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options)."""
+    if 0 not in grid:
+        _run(kernel, grid, args, options)
+
+
+def _triton(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:
+    kernel[grid](*args, **options)
+
+
+_run: Callable[..., None] = _triton

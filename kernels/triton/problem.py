@@ -1,0 +1,148 @@
+"""What a launch is about, as the kernels see it: tensors, windows, maps and tile sizes.
+
+Kernels take these tuples whole. Their members are pointers, numbers, and compile-time constants
+(wrapped in tl.constexpr by the functions of arguments.py); an absent tensor is None, and code that
+asks ``is None`` is resolved when the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton.language as tl
+
+# The codes of the C ABI, in its order.
+SOFTMAX = tl.constexpr(0)
+EXP = tl.constexpr(1)
+ELU1 = tl.constexpr(2)
+RELU = tl.constexpr(3)
+IDENTITY = tl.constexpr(4)
+FAVOR = tl.constexpr(5)
+SLIDING = tl.constexpr(0)
+TERRACE = tl.constexpr(1)
+
+INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is an instruction
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Rows(NamedTuple):
+    """[B, H, T, width]: a pointer and strides in elements; the last dimension is contiguous."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    token: Any
+    width: Any  # constant
+
+
+class Map(NamedTuple):
+    """A feature map (SPEC 1). Without a weight the input itself is the feature."""
+
+    weight: Any  # [Hf, D, f] fp32, contiguous, or None
+    bias: Any  # [Hf, f] or None
+    eps: Any
+    group: Any  # constants from here on: query heads per map
+    activation: Any
+    two_sided: Any
+    skip: Any
+    head_dim: Any  # D
+    width: Any  # f
+    block: Any  # f, rounded up to a tile
+    resident: Any  # whether the weight is one tile that stays with the program
+    slice: Any  # else how many columns of x are projected at a time
+
+
+class Sequences(NamedTuple):
+    """N sequences: the rows of a batch, ranges of one packed row, or the real tokens of rows."""
+
+    tokens: Any  # T
+    bounds: Any  # cu_seqlens [N + 1], or None
+    index: Any  # [N, T] int32, the token at each position of a padded row, or None
+    lengths: Any  # [N] int32, how many positions a padded row has, or None
+
+
+class Window(NamedTuple):
+    """Windows and sinks (SPEC 2), and what follows from them for chunks of C tokens.
+
+    Chunk c of the queries weighs the tiles of keys from first_tile(c) to c pair by pair; the state
+    holds those before.
+    """
+
+    size: Any  # w, and 0 without a window
+    kind: Any
+    sink: Any
+    sink_block: Any  # s, rounded up to a tile
+    lag: Any  # c - first_tile(c) where that is the same for all c and at most 1, else 2
+    near_linear: Any  # whether tile c can hold keys that are weighed by features
+    far_linear: Any  # whether an older tile can
+
+
+class Arithmetic(NamedTuple):
+    """Products of computed tiles (features, weights, states): their dtype and precision."""
+
+    dtype: Any
+    precision: Any
+
+
+class Problem(NamedTuple):
+    """An attention: hybrid (SPEC 3) with a gate, linear (SPEC 4) without."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    map_q: Map
+    map_k: Map
+    gate: Any  # [H] or None
+    scale: Any
+    sequences: Sequences
+    window: Window
+    arithmetic: Arithmetic
+    affine: Any  # constants from here on
+    heads: Any  # H
+    group: Any  # query heads per key/value head
+    chunk: Any  # C, tokens of a chunk and keys of a tile
+    block_d: Any  # D, rounded up to a tile
+    block_v: Any  # columns of V that a program takes
+    slices: Any  # programs that share a head's columns of V
+    segments: Any  # programs that share a sequence
+    segment_chunks: Any  # chunks of each
+
+
+class Place(NamedTuple):
+    """What a program works on."""
+
+    n: Any  # sequence
+    batch: Any  # its row
+    first: Any  # its first token in the row
+    length: Any
+    head: Any  # query head
+    part: Any  # slice of V
+    column: Any  # its first column
+    segment: Any
+    slot: Any  # number of the (sequence, head, segment)
+
+
+class Sides(NamedTuple):
+    """Something for each side of a two-sided feature map; minus is None for one-sided ones.
+
+    The sides are two tiles, not one of twice the width: each is normalised by itself.
+    """
+
+    plus: Any
+    minus: Any
+
+
+class State(NamedTuple):
+    """BLOCK_V columns of a recurrent state (SPEC 5)."""
+
+    kv: Sides  # [f, BLOCK_V] each
+    ksum: Sides  # [f]
+
+
+class Sums(NamedTuple):
+    """Of the queries of a chunk: the maximum in units of log2 e, denominator and numerator."""
+
+    m: Any  # [C]
+    den: Any  # [C]
+    acc: Any  # [C, BLOCK_V]

@@ -1,0 +1,67 @@
+"""Which keys a query attends by softmax and which by features, in tiles (SPEC 2)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .problem import SLIDING
+
+
+@triton.jit
+def window_start(w, i):
+    """e(i)."""
+    if w.size == 0:
+        return i + 1
+    elif w.kind == SLIDING:
+        return tl.maximum(i - (w.size - 1), 0)
+    else:
+        return tl.maximum((i // w.size - 1) * w.size, 0)
+
+
+@triton.jit
+def first_tile(p, c):
+    """The oldest tile of keys that chunk c weighs pair by pair: the state holds those before."""
+    if p.window.size == 0:
+        return c
+    else:
+        return window_start(p.window, c * p.chunk) // p.chunk
+
+
+@triton.jit
+def end_chunk(p, t):
+    """The first chunk whose state holds tile t: the smallest c with first_tile(c) > t."""
+    w = p.window
+    key = (t + 1) * p.chunk  # e(c C) has to reach it
+    if w.size == 0:
+        return t + 1
+    elif w.kind == SLIDING:
+        return tl.cdiv(key + w.size - 1, p.chunk)
+    else:
+        return tl.cdiv((tl.cdiv(key, w.size) + 1) * w.size, p.chunk)
+
+
+@triton.jit
+def pair_masks(p, at, i, j):
+    """Of queries at positions i and keys at j: which pairs are in W, which in N; no sinks."""
+    w = p.window
+    known = (j >= w.sink) & (j < at.length)
+    causal = (j[None, :] <= i[:, None]) & known[None, :]
+    if w.size == 0:
+        return causal & (j[None, :] < 0), causal
+    else:
+        near = j[None, :] >= window_start(w, i)[:, None]
+        return causal & near, causal & (near == 0)
+
+
+@triton.jit
+def sink_mask(p, at, i, j):
+    """Which pairs of queries at i and keys at j are attended because j is a sink."""
+    sinks = (j < p.window.sink) & (j < at.length)
+    return (j[None, :] <= i[:, None]) & sinks[None, :]
+
+
+@triton.jit
+def folds(p, tokens):
+    """Which of a tile of keys enter the state: sinks do not."""
+    return tokens.valid & (tokens.position >= p.window.sink)
