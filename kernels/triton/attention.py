@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .arguments import Plan, constant, empty_like_rows, rows
+from .arguments import Plan, empty_like_rows, rows
 from .backward import Incoming, Parts, RowGradients, backward_keys, backward_queries
 from .backward import segment_gradients as segment_gradients_kernel
 from .forward import attention_forward, exclusive_sums, segment_sums

@@ -33,26 +33,21 @@ import triton.language as tl
 
 from .features import (
     activate,
+    activate_side,
     clamp,
+    clamp_side,
     dot_rows,
     keep_rows,
     load_weight,
     product,
     project,
+    scaled,
     times,
 )
-from .forward import (
-    absorb_tiles,
-    key_features,
-    linear_factor,
-    linear_weights,
-    log2_gate,
-    query_features,
-    scores,
-)
+from .forward import linear_factor, linear_weights, log2_gate, scores
 from .map_gradient import MapTile, map_gradient, store_map_gradients
 from .problem import INF, Rows, Sides, State
-from .state import absorb, empty_state, ksum_rows, load_state, store_state
+from .state import absorb, absorb_tiles, empty_state, key_features, load_state, store_state
 from .tokens import (
     chunk_range,
     load_k,
@@ -99,7 +94,7 @@ class Queries(NamedTuple):
     """A chunk of queries and what came in for them."""
 
     q: Any  # [C, BLOCK_D]
-    g: Any  # [C, BLOCK_V] fp32
+    g: Any  # [C, BLOCK_V]
     delta: Any  # [C]
     m: Any  # [C]
     tie: Any  # [C]
@@ -107,13 +102,13 @@ class Queries(NamedTuple):
 
 @triton.jit
 def map_tile(p, x, rows, valid, weight, f, head):
-    z, half_norm = project(x, rows, valid, weight, f, head, p.arithmetic)
-    return MapTile(x, rows, valid, z, activate(z, half_norm, f), weight)
+    z = project(x, rows, valid, weight, f, head, p.arithmetic)
+    return MapTile(x, rows, valid, z, weight)
 
 
 @triton.jit
 def incoming_of(p, at, incoming, tokens):
-    """(g [C, BLOCK_V], delta [C]) of a chunk of queries."""
+    """(g [C, BLOCK_V] as an operand, delta [C]) of a chunk of queries."""
     do_rows = rows_of(incoming.do, at.batch, at.head, tokens)
     g = load_tile(do_rows, tokens.valid, at.column, p.v.width, p.block_v).to(tl.float32)
     own = statistic(p, at, tokens)
@@ -136,7 +131,7 @@ def incoming_of(p, at, incoming, tokens):
         inverse = 1.0 / tl.load(incoming.den + own, mask=tokens.valid, other=1.0)
         g *= inverse[:, None]
         delta *= inverse
-    return g, delta
+    return g.to(p.arithmetic.dtype), delta
 
 
 @triton.jit
@@ -215,14 +210,14 @@ def far_pairs(p, at, g, delta, c, i, weight_k, d_phi):
     start = first_tile(p, c)
     for t in range(start, tl.minimum(c, tl.cdiv(near, p.chunk))):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
         inside, outside = pair_masks(p, at, i, tokens.position)
-        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), phi_k, outside, d_phi)
+        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), keys.phi, outside, d_phi)
     return d_phi
 
 
 @triton.jit
-def row_maximum(p, at, q, k, k_old, old, i, c):
+def row_maximum(p, at, q, k, k_old, i, c):
     """The largest score of every query's window in units of log2 e (0 if empty), and its count."""
     m = tl.full((p.chunk,), -INF, tl.float32)
     count = tl.zeros((p.chunk,), tl.float32)
@@ -234,7 +229,7 @@ def row_maximum(p, at, q, k, k_old, old, i, c):
         inside, outside = pair_masks(p, at, i, i)
         m, count = largest_score(m, count, scores(p, q, k), inside)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, at, i, old.position)
+            inside, outside = pair_masks(p, at, i, i - p.chunk)
             m, count = largest_score(m, count, scores(p, q, k_old), inside)
         elif p.window.lag == 2:
             for t in range(first_tile(p, c), c):
@@ -243,6 +238,24 @@ def row_maximum(p, at, q, k, k_old, old, i, c):
                 s = scores(p, q, load_k(p, at, tokens))
                 m, count = largest_score(m, count, s, inside)
     return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
+
+
+@triton.jit
+def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, dq):
+    """dq with the pairs in the windows of a chunk."""
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, at, i, i)
+        dq, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, dq)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, at, i, i - p.chunk)
+            dq, weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g, dq)
+        elif p.window.lag == 2:
+            for t in range(first_tile(p, c), c):
+                far = tokens_at(p, at, t * p.chunk, p.chunk)
+                inside, outside = pair_masks(p, at, i, far.position)
+                k_far, v_far = load_k(p, at, far), load_v(p, at, far)
+                dq, weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g, dq)
+    return dq
 
 
 @triton.jit
@@ -256,27 +269,26 @@ def backward_queries(
     program, or None; d_weight must be zero where map_q is not resident.
     """
     at = place_of(p)
-    w, f = p.window, p.map_q
     begin, end = chunk_range(p, at)
     program = tl.program_id(0).to(tl.int64)
-    weight_q = load_weight(f, at.head, p.arithmetic, p.block_d)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot)
     dw, db = None, None
     own_weight = None
     if d_weight is not None:
-        own_weight = d_weight + program * (f.head_dim * f.width)
-        if f.resident:
-            dw = tl.zeros((p.block_d, f.block), tl.float32)
+        own_weight = d_weight + program * (p.map_q.head_dim * p.map_q.width)
+        if p.map_q.resident:
+            dw = tl.zeros((p.block_d, p.map_q.block), tl.float32)
     if d_bias is not None:
-        db = tl.zeros((f.block,), tl.float32)
+        db = tl.zeros((p.map_q.block,), tl.float32)
     total_dm = tl.zeros((p.chunk,), tl.float32)
     if dk_sink is not None:
-        dk_first = tl.zeros((w.sink_block, p.block_d), tl.float32)
-        dv_first = tl.zeros((w.sink_block, p.block_v), tl.float32)
-    old, k_old, v_old = None, None, None
-    if w.lag == 1:
+        dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
+        dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
+    k_old, v_old = None, None
+    if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
         k_old, v_old = load_k(p, at, old), load_v(p, at, old)
 
@@ -286,89 +298,72 @@ def backward_queries(
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
         g, delta = incoming_of(p, at, incoming, tokens)
-        tile = map_tile(p, q, q_rows, tokens.valid, weight_q, f, at.head)
-
-        d_phi = state_product(g, -delta, state, p.arithmetic)
-        phi_k, phi_old = None, None
-        if w.near_linear:
-            phi_k = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, at, i, i)
-            d_phi = linear_pairs(p, g, delta, v, phi_k, outside, d_phi)
-        if w.lag == 1:
-            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
-            phi_old = key_features(p, at, old, k_old, weight_k)
-            if w.far_linear:
-                inside, outside = pair_masks(p, at, i, old.position)
-                d_phi = linear_pairs(p, g, delta, v_old, phi_old, outside, d_phi)
-        elif w.lag == 2 and w.far_linear:
-            d_phi = far_pairs(p, at, g, delta, c, i, weight_k, d_phi)
-        d_phi = times(d_phi, factor)
-        dm = tl.where(tokens.valid, dot_rows(clamp(tile.phi, f), d_phi), 0.0)
-        total_dm += dm
-
-        grad = None
-        if dq is not None:
-            grad = tl.zeros((p.chunk, p.block_d), tl.float32)
-            if w.size > 0 or w.sink > 0:
-                m, count = row_maximum(p, at, q, k, k_old, old, i, c)
-                queries = Queries(q, g, delta, m, dm / count)
-                if w.sink > 0:
-                    first = tokens_at(p, at, 0, w.sink_block)
-                    inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
-                    keys, values = load_k(p, at, first), load_v(p, at, first)
-                    grad, weights, ds = softmax_pairs(
-                        p, queries, keys, values, inside, log2_g, grad
-                    )
-                    dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
-                    dv_first = product(tl.trans(weights), g, dv_first, p.arithmetic)
-                if w.size > 0:
-                    inside, outside = pair_masks(p, at, i, i)
-                    grad, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, grad)
-                    if w.lag == 1:
-                        inside, outside = pair_masks(p, at, i, old.position)
-                        grad, weights, ds = softmax_pairs(
-                            p, queries, k_old, v_old, inside, log2_g, grad
-                        )
-                    elif w.lag == 2:
-                        for t in range(first_tile(p, c), c):
-                            far = tokens_at(p, at, t * p.chunk, p.chunk)
-                            keys, values = load_k(p, at, far), load_v(p, at, far)
-                            inside, outside = pair_masks(p, at, i, far.position)
-                            grad, weights, ds = softmax_pairs(
-                                p, queries, keys, values, inside, log2_g, grad
-                            )
-                own = statistic(p, at, tokens)
-                part = own + at.part.to(tl.int64) * left.slice
-                tl.store(left.tie + part, dm / count, mask=tokens.valid)
-                if at.part == 0:
-                    tl.store(left.m + own, m, mask=tokens.valid)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
         tl.store(left.delta + part, delta, mask=tokens.valid)
 
-        grad, dw, dz = map_gradient(p, tile, f, at.head, d_phi, grad, dw, own_weight)
-        if d_bias is not None:
-            db += tl.sum(dz, 0)
-        if dq is not None:
-            rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
-            store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
-
-        if w.lag == 0:
-            state = absorb(state, keep_rows(phi_k, folds(p, tokens)), v, p.arithmetic)
-        elif w.lag == 1:
-            state = absorb(state, keep_rows(phi_old, folds(p, old)), v_old, p.arithmetic)
-            k_old, v_old = k, v
+        d_phi = state_product(g, -delta, state, p.arithmetic)
+        if p.window.near_linear:
+            keys = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, at, i, i)
+            d_phi = linear_pairs(p, g, delta, v, keys.phi, outside, d_phi)
+        if p.window.lag == 1:
+            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
+            old_keys = key_features(p, at, old, k_old, weight_k)
+            if p.window.far_linear:
+                inside, outside = pair_masks(p, at, i, old.position)
+                d_phi = linear_pairs(p, g, delta, v_old, old_keys.phi, outside, d_phi)
+        elif p.window.lag == 2 and p.window.far_linear:
+            d_phi = far_pairs(p, at, g, delta, c, i, weight_k, d_phi)
+        if p.window.lag == 0:
+            state = absorb(state, keys, v, p.arithmetic)
+        elif p.window.lag == 1:
+            state = absorb(state, old_keys, v_old, p.arithmetic)
         else:
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
 
-    store_map_gradients(p, f, dw, db, own_weight, d_bias, program)
+        d_phi = times(d_phi, factor)
+        tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
+        phi = activate(tile.z, p.map_q)
+        dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
+        total_dm += dm
+        grad = None
+        if dq is not None:
+            grad = tl.zeros((p.chunk, p.block_d), tl.float32)
+        grad, dw, dz = map_gradient(p, tile, phi, p.map_q, at.head, d_phi, grad, dw, own_weight)
+        if d_bias is not None:
+            db += tl.sum(dz, 0)
+
+        if dq is not None:
+            if p.window.size > 0 or p.window.sink > 0:
+                m, count = row_maximum(p, at, q, k, k_old, i, c)
+                queries = Queries(q, g, delta, m, dm / count)
+                tl.store(left.tie + part, queries.tie, mask=tokens.valid)
+                if at.part == 0:
+                    tl.store(left.m + statistic(p, at, tokens), m, mask=tokens.valid)
+                if p.window.sink > 0:
+                    first = tokens_at(p, at, 0, p.window.sink_block)
+                    inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
+                    keys_first, v_first = load_k(p, at, first), load_v(p, at, first)
+                    grad, weights, ds = softmax_pairs(
+                        p, queries, keys_first, v_first, inside, log2_g, grad
+                    )
+                    dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
+                    dv_first = product(tl.trans(weights), g, dv_first, p.arithmetic)
+                grad = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, grad)
+            rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
+            store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
+        if p.window.lag == 1:
+            k_old, v_old = k, v
+
+    store_map_gradients(p, p.map_q, dw, db, own_weight, d_bias, program)
     if d_gate is not None:
         tl.store(d_gate + program, tl.sum(total_dm, 0))
     if dk_sink is not None:
-        r, d = tl.arange(0, w.sink_block), tl.arange(0, p.block_d)
-        cells = dk_sink + (program * w.sink_block + r)[:, None] * p.block_d + d[None, :]
+        r, d = tl.arange(0, p.window.sink_block), tl.arange(0, p.block_d)
+        cells = dk_sink + (program * p.window.sink_block + r)[:, None] * p.block_d + d[None, :]
         tl.store(cells, dk_first)
         column = tl.arange(0, p.block_v)
-        cells = dv_sink + (program * w.sink_block + r)[:, None] * p.block_v + column[None, :]
+        cells = dv_sink + (program * p.window.sink_block + r)[:, None] * p.block_v + column[None, :]
         tl.store(cells, dv_first)
 
 
@@ -395,34 +390,65 @@ class KeyPass(NamedTuple):
 
 
 @triton.jit
-def add_queries(p, at, sums, queries, i, phi_q, k, v, phi_k, j, log2_g):
-    """sums with a chunk of queries; phi_q, times lambda, is None where no pair is linear."""
-    inside, outside = pair_masks(p, at, i, j)
-    dk, dv, d_phi = sums.dk, sums.dv, sums.d_phi
-    if dk is not None and p.window.size > 0:
+def add_softmax_queries(p, at, sums, queries, i, k, v, j, log2_g):
+    """sums with the softmax pairs of a chunk of queries."""
+    if sums.dk is None or p.window.size == 0:
+        return sums
+    else:
+        inside, outside = pair_masks(p, at, i, j)
         unused, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, None)
-        dk = product(tl.trans(ds), queries.q, dk, p.arithmetic)
-        dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
-    if phi_q is not None:
-        da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
-        d_phi = add_product(tl.trans(da), phi_q, d_phi, p.arithmetic)
-        if dv is not None:
-            weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
-            dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
-    return KeyPass(dk, dv, d_phi)
+        dk = product(tl.trans(ds), queries.q, sums.dk, p.arithmetic)
+        dv = product(tl.trans(weights), queries.g, sums.dv, p.arithmetic)
+        return KeyPass(dk, dv, sums.d_phi)
 
 
 @triton.jit
-def absorb_queries(state, phi_q, queries, arithmetic):
+def add_linear_queries(p, at, sums, queries, i, phi_q, v, phi_k, j):
+    """sums with the pairs of a chunk of queries that are weighed by features."""
+    inside, outside = pair_masks(p, at, i, j)
+    da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
+    d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
+    if sums.dv is None:
+        return KeyPass(sums.dk, sums.dv, d_phi)
+    else:
+        weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
+        dv = product(tl.trans(weights), queries.g, sums.dv, p.arithmetic)
+        return KeyPass(sums.dk, dv, d_phi)
+
+
+class QueryFeatures(NamedTuple):
+    """lambda phi_q of a chunk as operands, and -sum_i lambda phi_q_i delta_i."""
+
+    phi: Sides  # [C, f]
+    total: Sides  # [f]
+
+
+@triton.jit
+def query_features(p, at, tokens, queries, weight_q, factor):
+    rows = rows_of(p.q, at.batch, at.head, tokens)
+    z = project(queries.q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
+    delta = queries.delta[:, None]
+    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
+    phi, total = plus.to(p.arithmetic.dtype), -tl.sum(plus * delta, 0)
+    if p.map_q.two_sided:
+        minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
+        return QueryFeatures(
+            Sides(phi, minus.to(p.arithmetic.dtype)), Sides(total, -tl.sum(minus * delta, 0))
+        )
+    else:
+        return QueryFeatures(Sides(phi, None), Sides(total, None))
+
+
+@triton.jit
+def absorb_queries(state, features, queries, arithmetic):
     """The state's gradient with phi_q g^T and -phi_q delta of a chunk."""
-    weighted = Sides(phi_q.plus * -queries.delta[:, None], None)
-    kv = product(tl.trans(phi_q.plus), queries.g, state.kv.plus, arithmetic)
-    ksum = state.ksum.plus + tl.sum(weighted.plus, 0)
-    if phi_q.minus is None:
+    kv = product(tl.trans(features.phi.plus), queries.g, state.kv.plus, arithmetic)
+    ksum = state.ksum.plus + features.total.plus
+    if features.phi.minus is None:
         return State(Sides(kv, None), Sides(ksum, None))
     else:
-        kv_minus = product(tl.trans(phi_q.minus), queries.g, state.kv.minus, arithmetic)
-        ksum_minus = state.ksum.minus + tl.sum(phi_q.minus * -queries.delta[:, None], 0)
+        kv_minus = product(tl.trans(features.phi.minus), queries.g, state.kv.minus, arithmetic)
+        ksum_minus = state.ksum.minus + features.total.minus
         return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
 
 
@@ -432,8 +458,8 @@ def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
     for c in range(begin, end):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
-        phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
-        state = absorb_queries(state, phi_q, queries, p.arithmetic)
+        features = query_features(p, at, tokens, queries, weight_q, factor)
+        state = absorb_queries(state, features, queries, p.arithmetic)
     return state
 
 
@@ -445,18 +471,11 @@ def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, j, weight_q, fa
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
         i = tokens.position
-        sums = add_queries(p, at, sums, queries, i, None, k, v, phi_k, j, log2_g)
+        sums = add_softmax_queries(p, at, sums, queries, i, k, v, j, log2_g)
         if p.window.far_linear:
             if t * p.chunk < window_start(p.window, c * p.chunk + p.chunk - 1):
-                phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
-                inside, outside = pair_masks(p, at, i, j)
-                da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
-                d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
-                dv = sums.dv
-                if dv is not None:
-                    weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
-                    dv = product(tl.trans(weights), queries.g, dv, p.arithmetic)
-                sums = KeyPass(sums.dk, dv, d_phi)
+                features = query_features(p, at, tokens, queries, weight_q, factor)
+                sums = add_linear_queries(p, at, sums, queries, i, features.phi, v, phi_k, j)
     return sums
 
 
@@ -471,24 +490,23 @@ def backward_keys(
     F, V] and [N, H, F], or None. The rest is as in backward_queries.
     """
     at = place_of(p)
-    w, f = p.window, p.map_k
     begin, end = chunk_range(p, at)
     program = tl.program_id(0).to(tl.int64)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
-    weight_k = load_weight(f, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
     state = load_state(p, at, dkv1, dksum1, at.slot)
     dw, db = None, None
     own_weight = None
     if d_weight is not None:
-        own_weight = d_weight + program * (f.head_dim * f.width)
-        if f.resident:
-            dw = tl.zeros((p.block_d, f.block), tl.float32)
+        own_weight = d_weight + program * (p.map_k.head_dim * p.map_k.width)
+        if p.map_k.resident:
+            dw = tl.zeros((p.block_d, p.map_k.block), tl.float32)
     if d_bias is not None:
-        db = tl.zeros((f.block,), tl.float32)
+        db = tl.zeros((p.map_k.block,), tl.float32)
     WITH_INPUTS: tl.constexpr = dk is not None
     newer = None
-    if w.lag == 1:
+    if p.window.lag == 1:
         newer = load_queries(
             p, at, left, incoming, tokens_at(p, at, end * p.chunk, p.chunk), WITH_INPUTS
         )
@@ -499,45 +517,54 @@ def backward_keys(
         j = tokens.position
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-        tile = map_tile(p, k, k_rows, tokens.valid, weight_k, f, at.head)
-        phi_k = keep_rows(clamp(tile.phi, f), folds(p, tokens))
+        keys = key_features(p, at, tokens, k, weight_k)
         ones = tl.full((p.chunk,), 1.0, tl.float32)
         d_phi = state_product(v, ones, state, p.arithmetic)
         if WITH_INPUTS:
-            key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
-            if f.two_sided:
-                key_dv = product(phi_k.minus, state.kv.minus, key_dv, p.arithmetic)
+            key_dv = product(keys.phi.plus, state.kv.plus, None, p.arithmetic)
+            if p.map_k.two_sided:
+                key_dv = product(keys.phi.minus, state.kv.minus, key_dv, p.arithmetic)
             key_dk = tl.zeros((p.chunk, p.block_d), tl.float32)
             sums = KeyPass(key_dk, key_dv, d_phi)
         else:
             sums = KeyPass(None, None, d_phi)
 
         queries = load_queries(p, at, left, incoming, tokens, WITH_INPUTS)
-        phi_q = None
-        if w.near_linear:
-            phi_q = times(query_features(p, at, tokens, queries.q, weight_q), factor)
-        sums = add_queries(p, at, sums, queries, j, phi_q, k, v, phi_k, j, log2_g)
-        if w.lag == 1:
+        sums = add_softmax_queries(p, at, sums, queries, j, k, v, j, log2_g)
+        if p.window.near_linear:
+            near = query_features(p, at, tokens, queries, weight_q, factor)
+            sums = add_linear_queries(p, at, sums, queries, j, near.phi, v, keys.phi, j)
+        if p.window.lag == 0:
+            state = absorb_queries(state, near, queries, p.arithmetic)
+        elif p.window.lag == 1:
             after = tokens_at(p, at, (t + 1) * p.chunk, p.chunk)
-            phi_new = times(query_features(p, at, after, newer.q, weight_q), factor)
-            phi_far = phi_new
-            if not w.far_linear:
-                phi_far = None
-            sums = add_queries(p, at, sums, newer, after.position, phi_far, k, v, phi_k, j, log2_g)
-        elif w.lag == 2:
+            i = after.position
+            sums = add_softmax_queries(p, at, sums, newer, i, k, v, j, log2_g)
+            far = query_features(p, at, after, newer, weight_q, factor)
+            if p.window.far_linear:
+                sums = add_linear_queries(p, at, sums, newer, i, far.phi, v, keys.phi, j)
+            state = absorb_queries(state, far, newer, p.arithmetic)
+            newer = queries
+        else:
             sums = add_far_queries(
-                p, at, sums, t, left, incoming, k, v, phi_k, j, weight_q, factor, log2_g
+                p, at, sums, t, left, incoming, k, v, keys.phi, j, weight_q, factor, log2_g
             )
+            if t > 0:
+                last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
+                first = tl.minimum(end_chunk(p, t - 1), last)
+                state = absorb_chunks(p, at, state, first, last, left, incoming, weight_q, factor)
 
         d_phi = keep_rows(sums.d_phi, folds(p, tokens))
-        grad, dw, dz = map_gradient(p, tile, f, at.head, d_phi, sums.dk, dw, own_weight)
+        tile = map_tile(p, k, k_rows, tokens.valid, weight_k, p.map_k, at.head)
+        phi = activate(tile.z, p.map_k)
+        grad, dw, dz = map_gradient(p, tile, phi, p.map_k, at.head, d_phi, sums.dk, dw, own_weight)
         if d_bias is not None:
             db += tl.sum(dz, 0)
         if WITH_INPUTS:
             group = (at.head % p.group).to(tl.int64)
             key_dv = sums.dv
             if dk_sink is not None:
-                if t * p.chunk < w.sink:
+                if t * p.chunk < p.window.sink:
                     grad, key_dv = add_sink_gradients(p, at, dk_sink, dv_sink, j, grad, key_dv)
             rows = rows_of(dk.rows, at.batch, at.head // p.group, tokens)
             rows += (at.part * p.group + group) * dk.stride
@@ -545,17 +572,7 @@ def backward_keys(
             rows = rows_of(dv.rows, at.batch, at.head // p.group, tokens) + group * dv.stride
             store_tile(rows, key_dv, tokens.valid, at.column, p.v.width, p.block_v)
 
-        if w.lag == 0:
-            state = absorb_queries(state, phi_q, queries, p.arithmetic)
-        elif w.lag == 1:
-            state = absorb_queries(state, phi_new, newer, p.arithmetic)
-            newer = queries
-        elif t > 0:
-            last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
-            first = tl.minimum(end_chunk(p, t - 1), last)
-            state = absorb_chunks(p, at, state, first, last, left, incoming, weight_q, factor)
-
-    store_map_gradients(p, f, dw, db, own_weight, d_bias, program)
+    store_map_gradients(p, p.map_k, dw, db, own_weight, d_bias, program)
     if dkv0 is not None:
         if at.segment == 0:
             store_state(p, at, dkv0, dksum0, at.n * p.heads + at.head, state)

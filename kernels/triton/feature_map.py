@@ -56,56 +56,58 @@ def tile_rows(x, batch, head, tokens):
 
 @triton.jit
 def map_of_rows(p, rows, valid, weight, head):
-    """The tile of x at ``rows`` and its unclamped features."""
+    """The tile of x at ``rows``, projected."""
     x = load_tile(rows, valid, 0, p.x.width, p.block_d)
-    z, half_norm = project(x, rows, valid, weight, p.map, head, p.arithmetic)
-    return MapTile(x, rows, valid, z, activate(z, half_norm, p.map), weight)
+    z = project(x, rows, valid, weight, p.map, head, p.arithmetic)
+    return MapTile(x, rows, valid, z, weight)
 
 
 @triton.jit
 def feature_map_forward(p, y):
     """y = phi(x)."""
-    f = p.map
     head, batch, start = program_rows(p)
-    weight = load_weight(f, head, p.arithmetic, p.block_d)
+    weight = load_weight(p.map, head, p.arithmetic, p.block_d)
     for step in range(p.steps):
         tokens = start + step * p.chunk + tl.arange(0, p.chunk)
         valid = tokens < p.tokens
-        phi = clamp(map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head).phi, f)
+        tile = map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head)
+        phi = clamp(activate(tile.z, p.map), p.map)
         y_rows = tile_rows(y, batch, head, tokens)
-        store_tile(y_rows, phi.plus, valid, 0, f.width, f.block)
-        if f.two_sided:
-            store_tile(y_rows + f.width, phi.minus, valid, 0, f.width, f.block)
+        store_tile(y_rows, phi.plus, valid, 0, p.map.width, p.map.block)
+        if p.map.two_sided:
+            store_tile(y_rows + p.map.width, phi.minus, valid, 0, p.map.width, p.map.block)
 
 
 @triton.jit
 def feature_map_gradients(p, dy, dx, d_weight, d_bias):
     """dx, and every program's share of the parameters' gradients."""
-    f = p.map
     head, batch, start = program_rows(p)
     program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-    weight = load_weight(f, head, p.arithmetic, p.block_d)
-    own = d_weight + program * (f.head_dim * f.width)
+    weight = load_weight(p.map, head, p.arithmetic, p.block_d)
+    own = d_weight + program * (p.map.head_dim * p.map.width)
     dw, db = None, None
-    if f.resident:
-        dw = tl.zeros((p.block_d, f.block), tl.float32)
+    if p.map.resident:
+        dw = tl.zeros((p.block_d, p.map.block), tl.float32)
     if d_bias is not None:
-        db = tl.zeros((f.block,), tl.float32)
+        db = tl.zeros((p.map.block,), tl.float32)
     for step in range(p.steps):
         tokens = start + step * p.chunk + tl.arange(0, p.chunk)
         valid = tokens < p.tokens
         tile = map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head)
         dy_rows = tile_rows(dy, batch, head, tokens)
-        plus = load_tile(dy_rows, valid, 0, f.width, f.block).to(tl.float32)
-        minus = None
-        if f.two_sided:
-            minus = load_tile(dy_rows + f.width, valid, 0, f.width, f.block).to(tl.float32)
+        plus = load_tile(dy_rows, valid, 0, p.map.width, p.map.block).to(tl.float32)
+        if p.map.two_sided:
+            minus = load_tile(dy_rows + p.map.width, valid, 0, p.map.width, p.map.block)
+            d_phi = Sides(plus, minus.to(tl.float32))
+        else:
+            d_phi = Sides(plus, None)
         grad = tl.zeros((p.chunk, p.block_d), tl.float32)
-        grad, dw, dz = map_gradient(p, tile, f, head, Sides(plus, minus), grad, dw, own)
+        phi = activate(tile.z, p.map)
+        grad, dw, dz = map_gradient(p, tile, phi, p.map, head, d_phi, grad, dw, own)
         if d_bias is not None:
             db += tl.sum(dz, 0)
         store_tile(tile_rows(dx, batch, head, tokens), grad, valid, 0, p.x.width, p.block_d)
-    store_map_gradients(p, f, dw, db, own, d_bias, program)
+    store_map_gradients(p, p.map, dw, db, own, d_bias, program)
 
 
 BACKWARD_STEPS = 16  # a share of the weight's gradient for every 16 tiles
@@ -131,8 +133,8 @@ def maps_of(
 def feature_map(x: Tensor, weight: Tensor, bias: Tensor | None, *codes: float) -> Tensor:
     """phi(x)."""
     problem, grid, options = maps_of(x, weight, bias, codes, "feature_map", 1)
-    f = problem.map
-    y = empty_like_rows(x, f.width.value * (2 if f.two_sided.value else 1))
+    sides = 2 if problem.map.two_sided.value else 1
+    y = empty_like_rows(x, sides * problem.map.width.value)
     launch(feature_map_forward, grid, problem, rows(y), **options)
     return y
 

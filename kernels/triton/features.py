@@ -51,7 +51,7 @@ def in_width(f, y, other):
 
 @triton.jit
 def project(x, rows, valid, weight, f, head, arithmetic):
-    """(z = x W (+ b) (+ x), |x|^2 / 2 for favor), fp32.
+    """z = x W (+ b) (+ x), for favor x W - |x|^2 / 2, fp32 [tokens, f.block].
 
     x: [tokens, BLOCK_D]. Where the weight is not resident, ``rows`` are read again in slices.
     """
@@ -72,11 +72,10 @@ def project(x, rows, valid, weight, f, head, arithmetic):
         z += tl.load(bias, mask=column < f.width, other=0.0)[None, :]
     if f.skip:
         z += x.to(tl.float32)  # f == D, the same tile
-    half_norm = None
     if f.activation == FAVOR:
         wide = x.to(tl.float32)
-        half_norm = 0.5 * tl.sum(wide * wide, 1)
-    return z, half_norm
+        z -= 0.5 * tl.sum(wide * wide, 1)[:, None]
+    return z
 
 
 @triton.jit
@@ -90,24 +89,28 @@ def exponential(z, f):
 
 
 @triton.jit
-def activate(z, half_norm, f):
-    """act(z), not yet clamped."""
+def activate_side(z, f):
+    """act(z), not yet clamped; the other side of a two-sided map is that of -z."""
     if f.activation == SOFTMAX or f.activation == EXP:
-        if f.two_sided:
-            return Sides(exponential(z, f), exponential(-z, f))
-        else:
-            return Sides(exponential(z, f), None)
+        return exponential(z, f)
     elif f.activation == ELU1:
-        y = tl.where(z > 0, 1.0 + z, tl.exp2(tl.minimum(z, 0.0) * LOG2E))
-        return Sides(in_width(f, y, 0.0), None)
+        return in_width(f, tl.where(z > 0, 1.0 + z, tl.exp2(tl.minimum(z, 0.0) * LOG2E)), 0.0)
     elif f.activation == RELU:
-        return Sides(tl.maximum(z, 0.0), None)
+        return tl.maximum(z, 0.0)
     elif f.activation == FAVOR:
         root = tl.sqrt(tl.full((), f.width, tl.float32))
-        y = tl.exp2((z - half_norm[:, None]) * LOG2E) / root
-        return Sides(in_width(f, y, 0.0), None)
+        return in_width(f, tl.exp2(z * LOG2E) / root, 0.0)
     else:
-        return Sides(z, None)
+        return z
+
+
+@triton.jit
+def activate(z, f):
+    """act(z) of both sides, not yet clamped."""
+    if f.two_sided:
+        return Sides(activate_side(z, f), activate_side(-z, f))
+    else:
+        return Sides(activate_side(z, f), None)
 
 
 @triton.jit
@@ -125,13 +128,6 @@ def clamp(phi, f):
         return Sides(clamp_side(phi.plus, f), clamp_side(phi.minus, f))
     else:
         return Sides(clamp_side(phi.plus, f), None)
-
-
-@triton.jit
-def features(x, rows, valid, weight, f, head, arithmetic):
-    """phi(x), [tokens, f.block] fp32 for each side."""
-    z, half_norm = project(x, rows, valid, weight, f, head, arithmetic)
-    return clamp(activate(z, half_norm, f), f)
 
 
 @triton.jit
@@ -184,6 +180,15 @@ def dot_rows(a, b):
 
 
 @triton.jit
+def scaled(y, factor):
+    """y * factor; a factor of None is 1."""
+    if factor is None:
+        return y
+    else:
+        return y * factor
+
+
+@triton.jit
 def times(phi, factor):
     """phi * factor; a factor of None is 1."""
     if factor is None:
@@ -203,3 +208,12 @@ def keep_rows(phi, keep):
         return Sides(
             tl.where(keep[:, None], phi.plus, 0.0), tl.where(keep[:, None], phi.minus, 0.0)
         )
+
+
+@triton.jit
+def rounded(phi, arithmetic):
+    """phi as an operand of products."""
+    if phi.minus is None:
+        return Sides(phi.plus.to(arithmetic.dtype), None)
+    else:
+        return Sides(phi.plus.to(arithmetic.dtype), phi.minus.to(arithmetic.dtype))

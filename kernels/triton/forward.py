@@ -2,15 +2,14 @@
 
 A program takes a sequence, a query head, BLOCK_V columns of the values and a segment of the chunks:
 
-    y_c = (tiles first_tile(c) .. c, pair by pair, + phi_q(q_c) . state) / the same with v = 1
+    y_c = (W: tiles by softmax, N: phi_q(q_c) . state + tiles by features) / the same with v = 1
     state += tiles first_tile(c) .. first_tile(c + 1) - 1
 
-Sinks come first, then tiles from the newest to the oldest. A query so meets all its softmax keys
-before its first linear one, and the running maximum, by which the sums are rescaled, is final when
-the linear part, which must not be rescaled (SPEC 3), joins them.
+The softmax keys come first: the sums are rescaled as their running maximum grows, and the linear
+part, which must not be rescaled (SPEC 3), joins them when it is final.
 
-Where the oldest tile is at most one chunk back, it is carried in registers and q, k and v are read
-once. Its features then serve the pairs and the state.
+Where the oldest tile is one chunk back, it is carried over from the chunk before: q, k and v are
+read once, and the features of the tile serve the pairs and the state.
 """
 
 from __future__ import annotations
@@ -18,9 +17,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import dot_rows, features, keep_rows, load_weight, product, times
+from .features import load_weight, product
 from .problem import INF, LN2, LOG2E, Sums
-from .state import absorb, empty_state, ksum_rows, load_state, read_state, store_state
+from .state import (
+    absorb,
+    absorb_tiles,
+    empty_state,
+    key_features,
+    load_state,
+    read_state,
+    store_state,
+)
 from .tokens import (
     chunk_range,
     load_k,
@@ -32,7 +39,7 @@ from .tokens import (
     store_tile,
     tokens_at,
 )
-from .window import first_tile, folds, pair_masks, sink_mask, window_start
+from .window import first_tile, pair_masks, sink_mask, window_start
 
 
 @triton.jit
@@ -87,83 +94,48 @@ def linear_weights(phi_q, phi_k, outside, arithmetic):
 def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
     """sums with a tile of keys that are weighed by features."""
     weights = linear_weights(phi_q, phi_k, outside, arithmetic)
-    return Sums(sums.m, sums.den + tl.sum(weights, 1), product(weights, v, sums.acc, arithmetic))
+    den = sums.den + tl.sum(weights, 1)
+    return Sums(sums.m, den, product(weights, v, sums.acc, arithmetic))
 
 
 @triton.jit
-def add_both(p, sums, s, phi_q, phi_k, inside, outside, log2_g, v):
-    """sums with a tile of keys of both kinds: their weights share one product with the values."""
-    s = tl.where(inside, s, -INF)
-    m = tl.maximum(sums.m, tl.max(s, 1))
-    rescale = tl.exp2(sums.m - m)
-    weights = tl.exp2(s - (m - log2_g)[:, None])
-    weights += linear_weights(phi_q, phi_k, outside, p.arithmetic)
-    den = sums.den * rescale + tl.sum(weights, 1)
-    acc = product(weights, v, sums.acc * rescale[:, None], p.arithmetic)
-    return Sums(m, den, acc)
-
-
-@triton.jit
-def add_tile(p, at, sums, q, phi_q, i, k, v, phi_k, j, log2_g):
-    """sums with a tile of keys; with phi_k of None, with its softmax keys alone."""
-    inside, outside = pair_masks(p, at, i, j)
-    if p.window.size == 0:
-        return add_linear(sums, phi_q, phi_k, outside, v, p.arithmetic)
-    elif phi_k is None:
-        return add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
-    else:
-        s = scores(p, q, k)
-        return add_both(p, sums, s, phi_q, phi_k, inside, outside, log2_g, v)
-
-
-@triton.jit
-def add_sinks(p, at, sums, q, i, log2_g):
-    """sums with the sinks."""
-    tokens = tokens_at(p, at, 0, p.window.sink_block)
-    s = scores(p, q, load_k(p, at, tokens))
-    inside = sink_mask(p, at, i, tokens.position)
-    return add_softmax(sums, s, inside, log2_g, load_v(p, at, tokens), p.arithmetic)
-
-
-@triton.jit
-def key_features(p, at, tokens, k, weight_k):
-    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-    return features(k, rows, tokens.valid, weight_k, p.map_k, at.head, p.arithmetic)
-
-
-@triton.jit
-def query_features(p, at, tokens, q, weight_q):
-    rows = rows_of(p.q, at.batch, at.head, tokens)
-    return features(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
-
-
-@triton.jit
-def add_far_tiles(p, at, sums, q, phi_q, i, c, weight_k, log2_g):
-    """sums with the tiles before c, read again: windows that reach back over more than a tile."""
-    start = first_tile(p, c)
-    near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
-    for back in range(1, c - start + 1):
-        t = c - back
-        tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        k, v = load_k(p, at, tokens), load_v(p, at, tokens)
-        inside, outside = pair_masks(p, at, i, tokens.position)
+def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
+    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W)."""
+    sums = Sums(
+        tl.full((p.chunk,), -INF, tl.float32),
+        tl.zeros((p.chunk,), tl.float32),
+        tl.zeros((p.chunk, p.block_v), tl.float32),
+    )
+    if p.window.sink > 0:
+        first = tokens_at(p, at, 0, p.window.sink_block)
+        s, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
+        inside = sink_mask(p, at, i, first.position)
+        sums = add_softmax(sums, s, inside, log2_g, v_first, p.arithmetic)
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, at, i, i)
         sums = add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
-        if p.window.far_linear:
-            if t * p.chunk < near:
-                phi_k = key_features(p, at, tokens, k, weight_k)
-                sums = add_linear(sums, phi_q, phi_k, outside, v, p.arithmetic)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, at, i, i - p.chunk)
+            sums = add_softmax(sums, scores(p, q, k_old), inside, log2_g, v_old, p.arithmetic)
+        elif p.window.lag == 2:
+            for t in range(first_tile(p, c), c):
+                tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+                s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
+                inside, outside = pair_masks(p, at, i, tokens.position)
+                sums = add_softmax(sums, s, inside, log2_g, v_far, p.arithmetic)
     return sums
 
 
 @triton.jit
-def absorb_tiles(p, at, state, begin, end, weight_k):
-    """The state with the tiles [begin, end)."""
-    for t in range(begin, end):
+def add_far_linear(p, at, sums, phi_q, i, c, weight_k):
+    """sums with the tiles before c that hold keys weighed by features, where lag is 2."""
+    near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
+    for t in range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk))):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        k, v = load_k(p, at, tokens), load_v(p, at, tokens)
-        phi_k = keep_rows(key_features(p, at, tokens, k, weight_k), folds(p, tokens))
-        state = absorb(state, phi_k, v, p.arithmetic)
-    return state
+        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        inside, outside = pair_masks(p, at, i, tokens.position)
+        sums = add_linear(sums, phi_q, keys.phi, outside, load_v(p, at, tokens), p.arithmetic)
+    return sums
 
 
 @triton.jit
@@ -175,13 +147,13 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     Either may be None. eps is added to den.
     """
     at = place_of(p)
-    w = p.window
     begin, end = chunk_range(p, at)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot)
-    if w.lag == 1:
+    k_old, v_old = None, None
+    if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
         k_old, v_old = load_k(p, at, old), load_v(p, at, old)
 
@@ -189,35 +161,27 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
-        phi_q = times(query_features(p, at, tokens, q, weight_q), factor)
-        sums = Sums(
-            tl.full((p.chunk,), -INF, tl.float32),
-            tl.zeros((p.chunk,), tl.float32),
-            tl.zeros((p.chunk, p.block_v), tl.float32),
-        )
-        if w.sink > 0:
-            sums = add_sinks(p, at, sums, q, i, log2_g)
-
-        phi_k = None
-        if w.near_linear:
-            phi_k = key_features(p, at, tokens, k, weight_k)
-        sums = add_tile(p, at, sums, q, phi_q, i, k, v, phi_k, i, log2_g)
-        if w.lag == 1:
+        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g)
+        read = read_state(p, at, state, tokens, q, weight_q, factor, sums.den, sums.acc)
+        sums = Sums(sums.m, read.den, read.acc)
+        if p.window.near_linear:
+            keys = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, at, i, i)
+            sums = add_linear(sums, read.phi, keys.phi, outside, v, p.arithmetic)
+        if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
-            phi_old = key_features(p, at, old, k_old, weight_k)
-            phi_far = phi_old
-            if not w.far_linear:
-                phi_far = None
-            sums = add_tile(p, at, sums, q, phi_q, i, k_old, v_old, phi_far, old.position, log2_g)
-        elif w.lag == 2:
-            sums = add_far_tiles(p, at, sums, q, phi_q, i, c, weight_k, log2_g)
+            old_keys = key_features(p, at, old, k_old, weight_k)
+            if p.window.far_linear:
+                inside, outside = pair_masks(p, at, i, old.position)
+                sums = add_linear(sums, read.phi, old_keys.phi, outside, v_old, p.arithmetic)
+        elif p.window.lag == 2 and p.window.far_linear:
+            sums = add_far_linear(p, at, sums, read.phi, i, c, weight_k)
 
-        acc = read_state(state, phi_q, sums.acc, p.arithmetic)
-        den = sums.den + dot_rows(phi_q, ksum_rows(state)) + eps
+        den, y = sums.den + eps, sums.acc
         if NORMALIZE:
-            acc *= (1.0 / den)[:, None]
-        o_rows = rows_of(out, at.batch, at.head, tokens)
-        store_tile(o_rows, acc, tokens.valid, at.column, out.width, p.block_v)
+            y *= (1.0 / den)[:, None]
+        rows = rows_of(out, at.batch, at.head, tokens)
+        store_tile(rows, y, tokens.valid, at.column, out.width, p.block_v)
         if at.part == 0:
             own = statistic(p, at, tokens)
             tl.store(den_ptr + own, den, mask=tokens.valid)
@@ -225,10 +189,10 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
                 m = tl.where(sums.m == -INF, 0.0, sums.m * LN2)
                 tl.store(m_ptr + own, m, mask=tokens.valid)
 
-        if w.lag == 0:
-            state = absorb(state, keep_rows(phi_k, folds(p, tokens)), v, p.arithmetic)
-        elif w.lag == 1:
-            state = absorb(state, keep_rows(phi_old, folds(p, old)), v_old, p.arithmetic)
+        if p.window.lag == 0:
+            state = absorb(state, keys, v, p.arithmetic)
+        elif p.window.lag == 1:
+            state = absorb(state, old_keys, v_old, p.arithmetic)
             k_old, v_old = k, v
         else:
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)

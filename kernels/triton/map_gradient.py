@@ -18,18 +18,17 @@ class MapTile(NamedTuple):
     rows: Any
     valid: Any
     z: Any
-    phi: Any  # not clamped
     weight: Any
 
 
 @triton.jit
-def map_gradient(p, tile, f, head, d_phi, dx, d_weight, slices):
-    """(dx, d_weight, dz) with the gradient d_phi of the features of a tile added.
+def map_gradient(p, tile, phi, f, head, d_phi, dx, d_weight, slices):
+    """(dx, d_weight, dz) with the gradient d_phi of a tile's features added; phi is not clamped.
 
     dx may be None. d_weight [BLOCK_D, f] is a tile for resident maps; others add it up in memory, at
     ``slices``.
     """
-    dz = activate_backward(tile.z, tile.phi, d_phi, f)
+    dz = activate_backward(tile.z, phi, d_phi, f)
     dz = tl.where(tile.valid[:, None], dz, 0.0)
     if dx is not None:
         if f.weight is None or f.skip:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .features import product
+from .features import activate_side, clamp_side, product, project, scaled
 from .problem import Sides, State
+from .tokens import load_k, load_v, rows_of, tokens_at
+from .window import folds
 
 
 @triton.jit
@@ -22,12 +26,11 @@ def empty_state(p):
 @triton.jit
 def side_pointers(p, at, slot, side: tl.constexpr):
     """(offsets into kv [..., F, V], mask, offsets into ksum [..., F], mask) of a side."""
-    f = p.map_k
-    sides = 2 if f.two_sided else 1
-    row, column = tl.arange(0, f.block), at.column + tl.arange(0, p.block_v)
-    rows = slot.to(tl.int64) * (sides * f.width) + side * f.width + row
-    inside = (row < f.width)[:, None] & (column < p.v.width)[None, :]
-    return rows[:, None] * p.v.width + column[None, :], inside, rows, row < f.width
+    sides = 2 if p.map_k.two_sided else 1
+    row, column = tl.arange(0, p.map_k.block), at.column + tl.arange(0, p.block_v)
+    rows = slot.to(tl.int64) * (sides * p.map_k.width) + side * p.map_k.width + row
+    inside = (row < p.map_k.width)[:, None] & (column < p.v.width)[None, :]
+    return rows[:, None] * p.v.width + column[None, :], inside, rows, row < p.map_k.width
 
 
 @triton.jit
@@ -62,32 +65,76 @@ def store_state(p, at, kv, ksum, slot, state):
             tl.store(ksum + at_ksum, state.ksum.minus, mask=in_ksum)
 
 
+class Keys(NamedTuple):
+    """Features of a tile of keys: as operands of products, and summed over the tile in fp32."""
+
+    phi: Sides  # [C, f]
+    total: Sides  # [f]
+
+
 @triton.jit
-def absorb(state, phi, v, arithmetic):
+def key_features(p, at, tokens, k, weight_k):
+    """The features of a tile of keys, zero for what does not enter the state.
+
+    A side is rounded before the next is made, so that one at a time takes fp32 registers.
+    """
+    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
+    z = project(k, rows, tokens.valid, weight_k, p.map_k, at.head, p.arithmetic)
+    keep = folds(p, tokens)[:, None]
+    plus = tl.where(keep, clamp_side(activate_side(z, p.map_k), p.map_k), 0.0)
+    total, phi = tl.sum(plus, 0), plus.to(p.arithmetic.dtype)
+    if p.map_k.two_sided:
+        minus = tl.where(keep, clamp_side(activate_side(-z, p.map_k), p.map_k), 0.0)
+        return Keys(Sides(phi, minus.to(p.arithmetic.dtype)), Sides(total, tl.sum(minus, 0)))
+    else:
+        return Keys(Sides(phi, None), Sides(total, None))
+
+
+@triton.jit
+def absorb(state, keys, v, arithmetic):
     """The state with phi(k_j) v_j^T and phi(k_j) of a tile of keys."""
-    kv = product(tl.trans(phi.plus), v, state.kv.plus, arithmetic)
-    ksum = state.ksum.plus + tl.sum(phi.plus, 0)
-    if phi.minus is None:
+    kv = product(tl.trans(keys.phi.plus), v, state.kv.plus, arithmetic)
+    ksum = state.ksum.plus + keys.total.plus
+    if keys.phi.minus is None:
         return State(Sides(kv, None), Sides(ksum, None))
     else:
-        kv_minus = product(tl.trans(phi.minus), v, state.kv.minus, arithmetic)
-        ksum_minus = state.ksum.minus + tl.sum(phi.minus, 0)
+        kv_minus = product(tl.trans(keys.phi.minus), v, state.kv.minus, arithmetic)
+        ksum_minus = state.ksum.minus + keys.total.minus
         return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
 
 
 @triton.jit
-def read_state(state, phi, acc, arithmetic):
-    """acc + phi . kv, [tokens, BLOCK_V]."""
-    acc = product(phi.plus, state.kv.plus, acc, arithmetic)
-    if phi.minus is not None:
-        acc = product(phi.minus, state.kv.minus, acc, arithmetic)
-    return acc
+def absorb_tiles(p, at, state, begin, end, weight_k):
+    """The state with the tiles [begin, end)."""
+    for t in range(begin, end):
+        tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        state = absorb(state, keys, load_v(p, at, tokens), p.arithmetic)
+    return state
+
+
+class Reading(NamedTuple):
+    """What a chunk of queries reads from the state."""
+
+    phi: Sides  # lambda phi_q, as operands of products, [C, f]
+    den: Any  # [C]
+    acc: Any  # [C, BLOCK_V]
 
 
 @triton.jit
-def ksum_rows(state):
-    """ksum as rows, to be broadcast over tokens."""
-    if state.ksum.minus is None:
-        return Sides(state.ksum.plus[None, :], None)
+def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
+    """phi_q of a chunk, and den and acc with what it reads."""
+    rows = rows_of(p.q, at.batch, at.head, tokens)
+    z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
+    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
+    den += tl.sum(plus * state.ksum.plus[None, :], 1)
+    phi = plus.to(p.arithmetic.dtype)
+    acc = product(phi, state.kv.plus, acc, p.arithmetic)
+    if p.map_q.two_sided:
+        minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
+        den += tl.sum(minus * state.ksum.minus[None, :], 1)
+        phi_minus = minus.to(p.arithmetic.dtype)
+        acc = product(phi_minus, state.kv.minus, acc, p.arithmetic)
+        return Reading(Sides(phi, phi_minus), den, acc)
     else:
-        return Sides(state.ksum.plus[None, :], state.ksum.minus[None, :])
+        return Reading(Sides(phi, None), den, acc)

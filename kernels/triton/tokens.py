@@ -26,16 +26,15 @@ def place_of(p):
     part, segment = pid % p.slices, pid // p.slices % p.segments
     slot = pid // p.slices
     head, n = slot // p.segments % p.heads, slot // (p.segments * p.heads)
-    s = p.sequences
     first, batch = tl.full((), 0, tl.int64), n
-    if s.bounds is not None:
-        first = tl.load(s.bounds + n).to(tl.int64)
-        length = (tl.load(s.bounds + n + 1).to(tl.int64) - first).to(tl.int32)
+    if p.sequences.bounds is not None:
+        first = tl.load(p.sequences.bounds + n).to(tl.int64)
+        length = (tl.load(p.sequences.bounds + n + 1).to(tl.int64) - first).to(tl.int32)
         batch = n * 0
-    elif s.index is not None:
-        length = tl.load(s.lengths + n)
+    elif p.sequences.index is not None:
+        length = tl.load(p.sequences.lengths + n)
     else:
-        length = s.tokens + n * 0
+        length = p.sequences.tokens + n * 0
     return Place(n, batch, first, length, head, part, part * p.block_v, segment, slot)
 
 

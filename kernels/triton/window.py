@@ -31,26 +31,24 @@ def first_tile(p, c):
 @triton.jit
 def end_chunk(p, t):
     """The first chunk whose state holds tile t: the smallest c with first_tile(c) > t."""
-    w = p.window
     key = (t + 1) * p.chunk  # e(c C) has to reach it
-    if w.size == 0:
+    if p.window.size == 0:
         return t + 1
-    elif w.kind == SLIDING:
-        return tl.cdiv(key + w.size - 1, p.chunk)
+    elif p.window.kind == SLIDING:
+        return tl.cdiv(key + p.window.size - 1, p.chunk)
     else:
-        return tl.cdiv((tl.cdiv(key, w.size) + 1) * w.size, p.chunk)
+        return tl.cdiv((tl.cdiv(key, p.window.size) + 1) * p.window.size, p.chunk)
 
 
 @triton.jit
 def pair_masks(p, at, i, j):
     """Of queries at positions i and keys at j: which pairs are in W, which in N; no sinks."""
-    w = p.window
-    known = (j >= w.sink) & (j < at.length)
+    known = (j >= p.window.sink) & (j < at.length)
     causal = (j[None, :] <= i[:, None]) & known[None, :]
-    if w.size == 0:
+    if p.window.size == 0:
         return causal & (j[None, :] < 0), causal
     else:
-        near = j[None, :] >= window_start(w, i)[:, None]
+        near = j[None, :] >= window_start(p.window, i)[:, None]
         return causal & near, causal & (near == 0)
 
 
