@@ -46,8 +46,17 @@ from .features import (
 )
 from .forward import linear_factor, linear_weights, log2_gate, scores
 from .map_gradient import MapTile, map_gradient, store_map_gradients
-from .problem import INF, Rows, Sides, State
-from .state import absorb, absorb_tiles, empty_state, key_features, load_state, store_state
+from .problem import INF, Rows, Sides
+from .state import (
+    absorb,
+    absorb_tiles,
+    add_rows,
+    empty_state,
+    first_column,
+    key_features,
+    load_state,
+    store_state,
+)
 from .tokens import (
     chunk_range,
     load_k,
@@ -151,15 +160,16 @@ def add_product(a, b, sides, arithmetic):
 
 
 @triton.jit
-def state_product(x, delta, state, arithmetic):
-    """x . kv^T + delta * ksum, [tokens, f] for both sides; x [tokens, BLOCK_V], delta [tokens]."""
+def state_product(x, factor, state, arithmetic):
+    """x . kv^T + factor * ksum, [C, f] for both sides; x [C, BLOCK_V], factor [C]."""
+    column = first_column(factor)
     plus = product(x, tl.trans(state.kv.plus), None, arithmetic)
-    plus += delta[:, None] * state.ksum.plus[None, :]
+    plus = product(column, tl.trans(state.ksum.plus), plus, arithmetic)
     if state.kv.minus is None:
         return Sides(plus, None)
     else:
         minus = product(x, tl.trans(state.kv.minus), None, arithmetic)
-        return Sides(plus, minus + delta[:, None] * state.ksum.minus[None, :])
+        return Sides(plus, product(column, tl.trans(state.ksum.minus), minus, arithmetic))
 
 
 @triton.jit
@@ -210,9 +220,9 @@ def far_pairs(p, at, g, delta, c, i, weight_k, d_phi):
     start = first_tile(p, c)
     for t in range(start, tl.minimum(c, tl.cdiv(near, p.chunk))):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = pair_masks(p, at, i, tokens.position)
-        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), keys.phi, outside, d_phi)
+        phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), phi_k, outside, d_phi)
     return d_phi
 
 
@@ -226,15 +236,15 @@ def row_maximum(p, at, q, k, k_old, i, c):
         s = scores(p, q, load_k(p, at, tokens))
         m, count = largest_score(m, count, s, sink_mask(p, at, i, tokens.position))
     if p.window.size > 0:
-        inside, outside = pair_masks(p, at, i, i)
+        inside, outside = pair_masks(p, c * p.chunk, 0)
         m, count = largest_score(m, count, scores(p, q, k), inside)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, at, i, i - p.chunk)
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             m, count = largest_score(m, count, scores(p, q, k_old), inside)
         elif p.window.lag == 2:
             for t in range(first_tile(p, c), c):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = pair_masks(p, at, i, tokens.position)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 s = scores(p, q, load_k(p, at, tokens))
                 m, count = largest_score(m, count, s, inside)
     return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
@@ -244,15 +254,15 @@ def row_maximum(p, at, q, k, k_old, i, c):
 def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, dq):
     """dq with the pairs in the windows of a chunk."""
     if p.window.size > 0:
-        inside, outside = pair_masks(p, at, i, i)
+        inside, outside = pair_masks(p, c * p.chunk, 0)
         dq, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, dq)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, at, i, i - p.chunk)
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             dq, weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g, dq)
         elif p.window.lag == 2:
             for t in range(first_tile(p, c), c):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = pair_masks(p, at, i, far.position)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
                 dq, weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g, dq)
     return dq
@@ -303,21 +313,21 @@ def backward_queries(
 
         d_phi = state_product(g, -delta, state, p.arithmetic)
         if p.window.near_linear:
-            keys = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, at, i, i)
-            d_phi = linear_pairs(p, g, delta, v, keys.phi, outside, d_phi)
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, c * p.chunk, 0)
+            d_phi = linear_pairs(p, g, delta, v, phi_k, outside, d_phi)
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
-            old_keys = key_features(p, at, old, k_old, weight_k)
+            phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
-                inside, outside = pair_masks(p, at, i, old.position)
-                d_phi = linear_pairs(p, g, delta, v_old, old_keys.phi, outside, d_phi)
+                inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+                d_phi = linear_pairs(p, g, delta, v_old, phi_old, outside, d_phi)
         elif p.window.lag == 2 and p.window.far_linear:
             d_phi = far_pairs(p, at, g, delta, c, i, weight_k, d_phi)
         if p.window.lag == 0:
-            state = absorb(state, keys, v, p.arithmetic)
+            state = absorb(p, state, tokens, phi_k, v)
         elif p.window.lag == 1:
-            state = absorb(state, old_keys, v_old, p.arithmetic)
+            state = absorb(p, state, old, phi_old, v_old)
         else:
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
 
@@ -390,12 +400,12 @@ class KeyPass(NamedTuple):
 
 
 @triton.jit
-def add_softmax_queries(p, at, sums, queries, i, k, v, j, log2_g):
+def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
     """sums with the softmax pairs of a chunk of queries."""
     if sums.dk is None or p.window.size == 0:
         return sums
     else:
-        inside, outside = pair_masks(p, at, i, j)
+        inside, outside = pair_masks(p, start, distance)
         unused, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, None)
         dk = product(tl.trans(ds), queries.q, sums.dk, p.arithmetic)
         dv = product(tl.trans(weights), queries.g, sums.dv, p.arithmetic)
@@ -403,9 +413,9 @@ def add_softmax_queries(p, at, sums, queries, i, k, v, j, log2_g):
 
 
 @triton.jit
-def add_linear_queries(p, at, sums, queries, i, phi_q, v, phi_k, j):
+def add_linear_queries(p, sums, queries, start, distance, phi_q, v, phi_k):
     """sums with the pairs of a chunk of queries that are weighed by features."""
-    inside, outside = pair_masks(p, at, i, j)
+    inside, outside = pair_masks(p, start, distance)
     da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
     d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
     if sums.dv is None:
@@ -416,40 +426,17 @@ def add_linear_queries(p, at, sums, queries, i, phi_q, v, phi_k, j):
         return KeyPass(sums.dk, dv, d_phi)
 
 
-class QueryFeatures(NamedTuple):
-    """lambda phi_q of a chunk as operands, and -sum_i lambda phi_q_i delta_i."""
-
-    phi: Sides  # [C, f]
-    total: Sides  # [f]
-
-
 @triton.jit
-def query_features(p, at, tokens, queries, weight_q, factor):
+def query_features(p, at, tokens, q, weight_q, factor):
+    """lambda phi_q of a chunk as an operand of products, [C, f] for each side."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
-    z = project(queries.q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
-    delta = queries.delta[:, None]
-    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
-    phi, total = plus.to(p.arithmetic.dtype), -tl.sum(plus * delta, 0)
+    z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
+    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor).to(p.arithmetic.dtype)
     if p.map_q.two_sided:
         minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
-        return QueryFeatures(
-            Sides(phi, minus.to(p.arithmetic.dtype)), Sides(total, -tl.sum(minus * delta, 0))
-        )
+        return Sides(plus, minus.to(p.arithmetic.dtype))
     else:
-        return QueryFeatures(Sides(phi, None), Sides(total, None))
-
-
-@triton.jit
-def absorb_queries(state, features, queries, arithmetic):
-    """The state's gradient with phi_q g^T and -phi_q delta of a chunk."""
-    kv = product(tl.trans(features.phi.plus), queries.g, state.kv.plus, arithmetic)
-    ksum = state.ksum.plus + features.total.plus
-    if features.phi.minus is None:
-        return State(Sides(kv, None), Sides(ksum, None))
-    else:
-        kv_minus = product(tl.trans(features.phi.minus), queries.g, state.kv.minus, arithmetic)
-        ksum_minus = state.ksum.minus + features.total.minus
-        return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
+        return Sides(plus, None)
 
 
 @triton.jit
@@ -458,24 +445,25 @@ def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
     for c in range(begin, end):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
-        features = query_features(p, at, tokens, queries, weight_q, factor)
-        state = absorb_queries(state, features, queries, p.arithmetic)
+        phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
+        state = add_rows(state, phi_q, queries.g, -queries.delta, p.arithmetic)
     return state
 
 
 @triton.jit
-def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, j, weight_q, factor, log2_g):
+def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, weight_q, factor, log2_g):
     """sums with the chunks after t whose state does not hold tile t."""
     last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
     for c in range(t + 1, last):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
-        i = tokens.position
-        sums = add_softmax_queries(p, at, sums, queries, i, k, v, j, log2_g)
+        sums = add_softmax_queries(p, sums, queries, c * p.chunk, (c - t) * p.chunk, k, v, log2_g)
         if p.window.far_linear:
             if t * p.chunk < window_start(p.window, c * p.chunk + p.chunk - 1):
-                features = query_features(p, at, tokens, queries, weight_q, factor)
-                sums = add_linear_queries(p, at, sums, queries, i, features.phi, v, phi_k, j)
+                phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
+                sums = add_linear_queries(
+                    p, sums, queries, c * p.chunk, (c - t) * p.chunk, phi_q, v, phi_k
+                )
     return sums
 
 
@@ -517,37 +505,37 @@ def backward_keys(
         j = tokens.position
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-        keys = key_features(p, at, tokens, k, weight_k)
+        phi_k = key_features(p, at, tokens, k, weight_k)
         ones = tl.full((p.chunk,), 1.0, tl.float32)
         d_phi = state_product(v, ones, state, p.arithmetic)
         if WITH_INPUTS:
-            key_dv = product(keys.phi.plus, state.kv.plus, None, p.arithmetic)
+            key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
             if p.map_k.two_sided:
-                key_dv = product(keys.phi.minus, state.kv.minus, key_dv, p.arithmetic)
+                key_dv = product(phi_k.minus, state.kv.minus, key_dv, p.arithmetic)
             key_dk = tl.zeros((p.chunk, p.block_d), tl.float32)
             sums = KeyPass(key_dk, key_dv, d_phi)
         else:
             sums = KeyPass(None, None, d_phi)
 
         queries = load_queries(p, at, left, incoming, tokens, WITH_INPUTS)
-        sums = add_softmax_queries(p, at, sums, queries, j, k, v, j, log2_g)
+        sums = add_softmax_queries(p, sums, queries, t * p.chunk, 0, k, v, log2_g)
         if p.window.near_linear:
-            near = query_features(p, at, tokens, queries, weight_q, factor)
-            sums = add_linear_queries(p, at, sums, queries, j, near.phi, v, keys.phi, j)
+            phi_near = query_features(p, at, tokens, queries.q, weight_q, factor)
+            sums = add_linear_queries(p, sums, queries, t * p.chunk, 0, phi_near, v, phi_k)
         if p.window.lag == 0:
-            state = absorb_queries(state, near, queries, p.arithmetic)
+            state = add_rows(state, phi_near, queries.g, -queries.delta, p.arithmetic)
         elif p.window.lag == 1:
-            after = tokens_at(p, at, (t + 1) * p.chunk, p.chunk)
-            i = after.position
-            sums = add_softmax_queries(p, at, sums, newer, i, k, v, j, log2_g)
-            far = query_features(p, at, after, newer, weight_q, factor)
+            start = (t + 1) * p.chunk
+            after = tokens_at(p, at, start, p.chunk)
+            sums = add_softmax_queries(p, sums, newer, start, p.chunk, k, v, log2_g)
+            phi_far = query_features(p, at, after, newer.q, weight_q, factor)
             if p.window.far_linear:
-                sums = add_linear_queries(p, at, sums, newer, i, far.phi, v, keys.phi, j)
-            state = absorb_queries(state, far, newer, p.arithmetic)
+                sums = add_linear_queries(p, sums, newer, start, p.chunk, phi_far, v, phi_k)
+            state = add_rows(state, phi_far, newer.g, -newer.delta, p.arithmetic)
             newer = queries
         else:
             sums = add_far_queries(
-                p, at, sums, t, left, incoming, k, v, keys.phi, j, weight_q, factor, log2_g
+                p, at, sums, t, left, incoming, k, v, phi_k, weight_q, factor, log2_g
             )
             if t > 0:
                 last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))

@@ -112,16 +112,16 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
         inside = sink_mask(p, at, i, first.position)
         sums = add_softmax(sums, s, inside, log2_g, v_first, p.arithmetic)
     if p.window.size > 0:
-        inside, outside = pair_masks(p, at, i, i)
+        inside, outside = pair_masks(p, c * p.chunk, 0)
         sums = add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, at, i, i - p.chunk)
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             sums = add_softmax(sums, scores(p, q, k_old), inside, log2_g, v_old, p.arithmetic)
         elif p.window.lag == 2:
             for t in range(first_tile(p, c), c):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
                 s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
-                inside, outside = pair_masks(p, at, i, tokens.position)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 sums = add_softmax(sums, s, inside, log2_g, v_far, p.arithmetic)
     return sums
 
@@ -132,9 +132,9 @@ def add_far_linear(p, at, sums, phi_q, i, c, weight_k):
     near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
     for t in range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk))):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = pair_masks(p, at, i, tokens.position)
-        sums = add_linear(sums, phi_q, keys.phi, outside, load_v(p, at, tokens), p.arithmetic)
+        phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+        sums = add_linear(sums, phi_q, phi_k, outside, load_v(p, at, tokens), p.arithmetic)
     return sums
 
 
@@ -165,15 +165,15 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         read = read_state(p, at, state, tokens, q, weight_q, factor, sums.den, sums.acc)
         sums = Sums(sums.m, read.den, read.acc)
         if p.window.near_linear:
-            keys = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, at, i, i)
-            sums = add_linear(sums, read.phi, keys.phi, outside, v, p.arithmetic)
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, c * p.chunk, 0)
+            sums = add_linear(sums, read.phi, phi_k, outside, v, p.arithmetic)
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
-            old_keys = key_features(p, at, old, k_old, weight_k)
+            phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
-                inside, outside = pair_masks(p, at, i, old.position)
-                sums = add_linear(sums, read.phi, old_keys.phi, outside, v_old, p.arithmetic)
+                inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+                sums = add_linear(sums, read.phi, phi_old, outside, v_old, p.arithmetic)
         elif p.window.lag == 2 and p.window.far_linear:
             sums = add_far_linear(p, at, sums, read.phi, i, c, weight_k)
 
@@ -190,9 +190,9 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
                 tl.store(m_ptr + own, m, mask=tokens.valid)
 
         if p.window.lag == 0:
-            state = absorb(state, keys, v, p.arithmetic)
+            state = absorb(p, state, tokens, phi_k, v)
         elif p.window.lag == 1:
-            state = absorb(state, old_keys, v_old, p.arithmetic)
+            state = absorb(p, state, old, phi_old, v_old)
             k_old, v_old = k, v
         else:
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)

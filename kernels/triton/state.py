@@ -13,10 +13,23 @@ from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
 
 
+SUM_BLOCK = tl.constexpr(16)  # columns of the tile whose first is ksum: the least of a product
+
+
+@triton.jit
+def first_column(x):
+    """x [n] as the first column of a tile [n, SUM_BLOCK] of zeros.
+
+    ksum and the products with it are matrix products like those of kv: as sums over the tokens of a
+    tile they would go through shared memory, and as a row beside every tile they fill registers.
+    """
+    return tl.where(tl.arange(0, SUM_BLOCK)[None, :] == 0, x[:, None], 0.0)
+
+
 @triton.jit
 def empty_state(p):
     kv = tl.zeros((p.map_k.block, p.block_v), tl.float32)
-    ksum = tl.zeros((p.map_k.block,), tl.float32)
+    ksum = tl.zeros((p.map_k.block, SUM_BLOCK), tl.float32)
     if p.map_k.two_sided:
         return State(Sides(kv, kv), Sides(ksum, ksum))
     else:
@@ -41,11 +54,11 @@ def load_state(p, at, kv, ksum, slot):
     else:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
         kv_plus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-        ksum_plus = tl.load(ksum + at_ksum, mask=in_ksum, other=0.0)
+        ksum_plus = first_column(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
         if p.map_k.two_sided:
             at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
             kv_minus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-            ksum_minus = tl.load(ksum + at_ksum, mask=in_ksum, other=0.0)
+            ksum_minus = first_column(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
             return State(Sides(kv_plus, kv_minus), Sides(ksum_plus, ksum_minus))
         else:
             return State(Sides(kv_plus, None), Sides(ksum_plus, None))
@@ -57,50 +70,51 @@ def store_state(p, at, kv, ksum, slot, state):
     at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
     tl.store(kv + at_kv, state.kv.plus, mask=in_kv)
     if at.part == 0:
-        tl.store(ksum + at_ksum, state.ksum.plus, mask=in_ksum)
+        tl.store(ksum + at_ksum, tl.sum(state.ksum.plus, 1), mask=in_ksum)
     if p.map_k.two_sided:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
         tl.store(kv + at_kv, state.kv.minus, mask=in_kv)
         if at.part == 0:
-            tl.store(ksum + at_ksum, state.ksum.minus, mask=in_ksum)
-
-
-class Keys(NamedTuple):
-    """Features of a tile of keys: as operands of products, and summed over the tile in fp32."""
-
-    phi: Sides  # [C, f]
-    total: Sides  # [f]
+            tl.store(ksum + at_ksum, tl.sum(state.ksum.minus, 1), mask=in_ksum)
 
 
 @triton.jit
 def key_features(p, at, tokens, k, weight_k):
-    """The features of a tile of keys, zero for what does not enter the state.
+    """phi_k of a tile of keys as an operand of products, [C, f] for each side.
 
     A side is rounded before the next is made, so that one at a time takes fp32 registers.
     """
     rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
     z = project(k, rows, tokens.valid, weight_k, p.map_k, at.head, p.arithmetic)
-    keep = folds(p, tokens)[:, None]
-    plus = tl.where(keep, clamp_side(activate_side(z, p.map_k), p.map_k), 0.0)
-    total, phi = tl.sum(plus, 0), plus.to(p.arithmetic.dtype)
+    plus = clamp_side(activate_side(z, p.map_k), p.map_k).to(p.arithmetic.dtype)
     if p.map_k.two_sided:
-        minus = tl.where(keep, clamp_side(activate_side(-z, p.map_k), p.map_k), 0.0)
-        return Keys(Sides(phi, minus.to(p.arithmetic.dtype)), Sides(total, tl.sum(minus, 0)))
+        minus = clamp_side(activate_side(-z, p.map_k), p.map_k)
+        return Sides(plus, minus.to(p.arithmetic.dtype))
     else:
-        return Keys(Sides(phi, None), Sides(total, None))
+        return Sides(plus, None)
 
 
 @triton.jit
-def absorb(state, keys, v, arithmetic):
-    """The state with phi(k_j) v_j^T and phi(k_j) of a tile of keys."""
-    kv = product(tl.trans(keys.phi.plus), v, state.kv.plus, arithmetic)
-    ksum = state.ksum.plus + keys.total.plus
-    if keys.phi.minus is None:
+def add_rows(state, phi, x, total, arithmetic):
+    """The state with phi^T x and phi^T total, x [C, BLOCK_V] and total [C]."""
+    column = first_column(total)
+    kv = product(tl.trans(phi.plus), x, state.kv.plus, arithmetic)
+    ksum = product(tl.trans(phi.plus), column, state.ksum.plus, arithmetic)
+    if phi.minus is None:
         return State(Sides(kv, None), Sides(ksum, None))
     else:
-        kv_minus = product(tl.trans(keys.phi.minus), v, state.kv.minus, arithmetic)
-        ksum_minus = state.ksum.minus + keys.total.minus
+        kv_minus = product(tl.trans(phi.minus), x, state.kv.minus, arithmetic)
+        ksum_minus = product(tl.trans(phi.minus), column, state.ksum.minus, arithmetic)
         return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
+
+
+@triton.jit
+def absorb(p, state, tokens, phi, v):
+    """The state with a tile of keys, those that enter it."""
+    keep = folds(p, tokens)
+    if p.window.sink > 0:  # the others are zero already
+        v = tl.where(keep[:, None], v, 0.0)
+    return add_rows(state, phi, v, tl.where(keep, 1.0, 0.0), p.arithmetic)
 
 
 @triton.jit
@@ -108,15 +122,15 @@ def absorb_tiles(p, at, state, begin, end, weight_k):
     """The state with the tiles [begin, end)."""
     for t in range(begin, end):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-        keys = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        state = absorb(state, keys, load_v(p, at, tokens), p.arithmetic)
+        phi = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        state = absorb(p, state, tokens, phi, load_v(p, at, tokens))
     return state
 
 
 class Reading(NamedTuple):
     """What a chunk of queries reads from the state."""
 
-    phi: Sides  # lambda phi_q, as operands of products, [C, f]
+    phi: Sides  # lambda phi_q as an operand of products, [C, f]
     den: Any  # [C]
     acc: Any  # [C, BLOCK_V]
 
@@ -126,15 +140,14 @@ def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
     """phi_q of a chunk, and den and acc with what it reads."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
     z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
-    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
-    den += tl.sum(plus * state.ksum.plus[None, :], 1)
-    phi = plus.to(p.arithmetic.dtype)
-    acc = product(phi, state.kv.plus, acc, p.arithmetic)
+    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor).to(p.arithmetic.dtype)
+    acc = product(plus, state.kv.plus, acc, p.arithmetic)
+    total = product(plus, state.ksum.plus, None, p.arithmetic)
     if p.map_q.two_sided:
         minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
-        den += tl.sum(minus * state.ksum.minus[None, :], 1)
-        phi_minus = minus.to(p.arithmetic.dtype)
-        acc = product(phi_minus, state.kv.minus, acc, p.arithmetic)
-        return Reading(Sides(phi, phi_minus), den, acc)
+        minus = minus.to(p.arithmetic.dtype)
+        acc = product(minus, state.kv.minus, acc, p.arithmetic)
+        total = product(minus, state.ksum.minus, total, p.arithmetic)
+        return Reading(Sides(plus, minus), den + tl.sum(total, 1), acc)
     else:
-        return Reading(Sides(phi, None), den, acc)
+        return Reading(Sides(plus, None), den + tl.sum(total, 1), acc)

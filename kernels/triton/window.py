@@ -41,15 +41,22 @@ def end_chunk(p, t):
 
 
 @triton.jit
-def pair_masks(p, at, i, j):
-    """Of queries at positions i and keys at j: which pairs are in W, which in N; no sinks."""
-    known = (j >= p.window.sink) & (j < at.length)
-    causal = (j[None, :] <= i[:, None]) & known[None, :]
+def pair_masks(p, start, distance):
+    """Of a chunk of queries at ``start`` and the tile of keys ``distance`` tokens before it: which
+    pairs are in W, which in N, [C, C]; no sinks. Keys past the end are after all queries.
+    """
+    r = tl.arange(0, p.chunk)
+    ahead = (distance + r)[:, None] - r[None, :]  # i - j
+    known = ahead >= 0
+    if p.window.sink > 0 or p.window.lag > 0:
+        known &= (start - distance + r >= p.window.sink)[None, :]
     if p.window.size == 0:
-        return causal & (j[None, :] < 0), causal
+        return known & (ahead < 0), known
+    elif p.window.kind == SLIDING:
+        return known & (ahead < p.window.size), known & (ahead >= p.window.size)
     else:
-        near = j[None, :] >= window_start(p.window, i)[:, None]
-        return causal & near, causal & (near == 0)
+        near = (start - distance + r)[None, :] >= window_start(p.window, start + r)[:, None]
+        return known & near, known & (near == 0)
 
 
 @triton.jit
