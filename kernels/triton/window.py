@@ -49,7 +49,7 @@ def pair_masks(p, start, distance):
     ahead = (distance + r)[:, None] - r[None, :]  # i - j
     known = ahead >= 0
     if p.window.sink > 0 or p.window.lag > 0:
-        known &= (start - distance + r >= p.window.sink)[None, :]
+        known = known & (start - distance + r >= p.window.sink)[None, :]
     if p.window.size == 0:
         return known & (ahead < 0), known
     elif p.window.kind == SLIDING:
