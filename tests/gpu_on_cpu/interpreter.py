@@ -41,6 +41,7 @@ from .rounding import (
 
 _PRECISION = stock._ir.INPUT_PRECISION
 _TOWARD_ZERO = stock._ir.ROUNDING_MODE.RTZ
+_np_dtype = functools.cache(stock._get_np_dtype)  # the stock one makes a table for every call
 _WIDE_FLOATS = (tl.float16, tl.bfloat16, tl.float32, tl.float64)
 _ACQUIRES = {stock._ir.MEM_SEMANTIC.ACQUIRE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
 _RELEASES = {stock._ir.MEM_SEMANTIC.RELEASE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
@@ -58,6 +59,7 @@ def install() -> None:
     stock.ReduceOps = Reduce
     stock.ScanOps = Scan
     stock.InterpretedFunction.__call__ = _call_device_function
+    stock._get_np_dtype = _np_dtype
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -73,7 +75,7 @@ def _handle(numbers: np.ndarray, dtype: tl.dtype) -> TensorHandle:
     """Numbers rounded to a dtype."""
     if dtype == tl.bfloat16:
         return TensorHandle(fp32_to_bf16(numbers), dtype)
-    return TensorHandle(numbers.astype(stock._get_np_dtype(dtype), copy=False), dtype)
+    return TensorHandle(numbers.astype(_np_dtype(dtype), copy=False), dtype)
 
 
 class Builder(stock.InterpreterBuilder):

@@ -54,7 +54,7 @@ def checked(
 
     races: conflicting accesses of two programs raise ``Race``.
     order: programs run in a random order drawn from this seed, not in that of their numbers.
-    overflow: 32-bit integers that overflow in + - * raise; costs several times the run time.
+    overflow: 32-bit integers that overflow in + - * raise.
     """
     global _checks
     before, _checks = _checks, Checks(races, order, overflow)
