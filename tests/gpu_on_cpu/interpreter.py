@@ -41,7 +41,7 @@ from .rounding import (
 
 _PRECISION = stock._ir.INPUT_PRECISION
 _TOWARD_ZERO = stock._ir.ROUNDING_MODE.RTZ
-_np_dtype = functools.cache(stock._get_np_dtype)  # the stock one makes a table for every call
+_np_dtype_of_scalar = functools.cache(stock._get_np_dtype)
 _WIDE_FLOATS = (tl.float16, tl.bfloat16, tl.float32, tl.float64)
 _ACQUIRES = {stock._ir.MEM_SEMANTIC.ACQUIRE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
 _RELEASES = {stock._ir.MEM_SEMANTIC.RELEASE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
@@ -60,6 +60,14 @@ def install() -> None:
     stock.ScanOps = Scan
     stock.InterpretedFunction.__call__ = _call_device_function
     stock._get_np_dtype = _np_dtype
+
+
+def _np_dtype(dtype: tl.dtype) -> np.dtype:
+    """As the stock one, which makes a new table for every call."""
+    scalar = dtype.scalar
+    if isinstance(scalar, tl.pointer_type):
+        return np.dtype(np.uint64)
+    return _np_dtype_of_scalar(scalar)
 
 
 def _is_bf16(handle: TensorHandle) -> bool:
@@ -209,12 +217,37 @@ def _product_3xtf32(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     big_left, big_right = tf32_nearest(left), tf32_nearest(right)
     small_left, small_right = tf32_toward_zero(left - big_left), tf32_toward_zero(right - big_right)
     small = np.matmul(small_left, big_right) + np.matmul(big_left, small_right)
-    # inf - inf in a rest is no reason for a NaN in the sum; Triton clears it as well.
-    return np.where(np.isnan(small), np.float32(0), small) + np.matmul(big_left, big_right)
+    return _without_nans(small) + np.matmul(big_left, big_right)
+
+
+def _without_nans(product: np.ndarray) -> np.ndarray:
+    """inf - inf in a rest is no reason for a NaN in the sum; Triton clears it as well."""
+    return np.where(np.isnan(product), np.float32(0), product)
+
+
+def _product_of_bf16(left: np.ndarray, right: np.ndarray, parts: int) -> np.ndarray:
+    """Operands are sums of bf16 numbers; products as small as what is left over are left out."""
+    lefts, rights = _bf16_parts(left, parts), _bf16_parts(right, parts)
+    total = np.zeros((), np.float32)
+    for order in reversed(range(parts)):  # small products first
+        for i in range(order + 1):
+            product = np.matmul(lefts[i], rights[order - i])
+            total = total + (_without_nans(product) if order else product)
+    return total
+
+
+def _bf16_parts(values: np.ndarray, parts: int) -> list[np.ndarray]:
+    found = []
+    for _ in range(parts):
+        found.append(bf16_to_fp32(fp32_to_bf16(values)))
+        values = values - found[-1]
+    return found
 
 
 _PRODUCTS = {
     _PRECISION.IEEE: np.matmul,
+    _PRECISION.BF16x3: functools.partial(_product_of_bf16, parts=2),
+    _PRECISION.BF16x6: functools.partial(_product_of_bf16, parts=3),
     _PRECISION.TF32: _product_tf32,
     _PRECISION.TF32x3: _product_3xtf32,
 }
@@ -348,7 +381,9 @@ class Executor(stock.GridExecutor):
         builder = stock.interpreter_builder
         builder.launch = launch
         builder.options = stock.InterpreterOptions(  # debug: device_assert asserts
-            debug=True, sanitize_overflow=launch.checks.overflow
+            debug=True,
+            sanitize_overflow=launch.checks.overflow,
+            allowed_dot_input_precisions=("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6"),
         )
         builder.set_grid_dim(*grid)
         with _language_of_the_interpreter(), np.errstate(all="ignore"):

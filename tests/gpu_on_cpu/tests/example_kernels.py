@@ -224,3 +224,26 @@ def matmul(p_a, p_b, p_o, K, BT: tl.constexpr, BK: tl.constexpr):
         b_b = tl.load(p_b + (k + o_k)[:, None] * BT + o_t[None, :])
         b_o = tl.dot(b_a, b_b, acc=b_o)
     tl.store(p_o + o_t[:, None] * BT + o_t[None, :], b_o.to(p_o.dtype.element_ty))
+
+
+@triton.jit
+def many_live_values(p_x, p_o, T, N: tl.constexpr):
+    """Needs more registers than there are: 64 x 64 fp32 products of 4 kinds live in one warp."""
+    o_nn = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_0 = tl.zeros((N, N), tl.float32)
+    b_1 = tl.zeros((N, N), tl.float32)
+    b_2 = tl.zeros((N, N), tl.float32)
+    b_3 = tl.zeros((N, N), tl.float32)
+    for t in range(T):
+        b_x = tl.load(p_x + t * N * N + o_nn)
+        b_0 += b_x
+        b_1 = b_1 * b_x + b_0
+        b_2 = b_2 * b_x + b_1
+        b_3 = b_3 * b_x + b_2
+    tl.store(p_o + o_nn, b_0 + b_1 + b_2 + b_3)
+
+
+@triton.jit
+def uncompilable(p_x, N: tl.constexpr):
+    tl.static_assert(N > 16, "N is too small")
+    tl.store(p_x + tl.arange(0, N), 0.0)

@@ -143,6 +143,8 @@ def test_scans_agree_with_loops(op, dtype, rng):
         (torch.float16, "tf32", 0, 1e-6),
         (torch.float32, "ieee", 0, 1e-6),
         (torch.float32, "tf32x3", 1e-8, 2e-6),
+        (torch.float32, "bf16x6", 1e-8, 1e-6),
+        (torch.float32, "bf16x3", 1e-6, 1e-5),
         (torch.float32, "tf32", 1e-4, 1e-3),  # operands truncated to 11 bits
     ],
 )
