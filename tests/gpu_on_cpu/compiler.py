@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from triton.runtime.jit import MockTensor
 
 from . import amdgcn, occupancy, sass
 from .ahead_of_time import Argument, Build, Job
-from .listing import histogram
+from .listing import Listing, histogram
 
 _TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -90,50 +91,61 @@ def _compile(job: Job) -> Any:
 
 def build(job: Job, keep_asm: bool) -> Build:
     compiled = _compile(job)
-    describe = _describe_amd if job.target.startswith("gfx") else _describe_nvidia
-    resources, fits, listing, threads = describe(job, compiled)
-    asm = {}
-    if keep_asm:
-        asm = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
-    hot_loop = listing.hottest_loop()
+    made = (
+        _made_for_amd(job, compiled) if job.target == "gfx942" else _made_for_nvidia(job, compiled)
+    )
+    hot_loop = made.listing.hottest_loop()
+    texts = {name: text for name, text in compiled.asm.items() if isinstance(text, str)}
     return Build(
         job=job,
-        resources={**resources, "shared_bytes": compiled.metadata.shared},
-        occupancy=fits[0],
-        limited_by=fits[1],
-        instructions=histogram(listing.opcodes),
+        resources={**made.resources, "shared_bytes": compiled.metadata.shared},
+        occupancy=made.blocks,
+        limited_by=made.limit,
+        instructions=histogram(made.listing.opcodes),
         hot_loop=histogram(hot_loop),
         hot_loop_opcodes=hot_loop,
-        threads=threads,
-        asm=asm,
+        threads=made.threads,
+        asm={**texts, **made.texts} if keep_asm else {},
     )
 
 
-def _describe_nvidia(job: Job, compiled: Any):
+@dataclass
+class _Made:
+    """What the vendors' machine codes have in common."""
+
+    listing: Listing
+    resources: dict[str, int]
+    blocks: int
+    limit: str
+    threads: int
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def _made_for_nvidia(job: Job, compiled: Any) -> _Made:
     cubin = sass.read_cubin(compiled.asm["cubin"])
     instructions = histogram(cubin.listing.opcodes)
+    columns = compiled.metadata.tmem_size
     resources = {
         "registers": cubin.registers,
         "stack_bytes": cubin.stack_bytes,
         "spill_loads": instructions.get("LDL", 0),
         "spill_stores": instructions.get("STL", 0),
-    }
-    if compiled.metadata.tmem_size:
-        resources["tensor_memory_columns"] = compiled.metadata.tmem_size
+    } | ({"tensor_memory_columns": columns} if columns else {})
     # Warp specialisation adds warps to those of the job; the PTX has the total.
     stated = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
     threads = int(stated[1]) if stated else 32 * job.num_warps
-    shared = compiled.metadata.shared
-    columns = compiled.metadata.tmem_size
-    fits = occupancy.blocks_per_sm(job.target, cubin.registers, shared, threads, columns)
-    return resources, fits, cubin.listing, threads
+    blocks, limit = occupancy.blocks_per_sm(
+        job.target, cubin.registers, compiled.metadata.shared, threads, columns
+    )
+    return _Made(cubin.listing, resources, blocks, limit, threads, {"sass": cubin.text})
 
 
-def _describe_amd(job: Job, compiled: Any):
-    text = compiled.asm["amdgcn"]
+def _made_for_amd(job: Job, compiled: Any) -> _Made:
+    text, lds_bytes = compiled.asm["amdgcn"], compiled.metadata.shared
     waves = amdgcn.waves_per_simd(text)
-    fits = occupancy.blocks_per_cu(waves, compiled.metadata.shared, job.num_warps)
-    return amdgcn.resources(text), fits, amdgcn.read_amdgcn(text), 64 * job.num_warps
+    blocks, limit = occupancy.blocks_per_cu(waves, lds_bytes, job.num_warps)
+    listing, resources = amdgcn.read_amdgcn(text), amdgcn.resources(text)
+    return _Made(listing, resources, blocks, limit, 64 * job.num_warps)
 
 
 def main(request: str, answer: str) -> None:

@@ -2,8 +2,8 @@
 
 The interpreter of Triton 3.9 (TRITON_INTERPRET=1) computes on the bits of bf16 numbers as if they
 were integers, truncates fp32 to bf16, multiplies tf32 operands in full fp32, keeps a launch's float
-arguments as Python floats, and reads and writes whatever a pointer points at. ``install`` replaces
-the parts that do so. What it does not change runs as Triton wrote it.
+arguments as Python floats, loads zeros where a mask is off, and reads and writes whatever a pointer
+points at. ``install`` replaces the parts that do so. The rest runs as Triton wrote it.
 
     TRITON_INTERPRET=1 in the environment, before triton is imported
     interpreter.install()
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import min_dot_size
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import TensorHandle
 
@@ -41,6 +43,8 @@ from .rounding import (
 
 _PRECISION = stock._ir.INPUT_PRECISION
 _TOWARD_ZERO = stock._ir.ROUNDING_MODE.RTZ
+_ANY_GPU = GPUTarget("cuda", 80, 32)  # the smallest products do not depend on it
+_MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, of all GPUs
 _np_dtype_of_scalar = functools.cache(stock._get_np_dtype)
 _WIDE_FLOATS = (tl.float16, tl.bfloat16, tl.float32, tl.float64)
 _ACQUIRES = {stock._ir.MEM_SEMANTIC.ACQUIRE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
@@ -58,6 +62,7 @@ def install() -> None:
     stock.GridExecutor = Executor
     stock.ReduceOps = Reduce
     stock.ScanOps = Scan
+    stock.interpreter_builder.codegen_fns["min_dot_size"] = min_dot_size(_ANY_GPU)
     stock.InterpretedFunction.__call__ = _call_device_function
     stock._get_np_dtype = _np_dtype
 
@@ -157,6 +162,9 @@ class Builder(stock.InterpreterBuilder):
 
     def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
         address = self._checked(self.launch.load, ptrs, mask.data)
+        # A single ``other`` of zero is false and arrives as None as well.
+        if other is None and mask.data.size > 1 and not mask.data.all():
+            other = _undefined(ptrs.data.shape, ptrs.get_element_ty())
         return super().create_masked_load(address, mask, other, cache_policy, is_volatile)
 
     def create_masked_store(self, ptrs, value, mask, cache_policy):
@@ -205,6 +213,14 @@ class Builder(stock.InterpreterBuilder):
             self.launch.atomic, acquires=sem in _ACQUIRES, releases=sem in _RELEASES
         )
         return self._checked(atomic, ptrs, mask)
+
+
+def _undefined(shape: tuple[int, ...], dtype: tl.dtype) -> TensorHandle:
+    """What a load without ``other`` leaves in masked lanes is undefined: NaN or a large integer."""
+    if dtype.is_floating() and dtype in _WIDE_FLOATS:
+        return _handle(np.full(shape, np.nan, np.float32), dtype)
+    of_bytes = np.frombuffer(b"\x5a" * 8, _np_dtype(dtype))[:1]
+    return TensorHandle(np.broadcast_to(of_bytes, shape).copy(), dtype)
 
 
 def _product_tf32(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -376,6 +392,8 @@ class Executor(stock.GridExecutor):
         values = {name: self._value(launch, name, v) for name, v in bound.arguments.items()}
         grid = self.grid(values) if callable(self.grid) else self.grid
         grid = tuple(map(int, grid)) + (1,) * (3 - len(grid))
+        if any(count > most for count, most in zip(grid, _MOST_PROGRAMS, strict=True)):
+            raise ValueError(f"{self.fn.__name__}: no GPU launches a grid of {grid}")
         for hook in self.pre_run_hooks:
             hook(*args, **kwargs)
         builder = stock.interpreter_builder

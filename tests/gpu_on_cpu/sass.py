@@ -21,6 +21,7 @@ _TARGET = re.compile(r"\((\.L_\w+)\)")
 class Cubin:
     """What ptxas made of a kernel."""
 
+    text: str
     listing: Listing
     registers: int
     stack_bytes: int
@@ -33,7 +34,7 @@ def read_cubin(cubin: bytes) -> Cubin:
         usage = _run("cuobjdump", "--dump-resource-usage", file.name)
         sass = _run("nvdisasm", "-c", file.name)
     amounts = {name: int(amount) for name, amount in re.findall(r"(\w+):(\d+)", usage)}
-    return Cubin(read_sass(sass), amounts["REG"], amounts["STACK"])
+    return Cubin(sass, read_sass(sass), amounts["REG"], amounts["STACK"])
 
 
 def read_sass(text: str) -> Listing:

@@ -116,6 +116,14 @@ def tail(p_x, p_o, T, OFF_BY: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def masked_sum(p_x, p_o, T, OTHER: tl.constexpr, N: tl.constexpr):
+    """Without OTHER, the masked lanes are undefined, and so is the sum."""
+    o_n = tl.arange(0, N)
+    b_x = tl.load(p_x + o_n, mask=o_n < T, other=OTHER)
+    tl.store(p_o, tl.sum(b_x, 0))
+
+
+@triton.jit
 def into_neighbour(p_x, p_o, offset, N: tl.constexpr):
     o_n = tl.arange(0, N)
     tl.store(p_o + o_n, tl.load(p_x + offset + o_n))
@@ -143,6 +151,7 @@ def last_to_arrive(p_x, p_part, p_count, p_o, n, SEM: tl.constexpr, N: tl.conste
         for i in range(n):
             b_o += tl.load(p_part + i * N + o_n)
         tl.store(p_o + o_n, b_o)
+        tl.store(p_count, 0)  # for the next launch
 
 
 @triton.jit

@@ -99,6 +99,12 @@ def test_all_warps_have_stored_before_one_releases(builds):
     assert before.rindex("bar.sync") > before.rindex("st.global")
 
 
+def test_the_machine_code_can_be_read(builds):
+    assert "HGMMA.64x64x16.F32.BF16" in builds["sm_90"].asm["sass"]
+    assert "v_mfma_f32_32x32x8_bf16" in builds["gfx942"].asm["amdgcn"]
+    assert build(JOBS["sm_80"]).asm == {}
+
+
 def test_kernels_that_do_not_compile_are_named():
     with pytest.raises(BuildError, match=r"uncompilable sm_80 w4 s2: (?s:.*)N is too small"):
         build(Job(KERNELS, "uncompilable", {"p_x": "*fp32", "N": 16}, "sm_80"))

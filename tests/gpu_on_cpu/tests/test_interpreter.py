@@ -183,6 +183,23 @@ def test_none_is_an_absent_pointer():
     assert torch.equal(o, 2 * x)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int32], ids=str)
+def test_masked_lanes_are_undefined_unless_other_defines_them(dtype):
+    x, o = torch.ones(16, dtype=dtype), torch.empty(1, dtype=dtype)
+    kernels.masked_sum[(1,)](x, o, 9, 0, 16)
+    assert o.item() == 9
+    kernels.masked_sum[(1,)](x, o, 9, None, 16)
+    assert o.item() != 9
+
+
+def test_what_no_gpu_can_do_is_refused():
+    x = torch.ones(8, 8, dtype=torch.bfloat16)
+    with pytest.raises(AssertionError, match="K >= 16"):
+        kernels.product[(1,)](x, x, torch.empty(8, 8), "ieee", 8)
+    with pytest.raises(ValueError, match=r"grid of \(1, 65536, 1\)"):
+        kernels.asserts[(1, 65536)](x, 16)
+
+
 def test_device_assert_asserts():
     kernels.asserts[(1,)](torch.ones(16), 16)
     with pytest.raises(AssertionError, match="x is positive"):

@@ -60,6 +60,7 @@ def sum_rows(sem):
     part, count = torch.empty(6, 32), torch.zeros(1, dtype=torch.int32)
     kernels.last_to_arrive[(6,)](x, part, count, o, 6, sem, 32)
     torch.testing.assert_close(o, 2 * x.sum(0))
+    assert count.item() == 0
 
 
 @pytest.mark.parametrize("order", [None, 0, 1, 2])
