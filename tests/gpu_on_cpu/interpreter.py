@@ -106,10 +106,7 @@ class Builder(stock.InterpreterBuilder):
         if _is_bf16(lhs) or _is_bf16(rhs):
             result = op(_numbers(lhs), _numbers(rhs))
             return _handle(result, tl.int1 if result.dtype == np.bool_ else tl.bfloat16)
-        result = super().binary_op(lhs, rhs, op)
-        if result.data.dtype == np.bool_:
-            result.dtype = tl.int1  # the stock one labels comparisons with their operands' dtype
-        return result
+        return super().binary_op(lhs, rhs, op)
 
     def unary_op(self, arg, op):
         return _handle(op(_numbers(arg)), arg.dtype.scalar)

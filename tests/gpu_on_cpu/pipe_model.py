@@ -35,7 +35,7 @@ class Multiprocessor:
     special: int
     tensor_flop: int
     memory_bytes: float
-    shared_bytes: int = 128
+    l1_bytes: int = 128
     issued_warps: int = 4  # one per scheduler
 
 
@@ -51,8 +51,9 @@ _INTEGER = {
     *("IADD3", "VIADD", "IABS", "IMNMX", "VIMNMX", "ISETP", "LEA", "LOP3", "PLOP3", "SHF", "SGXT"),
     *("MOV", "SEL", "PRMT", "POPC", "CS2R"),
 }
-_SHARED_BY_WIDTH = {"LDS", "STS", "LDGSTS"}
-_SHARED_BY_MATRICES = {"LDSM", "STSM"}
+# Shared memory and the L1 cache are one memory with one data path.
+_L1_BY_WIDTH = {"LDS", "STS", "LDGSTS", "LDG", "STG", "LDL", "STL"}
+_L1_BY_MATRICES = {"LDSM", "STSM"}
 
 _WARP = 32
 _HMMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
@@ -97,6 +98,8 @@ def predict(build: Build, bytes_per_trip: float = 0.0) -> Prediction:
     if build.job.target not in MULTIPROCESSORS:
         raise ValueError(f"no throughputs of {build.job.target}: {', '.join(MULTIPROCESSORS)}")
     sm = MULTIPROCESSORS[build.job.target]
+    if not build.hot_loop_opcodes:
+        raise ValueError(f"{build.job.id} has no loop")
     opcodes, warps = build.hot_loop_opcodes, build.threads // _WARP
 
     def results(families: set[str]) -> int:
@@ -107,7 +110,7 @@ def predict(build: Build, bytes_per_trip: float = 0.0) -> Prediction:
         "special": results(_SPECIAL) / sm.special,
         "fma": results(_FMA) / sm.fp32,
         "integer": results(_INTEGER) / sm.integer,
-        "shared": sum(map(_shared_bytes, opcodes)) * warps / sm.shared_bytes,
+        "l1": sum(map(_l1_bytes, opcodes)) * warps / sm.l1_bytes,
         "issue": len(opcodes) * warps / sm.issued_warps,
     }
     if bytes_per_trip:
@@ -127,12 +130,12 @@ def _tensor_flop(opcode: str) -> float:
     return 2 * rows * columns * depth * (2 if "TF32" in opcode else 1)
 
 
-def _shared_bytes(opcode: str) -> int:
+def _l1_bytes(opcode: str) -> int:
     """Of one warp, without bank conflicts."""
     name = family(opcode)
-    if name in _SHARED_BY_WIDTH:
+    if name in _L1_BY_WIDTH:
         widths = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1}
         return _WARP * next((width for suffix, width in widths.items() if suffix in opcode), 4)
-    if name in _SHARED_BY_MATRICES:  # of 8 x 8 16-bit elements
+    if name in _L1_BY_MATRICES:  # of 8 x 8 16-bit elements
         return 128 * next((count for count in (4, 2) if f".{count}" in opcode), 1)
     return _WARP * 4 if name == "SHFL" else 0

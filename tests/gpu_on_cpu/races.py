@@ -89,8 +89,7 @@ class RaceDetector:
         for region, pieces in self._touched(addresses, size):
             if conflict := self._conflict(region, pieces, "stores", "atomics", "loads"):
                 return conflict
-            # Whoever is ordered after this store is ordered after all that came before it.
-            region.loads[pieces] = region.atomics[pieces] = region.releases[pieces] = _NOBODY
+            # Whoever is ordered after this store is ordered after the stores before it.
             region.stores[pieces] = self._with_this_program(_NOBODY)
         return None
 

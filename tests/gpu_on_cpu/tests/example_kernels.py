@@ -33,6 +33,8 @@ def binary(p_x, p_y, p_o, OP: tl.constexpr, N: tl.constexpr):
         b_o = tl.abs(b_x)
     elif OP == "clamp":
         b_o = tl.clamp(b_x, -0.5, 0.5)
+    elif OP == "clamp with nan":
+        b_o = tl.clamp(b_x, -0.5, 0.5, propagate_nan=tl.PropagateNan.ALL)
     elif OP == "atomic":
         b_o = tl.atomic_add(p_y + o_n, b_x)
     tl.store(p_o + o_n, b_o)
@@ -183,6 +185,16 @@ def zero_and_count(p_count):
         tl.store(p_count, 0)
     else:
         tl.atomic_add(p_count, 1)
+
+
+@triton.jit
+def count_and_look(p_count, p_o):
+    """Wrong: the last program looks at the counter while others count."""
+    i = tl.program_id(0)
+    if i < tl.num_programs(0) - 1:
+        tl.atomic_add(p_count, 1)
+    else:
+        tl.store(p_o, tl.load(p_count))
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """Kernels compile for GPUs that are not there; what is reported of them is right and is held to."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from gpu_on_cpu import budget, pipe_model
-from gpu_on_cpu.ahead_of_time import BuildError, Job, build, build_all
+from gpu_on_cpu.ahead_of_time import BuildError, Job, build_all
 from gpu_on_cpu.listing import Listing
 from gpu_on_cpu.occupancy import blocks_per_sm
 from gpu_on_cpu.sass import read_sass
@@ -61,9 +62,17 @@ def test_the_hot_loop_of_a_product_is_on_matrix_cores_and_pipelined(builds, name
     assert sum(builds[name].hot_loop.values()) < sum(builds[name].instructions.values())
 
 
+def test_a_hot_loop_need_not_multiply_matrices(builds):
+    assert builds["fits"].hot_loop["FFMA"] >= 3 * 64 * 64 // 256
+    assert builds["none"].hot_loop == {}
+
+
 def test_async_copies_need_more_than_one_stage():
-    unpipelined = build(Job(KERNELS, "matmul", MATMUL, "sm_80", num_stages=1))
-    assert "LDGSTS" not in unpipelined.instructions
+    jobs = [replace(JOBS["sm_80"], num_stages=stages) for stages in (1, 2, 3)]
+    builds = build_all(jobs, workers=2)
+    assert [build.job for build in builds] == jobs
+    assert all(not build.asm for build in builds)  # only on request
+    assert ["LDGSTS" in build.instructions for build in builds] == [False, True, True]
 
 
 def test_shared_memory_is_that_of_the_stages(builds):
@@ -75,7 +84,13 @@ def test_shared_memory_is_that_of_the_stages(builds):
 @pytest.mark.parametrize("name", ["spills", "spills on gfx942"])
 def test_spills_are_reported(builds, name):
     assert builds[name].spills > 0
+    assert builds[name].limited_by == "registers"
     assert builds["fits"].spills == builds["sm_90"].spills == builds["gfx942"].spills == 0
+
+
+def test_a_wavefront_with_all_registers_has_a_simd_for_itself(builds):
+    assert builds["spills on gfx942"].resources["vgprs"] == 512
+    assert builds["spills on gfx942"].occupancy == 4  # blocks of one wavefront on four SIMDs
 
 
 def test_an_absent_pointer_is_compiled_away(builds):
@@ -102,19 +117,22 @@ def test_all_warps_have_stored_before_one_releases(builds):
 def test_the_machine_code_can_be_read(builds):
     assert "HGMMA.64x64x16.F32.BF16" in builds["sm_90"].asm["sass"]
     assert "v_mfma_f32_32x32x8_bf16" in builds["gfx942"].asm["amdgcn"]
-    assert build(JOBS["sm_80"]).asm == {}
 
 
-def test_kernels_that_do_not_compile_are_named():
-    with pytest.raises(BuildError, match=r"uncompilable sm_80 w4 s2: (?s:.*)N is too small"):
-        build(Job(KERNELS, "uncompilable", {"p_x": "*fp32", "N": 16}, "sm_80"))
+def test_every_job_that_fails_is_named_with_its_reason():
+    wrong_kind = Job(KERNELS, "matmul", MATMUL | {"K": "int"}, "sm_80")
+    too_small = Job(KERNELS, "uncompilable", {"p_x": "*fp32", "N": 16}, "sm_80")
+    with pytest.raises(BuildError) as failure:
+        build_all([wrong_kind, too_small])
+    of_first, of_second = str(failure.value).split("uncompilable sm_80 w4 s2: ")
+    assert of_first.startswith("matmul sm_80 w4 s2: ")
+    assert "unknown kind of argument 'int'" in of_first
+    assert "N is too small" in of_second
 
 
-def test_an_unknown_target_or_argument_is_refused():
-    with pytest.raises(ValueError, match="sm_70"):
+def test_an_unknown_target_is_refused():
+    with pytest.raises(ValueError, match="target is 'sm_70'; there are sm_80,"):
         Job(KERNELS, "matmul", MATMUL, "sm_70")
-    with pytest.raises(BuildError, match="unknown kind of argument"):
-        build(Job(KERNELS, "matmul", MATMUL | {"K": "int"}, "sm_80"))
 
 
 def test_the_hottest_loop_is_the_innermost_one_that_multiplies():
@@ -229,5 +247,18 @@ class TestPipeModel:
         )  # half the depth, half the rate
 
     def test_targets_without_throughputs_are_refused(self, builds):
-        with pytest.raises(ValueError, match="gfx942"):
+        with pytest.raises(ValueError, match="no throughputs of gfx942"):
             pipe_model.predict(builds["gfx942"])
+
+    def test_kernels_without_loops_are_refused(self, builds):
+        with pytest.raises(ValueError, match="has no loop"):
+            pipe_model.predict(builds["none"])
+
+    def test_conversions_and_exponentials_take_the_slow_pipe(self, builds):
+        opcodes = ("MUFU.EX2", "F2F.BF16.F32", "LDS.128", "LDSM.16.M88.4", "FFMA")
+        loop = replace(builds["sm_80"], hot_loop_opcodes=opcodes, threads=32)
+        pipes = pipe_model.predict(loop).pipes
+        assert pipes["special"] == 2 * 32 / 16
+        assert pipes["l1"] == (32 * 16 + 512) / 128
+        assert pipes["fma"] == 32 / 64
+        assert pipes["issue"] == 5 / 4

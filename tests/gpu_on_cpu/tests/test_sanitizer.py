@@ -100,6 +100,17 @@ def test_a_plain_store_beside_atomics_is_a_race():
         kernels.zero_and_count[(2,)](torch.zeros(1, dtype=torch.int32))
 
 
+def test_a_plain_load_beside_atomics_is_a_race():
+    with checked(races=True), pytest.raises(Race, match=r"of p_count .*: atomics there"):
+        kernels.count_and_look[(2,)](torch.zeros(1, dtype=torch.int32), torch.empty(2))
+
+
+def test_arguments_that_overlap_share_races():
+    x = torch.zeros(5 * 48)
+    with checked(races=True), pytest.raises(Race, match=r"store of p_x at .* and p_o at .*: loads"):
+        kernels.rows[(4,)](x[48:], x[:-48], True, 48, 64)
+
+
 def test_arguments_that_share_memory_share_races():
     x = torch.zeros(4 * 48 + 16)
     with checked(races=True):
