@@ -322,7 +322,7 @@ class Reduce(_Combining, stock.ReduceOps):
     def _tree(self, input):
         dtypes = [tensor.dtype for tensor in input]
         arrays = [tensor.handle.data for tensor in input]
-        shape, axis = arrays[0].shape, self.axis
+        rank, axis = arrays[0].ndim, self.axis
         if axis is None:
             arrays, axis = [array.reshape(-1) for array in arrays], 0
         arrays = [np.moveaxis(array, axis, 0) for array in arrays]
@@ -331,9 +331,8 @@ class Reduce(_Combining, stock.ReduceOps):
             arrays = self.combine(even, odd, dtypes)
         arrays = [array[0] for array in arrays]
         if self.keep_dims:
-            kept = np.ones_like(shape) if self.axis is None else np.array(shape)
-            kept[axis if self.axis is not None else 0] = 1
-            arrays = [array.reshape(kept) for array in arrays]
+            axes = tuple(range(rank)) if self.axis is None else self.axis
+            arrays = [np.expand_dims(array, axes) for array in arrays]
         return [self.to_tensor(a, t) for a, t in zip(arrays, dtypes, strict=True)]
 
 

@@ -82,7 +82,9 @@ def reduction(p_x, p_o, OP: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
     elif OP == "argmin":
         b_o = tl.argmin(b_x, 1)
     elif OP == "product":
-        b_o = tl.reduce(b_x, 1, _product)
+        b_o = tl.reshape(tl.reduce(b_x, 1, _product, keep_dims=True), (M,))
+    elif OP == "product of all":
+        b_o = tl.zeros((M,), b_x.dtype) + tl.reduce(b_x, None, _product)
     elif OP == "last":
         _, b_o = tl.reduce((b_x, b_x), 1, _second)
     tl.store(p_o + o_m, b_o)

@@ -118,6 +118,12 @@ def test_reductions_err_by_the_roundings_of_their_dtype(op, dtype, rng):
         assert error > epsilon / 2  # it rounds at all
 
 
+def test_a_reduction_over_all_axes_is_one_number(rng):
+    x, o = 1 + torch.rand(4, 8, generator=rng), torch.empty(4)
+    kernels.reduction[(1,)](x, o, "product of all", 4, 8)
+    torch.testing.assert_close(o, x.prod().expand(4))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", ["cumsum", "reversed", "recurrence"])
 def test_scans_agree_with_loops(op, dtype, rng):

@@ -1,9 +1,11 @@
 """Out-of-bounds accesses and races are found, and correct kernels pass."""
 
+import numpy as np
 import pytest
 import torch
 
 from gpu_on_cpu import interpreter
+from gpu_on_cpu.races import Conflict, RaceDetector
 from gpu_on_cpu.sanitizer import OutOfBounds, Race, checked
 
 from . import example_kernels as kernels
@@ -109,6 +111,16 @@ def test_arguments_that_overlap_share_races():
     x = torch.zeros(5 * 48)
     with checked(races=True), pytest.raises(Race, match=r"store of p_x at .* and p_o at .*: loads"):
         kernels.rows[(4,)](x[48:], x[:-48], True, 48, 64)
+
+
+def test_memory_within_and_behind_an_argument_inside_another_is_followed():
+    detector = RaceDetector([(0, 400, 4), (100, 200, 2)], programs=2)
+    detector.start(0)
+    assert detector.store(np.array([150, 300], np.uint64), 4) is None
+    detector.start(1)
+    assert detector.load(np.array([148, 154, 304], np.uint64), 2) is None
+    assert detector.load(np.array([152], np.uint64), 2) == Conflict(152, 0, "stores")
+    assert detector.load(np.array([300], np.uint64), 4) == Conflict(300, 0, "stores")
 
 
 def test_arguments_that_share_memory_share_races():
