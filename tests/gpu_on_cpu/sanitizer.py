@@ -216,6 +216,6 @@ class Launch:
         views = [a for a in self.arguments if a.first <= conflict.address < a.end]
         names = " and ".join(f"{a.name} at byte {conflict.address - a.first}" for a in views)
         raise Race(
-            f"{self._place(what)} of {names}: {conflict.access} there of program "
-            f"{self._coordinates(conflict.program)} are not ordered before by release and acquire"
+            f"{self._place(what)} of {names}: {conflict.access} there by program "
+            f"{self._coordinates(conflict.program)} are not ordered before it by release and acquire"
         )

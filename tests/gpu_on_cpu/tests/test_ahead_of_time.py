@@ -122,12 +122,15 @@ def test_the_machine_code_can_be_read(builds):
 def test_every_job_that_fails_is_named_with_its_reason():
     wrong_kind = Job(KERNELS, "matmul", MATMUL | {"K": "int"}, "sm_80")
     too_small = Job(KERNELS, "uncompilable", {"p_x": "*fp32", "N": 16}, "sm_80")
+    no_3xtf32 = Job(KERNELS, "product", FP32 | {"PRECISION": "=tf32x3"}, "gfx942")
     with pytest.raises(BuildError) as failure:
-        build_all([wrong_kind, too_small])
-    of_first, of_second = str(failure.value).split("uncompilable sm_80 w4 s2: ")
+        build_all([wrong_kind, too_small, no_3xtf32])
+    of_first, others = str(failure.value).split("uncompilable sm_80 w4 s2: ")
+    of_second, of_third = others.split("product gfx942 w4 s2: ")
     assert of_first.startswith("matmul sm_80 w4 s2: ")
     assert "unknown kind of argument 'int'" in of_first
     assert "N is too small" in of_second
+    assert "must be one of ('bf16x3', 'bf16x6', 'ieee', 'tf32')" in of_third
 
 
 def test_an_unknown_target_is_refused():

@@ -51,7 +51,7 @@ def test_a_store_without_its_mask_is_a_race():
     x, o = torch.randn(5 * 48 + 16), torch.empty(5 * 48 + 16)
     with checked(races=True):
         kernels.rows[(5,)](x, o, True, 48, 64)
-        message = r"program \(1, 0, 0\), store of p_o at byte 192: stores there of program \(0"
+        message = r"program \(1, 0, 0\), store of p_o at byte 192: stores there by program \(0"
         with pytest.raises(Race, match=message):
             kernels.rows[(5,)](x, o, False, 48, 64)
     assert torch.equal(o[: 2 * 48], x[: 2 * 48])
