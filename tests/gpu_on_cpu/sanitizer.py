@@ -215,7 +215,8 @@ class Launch:
             return
         views = [a for a in self.arguments if a.first <= conflict.address < a.end]
         names = " and ".join(f"{a.name} at byte {conflict.address - a.first}" for a in views)
+        other = self._coordinates(conflict.program)
         raise Race(
-            f"{self._place(what)} of {names}: {conflict.access} there by program "
-            f"{self._coordinates(conflict.program)} are not ordered before it by release and acquire"
+            f"{self._place(what)} of {names}: {conflict.access} there by program {other} "
+            f"are not ordered before it by release and acquire"
         )
