@@ -1,6 +1,11 @@
 """Puts this directory on the path, so that tests can import ``helpers``; fixtures for all tests."""
 
+import os
+
 import pytest
+
+# Triton decides when a kernel is decorated whether it is interpreted, its own library included.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture

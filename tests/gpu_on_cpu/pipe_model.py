@@ -1,0 +1,141 @@
+"""Cycles that a trip through a kernel's hot loop takes, from its machine code: to compare variants.
+
+Each instruction occupies one execution pipe of a multiprocessor for a known time. If the pipes
+overlap perfectly, a trip takes as long as the busiest one; if they do not overlap at all, as long
+as all of them together. Latencies, barriers and bank conflicts are not in the model, nor what wgmma
+reads from shared memory; they may take longer still.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .ahead_of_time import Build
+from .listing import family
+
+LABEL = "MODEL, never run on a GPU"
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Throughput per clock.
+
+    fp32, integer and special: results, "Throughput of Native Arithmetic Instructions" in the CUDA
+        C++ Programming Guide. special are rcp, rsqrt, ex2, lg2, sin, cos and the conversions that
+        the table calls "all other".
+    tensor_flop: of dense bf16, from the peak, clock and number of SMs in the A100 and H100 white
+        papers (312 TFLOP/s at 1.41 GHz on 108; 989 at 1.83 on 132).
+    memory_bytes: 2.04 TB/s (A100 80 GB) and 3.35 TB/s (H100 SXM5), by clock and number of SMs.
+    """
+
+    fp32: int
+    integer: int
+    special: int
+    tensor_flop: int
+    memory_bytes: float
+    l1_bytes: int = 128
+    issued_warps: int = 4  # one per scheduler
+
+
+MULTIPROCESSORS = {
+    "sm_80": Multiprocessor(64, 64, 16, 2048, 2.04e12 / 1.41e9 / 108),
+    "sm_90": Multiprocessor(128, 64, 16, 4096, 3.35e12 / 1.83e9 / 132),
+}
+
+_FMA = {"FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HMUL2", "HADD2"}
+_SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}
+_INTEGER = {
+    *("FSEL", "FMNMX", "FMNMX3", "FSETP", "FSET", "F2FP", "I2FP"),  # run where integers do
+    *("IADD3", "VIADD", "IABS", "IMNMX", "VIMNMX", "ISETP", "LEA", "LOP3", "PLOP3", "SHF", "SGXT"),
+    *("MOV", "SEL", "PRMT", "POPC", "CS2R"),
+}
+# Shared memory and the L1 cache are one memory with one data path.
+_L1_BY_WIDTH = {"LDS", "STS", "LDGSTS", "LDG", "STG", "LDL", "STL"}
+_L1_BY_MATRICES = {"LDSM", "STSM"}
+
+_WARP = 32
+_HMMA_SHAPES = {"16816": (16, 8, 16), "1688": (16, 8, 8), "1684": (16, 8, 4)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Cycles of one trip through the hot loop of one block.
+
+    pipes: cycles by pipe, "memory" among them if the bytes of a trip were given.
+    overlapped: the busiest pipe's alone; serialised: those of all pipes one after another.
+    """
+
+    job: str
+    pipes: Mapping[str, float]
+
+    @property
+    def busiest(self) -> str:
+        return max(self.pipes, key=lambda pipe: self.pipes[pipe])
+
+    @property
+    def overlapped(self) -> float:
+        return self.pipes[self.busiest]
+
+    @property
+    def serialised(self) -> float:
+        return sum(self.pipes.values())
+
+    def __str__(self) -> str:
+        pipes = ", ".join(f"{pipe} {cycles:.0f}" for pipe, cycles in self.pipes.items())
+        return (
+            f"{self.job}: {self.overlapped:.0f} to {self.serialised:.0f} cycles per trip, "
+            f"{self.busiest} the busiest ({pipes}) [{LABEL}]"
+        )
+
+
+def predict(build: Build, bytes_per_trip: float = 0.0) -> Prediction:
+    """The model of a build's hot loop, for sm_80 and sm_90.
+
+    bytes_per_trip: what one block moves from and to DRAM in a trip.
+    """
+    if build.job.target not in MULTIPROCESSORS:
+        raise ValueError(f"no throughputs of {build.job.target}: {', '.join(MULTIPROCESSORS)}")
+    sm = MULTIPROCESSORS[build.job.target]
+    if not build.hot_loop_opcodes:
+        raise ValueError(f"{build.job.id} has no loop")
+    opcodes, warps = build.hot_loop_opcodes, build.threads // _WARP
+
+    def results(families: set[str]) -> int:
+        return sum(family(opcode) in families for opcode in opcodes) * _WARP * warps
+
+    pipes = {
+        "tensor": sum(map(_tensor_flop, opcodes)) * warps / sm.tensor_flop,
+        "special": results(_SPECIAL) / sm.special,
+        "fma": results(_FMA) / sm.fp32,
+        "integer": results(_INTEGER) / sm.integer,
+        "l1": sum(map(_l1_bytes, opcodes)) * warps / sm.l1_bytes,
+        "issue": len(opcodes) * warps / sm.issued_warps,
+    }
+    if bytes_per_trip:
+        pipes["memory"] = bytes_per_trip / sm.memory_bytes
+    return Prediction(build.job.id, pipes)
+
+
+def _tensor_flop(opcode: str) -> float:
+    """Of one warp, at the rate of bf16: tf32 counts twice, because it runs at half of it."""
+    if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode):
+        rows, columns, depth = map(int, match.groups())
+        rows //= 4  # four warps share one
+    elif match := re.match(r"HMMA\.(\d+)", opcode):
+        rows, columns, depth = _HMMA_SHAPES[match[1]]
+    else:
+        return 0
+    return 2 * rows * columns * depth * (2 if "TF32" in opcode else 1)
+
+
+def _l1_bytes(opcode: str) -> int:
+    """Of one warp, without bank conflicts."""
+    name = family(opcode)
+    if name in _L1_BY_WIDTH:
+        widths = {".128": 16, ".64": 8, ".U16": 2, ".U8": 1}
+        return _WARP * next((width for suffix, width in widths.items() if suffix in opcode), 4)
+    if name in _L1_BY_MATRICES:  # of 8 x 8 16-bit elements
+        return 128 * next((count for count in (4, 2) if f".{count}" in opcode), 1)
+    return _WARP * 4 if name == "SHFL" else 0
