@@ -46,16 +46,18 @@ def pair_masks(p, start, distance):
     pairs are in W, which in N, [C, C]; no sinks. Keys past the end are after all queries.
     """
     r = tl.arange(0, p.chunk)
-    ahead = (distance + r)[:, None] - r[None, :]  # i - j
+    ahead = r[:, None] + distance - r[None, :]  # i - j
     known = ahead >= 0
     if p.window.sink > 0 or p.window.lag > 0:
-        known = known & (start - distance + r >= p.window.sink)[None, :]
+        key = r + start - distance
+        known = known & (key[None, :] >= p.window.sink)
     if p.window.size == 0:
         return known & (ahead < 0), known
     elif p.window.kind == SLIDING:
         return known & (ahead < p.window.size), known & (ahead >= p.window.size)
     else:
-        near = (start - distance + r)[None, :] >= window_start(p.window, start + r)[:, None]
+        key = r + start - distance
+        near = key[None, :] >= window_start(p.window, r + start)[:, None]
         return known & near, known & (near == 0)
 
 
