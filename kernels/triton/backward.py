@@ -512,6 +512,8 @@ def backward_keys(
             key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
             if p.map_k.two_sided:
                 key_dv = product(phi_k.minus, state.kv.minus, key_dv, p.arithmetic)
+            if p.window.sink > 0:
+                key_dv = tl.where(folds(p, tokens)[:, None], key_dv, 0.0)
             key_dk = tl.zeros((p.chunk, p.block_d), tl.float32)
             sums = KeyPass(key_dk, key_dv, d_phi)
         else:
