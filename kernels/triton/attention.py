@@ -208,8 +208,9 @@ def backward(
     )  # fmt: skip
 
     dkv0 = dksum0 = None
-    if kv0 is not None:
-        dkv0, dksum0 = torch.empty_like(kv0), torch.empty_like(ksum0)
+    if kv0 is not None and ksum0 is not None:
+        dkv0 = torch.empty_like(kv0)
+        dksum0 = fp32(q, *ksum0.shape[:2], plan.slices, ksum0.shape[2])
     plan.run(
         backward_keys, incoming, left, *final_gradients(plan, v, incoming, left, dkv, dksum),
         None if dk is None else parts_of(dk), None if dv is None else parts_of(dv), d_weight_k,
@@ -225,7 +226,7 @@ def backward(
         of_maps(plan, d_bias_k, bias_k),
         of_programs(plan, dm),
         dkv0,
-        dksum0,
+        None if dksum0 is None else dksum0.sum(2),
     )
 
 
@@ -237,12 +238,15 @@ def final_gradients(
     dkv: Tensor | None,
     dksum: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The state's gradient at the end of every segment, [N, H, segments, F, V] and [..., F]."""
+    """The state's gradient at the end of every segment, [N, H, segments, F, V] and [N, H, segments,
+    slices, F]: the slices' shares of ksum's, that of what follows being the first's."""
+    if dksum is not None:
+        dksum = torch.nn.functional.pad(dksum.unsqueeze(2), (0, 0, 0, plan.slices - 1))
     if plan.segments == 1:
         return dkv, dksum
     shape = plan.sequences, plan.heads, plan.segments
     width, value_dim = state_shape(plan, v)
-    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, width)
+    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, plan.slices, width)
     plan.run(segment_gradients_kernel, incoming, left, kv, ksum)
     scan(plan, kv, ksum, dkv, dksum, True)
     return kv, ksum

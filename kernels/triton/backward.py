@@ -51,8 +51,8 @@ from .state import (
     absorb,
     absorb_tiles,
     add_rows,
+    columns,
     empty_state,
-    first_column,
     key_features,
     load_state,
     store_state,
@@ -99,12 +99,23 @@ class Parts(NamedTuple):
     stride: Any
 
 
+class RowGradient(NamedTuple):
+    """What came in for a chunk of queries: da = factor do . v - delta.
+
+    do is kept as it came, since bf16 would round do / den, and what is left of da after delta has
+    been taken away can be as small as that rounding.
+    """
+
+    do: Any  # [C, BLOCK_V], an operand
+    factor: Any  # [C], 1 / den
+    delta: Any  # [C], y . do / den
+
+
 class Queries(NamedTuple):
     """A chunk of queries and what came in for them."""
 
     q: Any  # [C, BLOCK_D]
-    g: Any  # [C, BLOCK_V]
-    delta: Any  # [C]
+    row: RowGradient
     m: Any  # [C]
     tie: Any  # [C]
 
@@ -116,37 +127,49 @@ def map_tile(p, x, rows, valid, weight, f, head):
 
 
 @triton.jit
+def load_do(p, at, incoming, tokens):
+    """do as an operand, [C, BLOCK_V]."""
+    rows = rows_of(incoming.do, at.batch, at.head, tokens)
+    return load_tile(rows, tokens.valid, at.column, p.v.width, p.block_v).to(p.arithmetic.dtype)
+
+
+@triton.jit
+def row_factor(p, at, incoming, tokens):
+    """coefficient / den of a chunk of queries, [C]."""
+    factor = tl.full((p.chunk,), 1.0, tl.float32)
+    if incoming.den is not None:
+        own = statistic(p, at, tokens)
+        factor = 1.0 / tl.load(incoming.den + own, mask=tokens.valid, other=1.0)
+    if incoming.coefficient is not None:
+        factor *= tl.load(incoming.coefficient)
+    return factor
+
+
+@triton.jit
 def incoming_of(p, at, incoming, tokens):
-    """(g [C, BLOCK_V] as an operand, delta [C]) of a chunk of queries."""
-    do_rows = rows_of(incoming.do, at.batch, at.head, tokens)
-    g = load_tile(do_rows, tokens.valid, at.column, p.v.width, p.block_v).to(tl.float32)
+    """The RowGradient of a chunk of queries. What does not depend on V counts for the first slice."""
+    do, factor = load_do(p, at, incoming, tokens), row_factor(p, at, incoming, tokens)
     own = statistic(p, at, tokens)
     delta = tl.zeros((p.chunk,), tl.float32)
     if incoming.out is not None:
         out_rows = rows_of(incoming.out, at.batch, at.head, tokens)
         y = load_tile(out_rows, tokens.valid, at.column, p.v.width, p.block_v)
-        delta = tl.sum(g * y.to(tl.float32), 1)
+        delta = tl.sum(do.to(tl.float32) * y.to(tl.float32), 1) * factor
     elif incoming.delta is not None:
         if at.part == 0:
-            delta = tl.load(incoming.delta + own, mask=tokens.valid, other=0.0)
-    if incoming.coefficient is not None:
-        factor = tl.load(incoming.coefficient)
-        g *= factor
-        delta *= factor
+            delta = tl.load(incoming.delta + own, mask=tokens.valid, other=0.0) * factor
     if incoming.constant is not None:
         if at.part == 0:
-            delta += tl.load(incoming.constant + own, mask=tokens.valid, other=0.0)
-    if incoming.den is not None:
-        inverse = 1.0 / tl.load(incoming.den + own, mask=tokens.valid, other=1.0)
-        g *= inverse[:, None]
-        delta *= inverse
-    return g.to(p.arithmetic.dtype), delta
+            den = tl.load(incoming.den + own, mask=tokens.valid, other=1.0)
+            delta += tl.load(incoming.constant + own, mask=tokens.valid, other=0.0) / den
+    return RowGradient(do, factor, delta)
 
 
 @triton.jit
-def weight_gradients(p, g, delta, v):
-    """da = g . v - delta, [queries, keys]."""
-    return product(g, tl.trans(v), None, p.arithmetic) - delta[:, None]
+def weight_gradients(p, row, v):
+    """da, [queries, keys]."""
+    da = product(row.do, tl.trans(v), None, p.arithmetic)
+    return da * row.factor[:, None] - row.delta[:, None]
 
 
 @triton.jit
@@ -160,16 +183,18 @@ def add_product(a, b, sides, arithmetic):
 
 
 @triton.jit
-def state_product(x, factor, state, arithmetic):
-    """x . kv^T + factor * ksum, [C, f] for both sides; x [C, BLOCK_V], factor [C]."""
-    column = first_column(factor)
-    plus = product(x, tl.trans(state.kv.plus), None, arithmetic)
-    plus = product(column, tl.trans(state.ksum.plus), plus, arithmetic)
+def state_product(x, factor, delta, state, arithmetic):
+    """factor * (x . kv^T) - delta * ksum, [C, f] for both sides; x [C, BLOCK_V]."""
+    column = columns(-delta, 0b101, 0b010, arithmetic.dtype)  # high, low, high
+    ksum = columns(tl.sum(state.ksum.plus, 1), 0b011, 0b100, arithmetic.dtype)  # high, high, low
+    plus = product(x, tl.trans(state.kv.plus), None, arithmetic) * factor[:, None]
+    plus = product(column, tl.trans(ksum), plus, arithmetic)
     if state.kv.minus is None:
         return Sides(plus, None)
     else:
-        minus = product(x, tl.trans(state.kv.minus), None, arithmetic)
-        return Sides(plus, product(column, tl.trans(state.ksum.minus), minus, arithmetic))
+        ksum = columns(tl.sum(state.ksum.minus, 1), 0b011, 0b100, arithmetic.dtype)
+        minus = product(x, tl.trans(state.kv.minus), None, arithmetic) * factor[:, None]
+        return Sides(plus, product(column, tl.trans(ksum), minus, arithmetic))
 
 
 @triton.jit
@@ -195,26 +220,26 @@ def score_gradients(s, inside, weights, da, m, tie):
 
 
 @triton.jit
-def linear_pairs(p, g, delta, v, phi_k, outside, d_phi):
+def linear_pairs(p, row, v, phi_k, outside, d_phi):
     """d_phi with the pairs of a tile that are weighed by features."""
-    da = tl.where(outside, weight_gradients(p, g, delta, v), 0.0)
+    da = tl.where(outside, weight_gradients(p, row, v), 0.0)
     return add_product(da, phi_k, d_phi, p.arithmetic)
 
 
 @triton.jit
 def softmax_pairs(p, queries, k, v, inside, log2_g, dq):
-    """(dq, weights, ds) with the pairs of a tile that are attended by softmax."""
+    """(dq, a / den, ds) with the pairs of a tile that are attended by softmax."""
     s = scores(p, queries.q, k)
     weights = softmax_weights(s, inside, queries.m, log2_g)
-    da = weight_gradients(p, queries.g, queries.delta, v)
+    da = weight_gradients(p, queries.row, v)
     ds = score_gradients(s, inside, weights, da, queries.m, queries.tie) * p.scale
     if dq is not None:
         dq = product(ds, k, dq, p.arithmetic)
-    return dq, weights, ds
+    return dq, weights * queries.row.factor[:, None], ds
 
 
 @triton.jit
-def far_pairs(p, at, g, delta, c, i, weight_k, d_phi):
+def far_pairs(p, at, row, c, i, weight_k, d_phi):
     """d_phi with the tiles before c, read again."""
     near = window_start(p.window, c * p.chunk + p.chunk - 1)
     start = first_tile(p, c)
@@ -222,7 +247,7 @@ def far_pairs(p, at, g, delta, c, i, weight_k, d_phi):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
         inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
-        d_phi = linear_pairs(p, g, delta, load_v(p, at, tokens), phi_k, outside, d_phi)
+        d_phi = linear_pairs(p, row, load_v(p, at, tokens), phi_k, outside, d_phi)
     return d_phi
 
 
@@ -284,7 +309,7 @@ def backward_queries(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
-    state = load_state(p, at, kv0, ksum0, at.slot)
+    state = load_state(p, at, kv0, ksum0, at.slot, False)
     dw, db = None, None
     own_weight = None
     if d_weight is not None:
@@ -307,23 +332,23 @@ def backward_queries(
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
-        g, delta = incoming_of(p, at, incoming, tokens)
+        row = incoming_of(p, at, incoming, tokens)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
-        tl.store(left.delta + part, delta, mask=tokens.valid)
+        tl.store(left.delta + part, row.delta, mask=tokens.valid)
 
-        d_phi = state_product(g, -delta, state, p.arithmetic)
+        d_phi = state_product(row.do, row.factor, row.delta, state, p.arithmetic)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
             inside, outside = pair_masks(p, c * p.chunk, 0)
-            d_phi = linear_pairs(p, g, delta, v, phi_k, outside, d_phi)
+            d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
                 inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-                d_phi = linear_pairs(p, g, delta, v_old, phi_old, outside, d_phi)
+                d_phi = linear_pairs(p, row, v_old, phi_old, outside, d_phi)
         elif p.window.lag == 2 and p.window.far_linear:
-            d_phi = far_pairs(p, at, g, delta, c, i, weight_k, d_phi)
+            d_phi = far_pairs(p, at, row, c, i, weight_k, d_phi)
         if p.window.lag == 0:
             state = absorb(p, state, tokens, phi_k, v)
         elif p.window.lag == 1:
@@ -346,7 +371,7 @@ def backward_queries(
         if dq is not None:
             if p.window.size > 0 or p.window.sink > 0:
                 m, count = row_maximum(p, at, q, k, k_old, i, c)
-                queries = Queries(q, g, delta, m, dm / count)
+                queries = Queries(q, row, m, dm / count)
                 tl.store(left.tie + part, queries.tie, mask=tokens.valid)
                 if at.part == 0:
                     tl.store(left.m + statistic(p, at, tokens), m, mask=tokens.valid)
@@ -358,7 +383,7 @@ def backward_queries(
                         p, queries, keys_first, v_first, inside, log2_g, grad
                     )
                     dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
-                    dv_first = product(tl.trans(weights), g, dv_first, p.arithmetic)
+                    dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
                 grad = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, grad)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
@@ -380,15 +405,16 @@ def backward_queries(
 @triton.jit
 def load_queries(p, at, left, incoming, tokens, WITH_SCORES: tl.constexpr):
     """A chunk of queries, with what the first pass left of them."""
-    g, unused = incoming_of(p, at, incoming, tokens)
     own = statistic(p, at, tokens)
     part = own + at.part.to(tl.int64) * left.slice
     delta = tl.load(left.delta + part, mask=tokens.valid, other=0.0)
+    do, factor = load_do(p, at, incoming, tokens), row_factor(p, at, incoming, tokens)
+    row = RowGradient(do, factor, delta)
     m, tie = delta, delta
     if WITH_SCORES:
         m = tl.load(left.m + own, mask=tokens.valid, other=0.0)
         tie = tl.load(left.tie + part, mask=tokens.valid, other=0.0)
-    return Queries(load_q(p, at, tokens), g, delta, m, tie)
+    return Queries(load_q(p, at, tokens), row, m, tie)
 
 
 class KeyPass(NamedTuple):
@@ -408,7 +434,7 @@ def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
         inside, outside = pair_masks(p, start, distance)
         unused, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, None)
         dk = product(tl.trans(ds), queries.q, sums.dk, p.arithmetic)
-        dv = product(tl.trans(weights), queries.g, sums.dv, p.arithmetic)
+        dv = product(tl.trans(weights), queries.row.do, sums.dv, p.arithmetic)
         return KeyPass(dk, dv, sums.d_phi)
 
 
@@ -416,13 +442,14 @@ def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
 def add_linear_queries(p, sums, queries, start, distance, phi_q, v, phi_k):
     """sums with the pairs of a chunk of queries that are weighed by features."""
     inside, outside = pair_masks(p, start, distance)
-    da = tl.where(outside, weight_gradients(p, queries.g, queries.delta, v), 0.0)
+    da = tl.where(outside, weight_gradients(p, queries.row, v), 0.0)
     d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
     if sums.dv is None:
         return KeyPass(sums.dk, sums.dv, d_phi)
     else:
         weights = linear_weights(phi_q, phi_k, outside, p.arithmetic)
-        dv = product(tl.trans(weights), queries.g, sums.dv, p.arithmetic)
+        weights *= queries.row.factor[:, None]
+        dv = product(tl.trans(weights), queries.row.do, sums.dv, p.arithmetic)
         return KeyPass(sums.dk, dv, d_phi)
 
 
@@ -440,13 +467,19 @@ def query_features(p, at, tokens, q, weight_q, factor):
 
 
 @triton.jit
+def add_queries(state, phi_q, row, arithmetic):
+    """The state's gradient with phi_q^T do / den and -phi_q^T delta of a chunk."""
+    return add_rows(state, phi_q, row.do * row.factor[:, None], -row.delta, arithmetic)
+
+
+@triton.jit
 def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
     """The state's gradient with the chunks [begin, end)."""
     for c in range(begin, end):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
         phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
-        state = add_rows(state, phi_q, queries.g, -queries.delta, p.arithmetic)
+        state = add_queries(state, phi_q, queries.row, p.arithmetic)
     return state
 
 
@@ -473,7 +506,8 @@ def backward_keys(
 ):  # fmt: skip
     """dk, dv, the gradients of map_k and of the initial state.
 
-    dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V]. dk has a
+    dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V] and [N, H,
+    segments, slices, F]. dk has a
     part for each slice and query head of a group, dv one for each query head. dkv0, dksum0: [N, H,
     F, V] and [N, H, F], or None. The rest is as in backward_queries.
     """
@@ -483,7 +517,7 @@ def backward_keys(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
-    state = load_state(p, at, dkv1, dksum1, at.slot)
+    state = load_state(p, at, dkv1, dksum1, at.slot, True)
     dw, db = None, None
     own_weight = None
     if d_weight is not None:
@@ -507,7 +541,7 @@ def backward_keys(
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
         phi_k = key_features(p, at, tokens, k, weight_k)
         ones = tl.full((p.chunk,), 1.0, tl.float32)
-        d_phi = state_product(v, ones, state, p.arithmetic)
+        d_phi = state_product(v, ones, -ones, state, p.arithmetic)
         if WITH_INPUTS:
             key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
             if p.map_k.two_sided:
@@ -525,7 +559,7 @@ def backward_keys(
             phi_near = query_features(p, at, tokens, queries.q, weight_q, factor)
             sums = add_linear_queries(p, sums, queries, t * p.chunk, 0, phi_near, v, phi_k)
         if p.window.lag == 0:
-            state = add_rows(state, phi_near, queries.g, -queries.delta, p.arithmetic)
+            state = add_queries(state, phi_near, queries.row, p.arithmetic)
         elif p.window.lag == 1:
             start = (t + 1) * p.chunk
             after = tokens_at(p, at, start, p.chunk)
@@ -533,7 +567,7 @@ def backward_keys(
             phi_far = query_features(p, at, after, newer.q, weight_q, factor)
             if p.window.far_linear:
                 sums = add_linear_queries(p, sums, newer, start, p.chunk, phi_far, v, phi_k)
-            state = add_rows(state, phi_far, newer.g, -newer.delta, p.arithmetic)
+            state = add_queries(state, phi_far, newer.row, p.arithmetic)
             newer = queries
         else:
             sums = add_far_queries(
@@ -565,7 +599,7 @@ def backward_keys(
     store_map_gradients(p, p.map_k, dw, db, own_weight, d_bias, program)
     if dkv0 is not None:
         if at.segment == 0:
-            store_state(p, at, dkv0, dksum0, at.n * p.heads + at.head, state)
+            store_state(p, at, dkv0, dksum0, at.n * p.heads + at.head, state, True)
 
 
 @triton.jit
@@ -594,4 +628,4 @@ def segment_gradients(p, incoming, left, dkv, dksum):
     state = absorb_chunks(
         p, at, empty_state(p), first, last, left, incoming, weight_q, linear_factor(p, at)
     )
-    store_state(p, at, dkv, dksum, at.slot, state)
+    store_state(p, at, dkv, dksum, at.slot, state, True)

@@ -93,8 +93,9 @@ def linear_weights(phi_q, phi_k, outside, arithmetic):
 @triton.jit
 def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
     """sums with a tile of keys that are weighed by features."""
-    weights = linear_weights(phi_q, phi_k, outside, arithmetic)
-    den = sums.den + tl.sum(weights, 1)
+    # den sums what the product sees: a query with one key then gets its value, not nearly.
+    weights = linear_weights(phi_q, phi_k, outside, arithmetic).to(arithmetic.dtype)
+    den = sums.den + tl.sum(weights.to(tl.float32), 1)
     return Sums(sums.m, den, product(weights, v, sums.acc, arithmetic))
 
 
@@ -151,7 +152,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
-    state = load_state(p, at, kv0, ksum0, at.slot)
+    state = load_state(p, at, kv0, ksum0, at.slot, False)
     k_old, v_old = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
@@ -199,7 +200,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
 
     if kv1 is not None:
         if at.segment == p.segments - 1:
-            store_state(p, at, kv1, ksum1, at.n * p.heads + at.head, state)
+            store_state(p, at, kv1, ksum1, at.n * p.heads + at.head, state, False)
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def segment_sums(p, kv, ksum):
     begin, end = chunk_range(p, at)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     state = absorb_tiles(p, at, empty_state(p), first_tile(p, begin), first_tile(p, end), weight_k)
-    store_state(p, at, kv, ksum, at.slot, state)
+    store_state(p, at, kv, ksum, at.slot, state, False)
 
 
 @triton.jit

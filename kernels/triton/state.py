@@ -13,16 +13,29 @@ from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
 
 
-SUM_BLOCK = tl.constexpr(16)  # columns of the tile whose first is ksum: the least of a product
+# ksum [f] is a tile [f, SUM_BLOCK], of the least width of a product: the sum of its columns. As sums
+# over the tokens of a tile, what is added to it would go through shared memory, and as a row beside
+# every tile it would fill registers; as products both are cheap.
+SUM_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def first_column(x):
-    """x [n] as the first column of a tile [n, SUM_BLOCK] of zeros.
+def columns(x, HIGH: tl.constexpr, LOW: tl.constexpr, dtype):
+    """x [n] as an operand [n, SUM_BLOCK]: x rounded to ``dtype`` in the columns of the bit mask
+    HIGH, what the rounding lost in those of LOW, 0 in the others.
 
-    ksum and the products with it are matrix products like those of kv: as sums over the tokens of a
-    tile they would go through shared memory, and as a row beside every tile they fill registers.
+    High and low together hold twice the digits of bf16. They have to: gradients are differences of
+    large products with kv and with ksum.
     """
+    bit = 1 << tl.arange(0, SUM_BLOCK)[None, :]
+    high = x.to(dtype).to(tl.float32)
+    y = tl.where((bit & HIGH) != 0, high[:, None], 0.0)
+    return tl.where((bit & LOW) != 0, (x - high)[:, None], y).to(dtype)
+
+
+@triton.jit
+def sum_tile(x):
+    """x [f] as ksum is kept."""
     return tl.where(tl.arange(0, SUM_BLOCK)[None, :] == 0, x[:, None], 0.0)
 
 
@@ -37,44 +50,49 @@ def empty_state(p):
 
 
 @triton.jit
-def side_pointers(p, at, slot, side: tl.constexpr):
-    """(offsets into kv [..., F, V], mask, offsets into ksum [..., F], mask) of a side."""
+def side_pointers(p, at, slot, side: tl.constexpr, BY_SLICE: tl.constexpr):
+    """(offsets into kv [slots, F, V], mask, into ksum [slots, F], mask) of a side; BY_SLICE: ksum
+    is [slots, slices, F]."""
     sides = 2 if p.map_k.two_sided else 1
     row, column = tl.arange(0, p.map_k.block), at.column + tl.arange(0, p.block_v)
     rows = slot.to(tl.int64) * (sides * p.map_k.width) + side * p.map_k.width + row
     inside = (row < p.map_k.width)[:, None] & (column < p.v.width)[None, :]
-    return rows[:, None] * p.v.width + column[None, :], inside, rows, row < p.map_k.width
+    sums = rows
+    if BY_SLICE:
+        sums = (slot.to(tl.int64) * p.slices + at.part) * (sides * p.map_k.width)
+        sums += side * p.map_k.width + row
+    return rows[:, None] * p.v.width + column[None, :], inside, sums, row < p.map_k.width
 
 
 @triton.jit
-def load_state(p, at, kv, ksum, slot):
+def load_state(p, at, kv, ksum, slot, BY_SLICE: tl.constexpr):
     """The program's columns of the state in ``slot``; an empty one where kv is None."""
     if kv is None:
         return empty_state(p)
     else:
-        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
+        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
         kv_plus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-        ksum_plus = first_column(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+        ksum_plus = sum_tile(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
         if p.map_k.two_sided:
-            at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
+            at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
             kv_minus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-            ksum_minus = first_column(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+            ksum_minus = sum_tile(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
             return State(Sides(kv_plus, kv_minus), Sides(ksum_plus, ksum_minus))
         else:
             return State(Sides(kv_plus, None), Sides(ksum_plus, None))
 
 
 @triton.jit
-def store_state(p, at, kv, ksum, slot, state):
-    """The inverse. The program of the first columns writes ksum."""
-    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
+def store_state(p, at, kv, ksum, slot, state, BY_SLICE: tl.constexpr):
+    """The inverse. Not BY_SLICE, the program of the first columns writes ksum for all."""
+    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
     tl.store(kv + at_kv, state.kv.plus, mask=in_kv)
-    if at.part == 0:
+    if BY_SLICE or at.part == 0:
         tl.store(ksum + at_ksum, tl.sum(state.ksum.plus, 1), mask=in_ksum)
     if p.map_k.two_sided:
-        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
+        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
         tl.store(kv + at_kv, state.kv.minus, mask=in_kv)
-        if at.part == 0:
+        if BY_SLICE or at.part == 0:
             tl.store(ksum + at_ksum, tl.sum(state.ksum.minus, 1), mask=in_ksum)
 
 
@@ -97,7 +115,7 @@ def key_features(p, at, tokens, k, weight_k):
 @triton.jit
 def add_rows(state, phi, x, total, arithmetic):
     """The state with phi^T x and phi^T total, x [C, BLOCK_V] and total [C]."""
-    column = first_column(total)
+    column = columns(total, 0b01, 0b10, arithmetic.dtype)
     kv = product(tl.trans(phi.plus), x, state.kv.plus, arithmetic)
     ksum = product(tl.trans(phi.plus), column, state.ksum.plus, arithmetic)
     if phi.minus is None:
@@ -142,12 +160,14 @@ def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
     z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
     plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor).to(p.arithmetic.dtype)
     acc = product(plus, state.kv.plus, acc, p.arithmetic)
-    total = product(plus, state.ksum.plus, None, p.arithmetic)
+    ksum = columns(tl.sum(state.ksum.plus, 1), 0b01, 0b10, p.arithmetic.dtype)
+    total = product(plus, ksum, None, p.arithmetic)
     if p.map_q.two_sided:
         minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
         minus = minus.to(p.arithmetic.dtype)
         acc = product(minus, state.kv.minus, acc, p.arithmetic)
-        total = product(minus, state.ksum.minus, total, p.arithmetic)
+        ksum = columns(tl.sum(state.ksum.minus, 1), 0b01, 0b10, p.arithmetic.dtype)
+        total = product(minus, ksum, total, p.arithmetic)
         return Reading(Sides(plus, minus), den + tl.sum(total, 1), acc)
     else:
         return Reading(Sides(plus, None), den + tl.sum(total, 1), acc)

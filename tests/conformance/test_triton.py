@@ -1,0 +1,93 @@
+"""The Triton kernels in the interpreter: bounds are checked in every launch (gpu_on_cpu)."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from gpu_on_cpu import interpreter, sanitizer
+from helpers.cases import FACTORS, Case, cases
+from helpers.operators import (
+    HYBRID,
+    MAPS,
+    SEQUENCES,
+    check,
+    feature_map,
+    hybrid_attention,
+    linear_attention,
+)
+
+interpreter.install()
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Small enough to be interpreted; windows below, between and above the tiles of 16 to 64 tokens.
+SMALL = {
+    "D": (16, 60),
+    "V": ("D", 20, 72),
+    "f": ("D", 24),
+    "G": (1, 3),
+    "batch": ((1, 1), (2, 1), (1, 2)),
+    "window": (0, 1, 16, 48, 100),
+    "length": ("0", "1", "w-1", "w+1", "2w", "3w+7"),
+}
+
+
+def small(*factors: str, **others: tuple) -> pytest.MarkDecorator:
+    names = {n: FACTORS[n] for n in factors} | {n: v for n, v in SMALL.items() if n in factors}
+    selected = cases(**names | others)
+    return pytest.mark.parametrize("case", selected, ids=map(str, selected))
+
+
+@small(*MAPS, "activation", length=("0", "1", "3w+7"))
+def test_feature_map_equals_the_reference(case):
+    check(feature_map, case, "triton")
+
+
+@small(*MAPS, *SEQUENCES, "normalize", "initial", activation=(*FACTORS["activation"], None))
+def test_linear_attention_equals_the_reference(case):
+    check(linear_attention, case, "triton")
+
+
+@small(*HYBRID)
+def test_hybrid_attention_equals_the_reference(case):
+    check(hybrid_attention, case, "triton")
+
+
+LARGE = [
+    Case("w+1", D=128, f=64, window=64, batch=(1, 1)),
+    Case("w+1", D=256, f=128, V=72, window=16, batch=(1, 1), bias=True),
+    Case("w+1", D=96, f=256, window=16, batch=(1, 1), activation="exp"),
+    Case("w+1", D=128, window=64, window_kind="terrace", skip=True, batch=(1, 1)),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_wide_heads_and_features_equal_the_reference(case):
+    check(hybrid_attention, case, "triton")
+
+
+SEGMENTED = [
+    Case("1000", window=16, batch=(1, 1), sink=1),
+    Case("1000", window=16, batch=(1, 1), window_kind="terrace", affine=True),
+    Case("1000", window=256, batch=(1, 1), packing="packed"),
+]
+
+
+@pytest.mark.parametrize("case", SEGMENTED, ids=str)
+def test_sequences_cut_into_segments_equal_the_reference(case):
+    check(hybrid_attention, case, "triton")
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize(
+    ("call", "case"),
+    [
+        (hybrid_attention, Case("3w+7", V=72, G=3, sink=1, packing="left", affine=True)),
+        (hybrid_attention, Case("500", V=72, window=64, batch=(1, 2), packing="packed")),
+        (linear_attention, Case("500", G=2, shared="k", initial=True, batch=(1, 1))),
+        (feature_map, Case("500", G=2, bias=True, shared="q and k")),
+    ],
+    ids=str,
+)
+def test_programs_neither_race_nor_depend_on_their_order(call, case, order):
+    with sanitizer.checked(races=True, order=order):
+        check(call, case, "triton")

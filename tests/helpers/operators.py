@@ -1,0 +1,85 @@
+"""Every operator on a case of the matrix, forward and backward, against the fp64 reference."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType, SimpleNamespace
+
+import torch
+
+import lolcats_ops as lo
+from lolcats_ops.state import HybridState
+
+from .cases import Case, Inputs, exact, make_inputs
+from .compare import assert_close
+
+MAPS = ("D", "f", "G", "batch", "two_sided", "bias", "skip", "shared", "layout", "dtype")
+SEQUENCES = ("length", "V", "window", "packing")
+HYBRID = (*MAPS, *SEQUENCES, "window_kind", "sink", "affine", "activation")
+
+
+def feature_map(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+    return {"y": ops.feature_map(x.leaves["q"], x.features("q"), **options)}
+
+
+def linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+    state = None
+    if x.case.initial:
+        kv, ksum = x.leaves["kv0"], x.leaves["ksum0"]
+        length = torch.ones(kv.shape[0], dtype=torch.int64)
+        sizes = {"head_dim": x.case.D, "kv_heads": x.leaves["k"].shape[1]}
+        state = HybridState.of_sums(kv, ksum, length, **sizes)
+    maps = {"feature_q": x.features("q"), "feature_k": x.features("k")}
+    # Without the denominator, results grow with T: keep them within fp16.
+    scale = 0.5 if x.case.normalize else 0.5 / (1 + x.case.T)
+    settings = {"scale": scale, "normalize": x.case.normalize, "eps": 1e-6, **maps, **x.sequences}
+    out, state = ops.linear_attention(*x.qkv, **settings, state=state, return_state=True, **options)
+    return {"out": out, "kv": state.kv, "ksum": state.ksum}
+
+
+def hybrid_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+    settings = {**x.case.windows, "affine": x.case.affine, **x.sequences}
+    arguments = (*x.qkv, x.features("q"), x.features("k"), x.leaves["gate"])
+    return {"out": ops.hybrid_attention(*arguments, **settings, **options)}
+
+
+def attention_transfer(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+    settings = {**x.case.windows, "affine": x.case.affine, "xent": x.case.xent, **x.sequences}
+    arguments = (*x.qkv, x.features("q"), x.features("k"), x.leaves["gate"])
+    return ops.attention_transfer(*arguments, **settings, **options)._asdict()
+
+
+def evaluate(call, ops, inputs: Inputs, **options: str) -> SimpleNamespace:
+    """Outputs by name, and gradients of all leaves that the outputs depend on, as ``d<leaf>``."""
+    outputs = call(ops, inputs, **options)
+    rng = torch.Generator().manual_seed(1)
+    cotangents = {n: exact(torch.randn(y.shape, generator=rng)) for n, y in outputs.items()}
+    pairs = [(y, cotangents[n].to(y.dtype)) for n, y in outputs.items() if y.requires_grad]
+    leaves = inputs.leaves
+    gradients = torch.autograd.grad(
+        [y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs], allow_unused=True
+    )
+    named = {f"d{n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
+    size = max(c.norm().item() for c in cotangents.values())
+    return SimpleNamespace(outputs=outputs, gradients=named, cotangent=size)
+
+
+@lru_cache(maxsize=2)
+def expected(call, case: Case) -> SimpleNamespace:
+    inputs = make_inputs(case).as_dtype(torch.float64, "plain")
+    return evaluate(call, lo.reference, inputs)
+
+
+def check(call, case: Case, backend: str, floor: float = 0.3) -> None:
+    """The operator on ``backend`` against the reference. ``floor``: errors of gradients that vanish
+    are measured against this share of the cotangents' size."""
+    want = expected(call, case)
+    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
+    got = evaluate(call, lo, inputs, backend=backend)
+    for name, y in want.outputs.items():
+        assert_close(name, got.outputs[name], y, case.dtype, floor=1e-3)
+    assert got.gradients.keys() == want.gradients.keys()
+    for name, g in want.gradients.items():
+        assert got.gradients[name].dtype == inputs.leaves[name[1:]].dtype
+        size = floor * want.cotangent
+        assert_close(name, got.gradients[name], g, case.dtype, factor=2, floor=size)
