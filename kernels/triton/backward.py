@@ -243,7 +243,7 @@ def far_pairs(p, at, row, c, i, weight_k, d_phi):
     """d_phi with the tiles before c, read again."""
     near = window_start(p.window, c * p.chunk + p.chunk - 1)
     start = first_tile(p, c)
-    for t in range(start, tl.minimum(c, tl.cdiv(near, p.chunk))):
+    for t in tl.range(start, tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
         inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
@@ -267,7 +267,7 @@ def row_maximum(p, at, q, k, k_old, i, c):
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             m, count = largest_score(m, count, scores(p, q, k_old), inside)
         elif p.window.lag == 2:
-            for t in range(first_tile(p, c), c):
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 s = scores(p, q, load_k(p, at, tokens))
@@ -285,7 +285,7 @@ def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, dq):
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             dq, weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g, dq)
         elif p.window.lag == 2:
-            for t in range(first_tile(p, c), c):
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
@@ -327,7 +327,7 @@ def backward_queries(
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
         k_old, v_old = load_k(p, at, old), load_v(p, at, old)
 
-    for c in range(begin, end):
+    for c in tl.range(begin, end, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
@@ -475,7 +475,7 @@ def add_queries(state, phi_q, row, arithmetic):
 @triton.jit
 def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
     """The state's gradient with the chunks [begin, end)."""
-    for c in range(begin, end):
+    for c in tl.range(begin, end, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
         phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
@@ -487,7 +487,7 @@ def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
 def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, weight_q, factor, log2_g):
     """sums with the chunks after t whose state does not hold tile t."""
     last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
-    for c in range(t + 1, last):
+    for c in tl.range(t + 1, last, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
         sums = add_softmax_queries(p, sums, queries, c * p.chunk, (c - t) * p.chunk, k, v, log2_g)
@@ -533,7 +533,7 @@ def backward_keys(
             p, at, left, incoming, tokens_at(p, at, end * p.chunk, p.chunk), WITH_INPUTS
         )
 
-    for step in range(0, end - begin):
+    for step in tl.range(0, end - begin, disable_licm=True):
         t = end - 1 - step
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         j = tokens.position
@@ -608,7 +608,7 @@ def add_sink_gradients(p, at, dk_sink, dv_sink, j, dk, dv):
     sink = (j < p.window.sink) & (j < at.length)
     d, column = tl.arange(0, p.block_d), tl.arange(0, p.block_v)
     head = (at.n * p.heads + at.head).to(tl.int64) * p.segments
-    for segment in range(p.segments):
+    for segment in tl.range(p.segments, disable_licm=True):
         row = ((head + segment) * p.slices + at.part) * p.window.sink_block + j
         cells = dk_sink + row[:, None] * p.block_d + d[None, :]
         dk += tl.load(cells, mask=sink[:, None], other=0.0)

@@ -119,7 +119,7 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
             sums = add_softmax(sums, scores(p, q, k_old), inside, log2_g, v_old, p.arithmetic)
         elif p.window.lag == 2:
-            for t in range(first_tile(p, c), c):
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
                 s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
@@ -131,7 +131,7 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
 def add_far_linear(p, at, sums, phi_q, i, c, weight_k):
     """sums with the tiles before c that hold keys weighed by features, where lag is 2."""
     near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
-    for t in range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk))):
+    for t in tl.range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
         inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
@@ -158,7 +158,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
         k_old, v_old = load_k(p, at, old), load_v(p, at, old)
 
-    for c in range(begin, end):
+    for c in tl.range(begin, end, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
@@ -225,7 +225,7 @@ def exclusive_sums(
     total = tl.zeros((BLOCK,), tl.float32)
     if initial is not None:
         total = tl.load(initial + row * size + column, mask=mask, other=0.0)
-    for step in range(COUNT):
+    for step in tl.range(COUNT, disable_licm=True):
         n = step
         if REVERSE:
             n = COUNT - 1 - step
