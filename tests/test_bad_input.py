@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import lolcats_ops as lo
+from lolcats_ops import dispatch
 from lolcats_ops.features import Features, init_weight
 from lolcats_ops.state import HybridState
 
@@ -64,7 +65,6 @@ SEQUENCES = [
     ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens has shape [2, 2]"),
     ({"backend": "quantum"}, "backend is 'quantum', needs one of cpu, cuda, triton, reference"),
     ({"backend": "cuda"}, "no backend for this case: cuda: it runs on cuda, not on cpu"),
-    ({"backend": "triton"}, "triton: this build has no Triton kernels"),
 ]
 STATES = [
     ({"state": empty(batch=3)}, "state.kv has shape [3, 4, 16, 12], needs [2, 4, 16, 12]"),
@@ -221,3 +221,29 @@ def test_backend_for_answers_which_and_why():
     assert "head dims up to 256" in choice.why
     with pytest.raises(ValueError, match="op is 'softmax', needs one of feature_map"):
         lo.backend_for("softmax")
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+    def why(**case):
+        return lo.backend_for("hybrid_attention", backend="triton", **case)
+
+    assert "it runs on cuda, not on cpu; with TRITON_INTERPRET=1" in why().why
+    if not torch.cuda.is_available():
+        assert why(device="cuda") == (None, "triton: this machine has no GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert why().backend == "triton"
+    assert "head dims up to 256, not 320" in why(head_dim=320).why
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert why().why == "triton: triton is not installed (pip install triton)"
+
+
+def test_without_kernels_for_a_device_every_backend_says_why():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    why = lo.backend_for("hybrid_attention", device="cuda").why
+    assert why == (
+        "cuda: this build has no CUDA kernels; triton: this machine has no GPU; "
+        "backend='reference' runs it"
+    )
