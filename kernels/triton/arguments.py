@@ -113,7 +113,7 @@ def window_of(size: int, kind: int, sink: int, chunk: int) -> Window:
 
 
 def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
-    """bf16 is computed in bf16. fp16 is not computed in fp16: sums of features outgrow its range."""
+    """bf16 is computed in bf16; fp16 in fp32, since sums of features outgrow its range."""
     if dtype == torch.bfloat16:
         return Arithmetic(constant(tl.bfloat16), constant("tf32"))
     return Arithmetic(constant(tl.float32), constant(launch.precision()))
@@ -162,8 +162,8 @@ def plan(
         constant(next_power_of_2(head_dim)),
         constant(tiles.block_v),
         constant(slices),
-        constant(segments),
-        constant(segment_chunks),
+        segments,  # not a constant, since it varies with T, nor is the next
+        segment_chunks,
     )
     return Plan(problem, tiles, sequences, heads, segments, slices)
 

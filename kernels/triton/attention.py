@@ -259,6 +259,6 @@ def map_gradients(gradients: Gradients) -> tuple[Tensor, ...]:
 
 
 def gate_gradient(gradients: Gradients, gate: Tensor, affine: bool) -> Tensor:
-    """The gate scales the softmax part, whose weights' gradients sum up to -dm; with ``affine`` also
+    """The gate scales the softmax part, whose weights' gradients sum up to -dm, and with ``affine``
     the linear part, whose sum up to dm."""
     return -gradients.dm if affine else -gradients.dm * gate.sigmoid().neg().add(1)

@@ -6,7 +6,7 @@ With g_i = do_i / den_i and delta_i = g_i . y_i, the gradient of an unnormalised
 
 ``backward_queries`` goes forward in time with the state of the forward pass:
 
-    dphi_q_i = lambda (kv g_i - delta_i ksum + sum_N da_ij phi_k_j)        (pairs of the same chunks)
+    dphi_q_i = lambda (kv g_i - delta_i ksum + sum_N da_ij phi_k_j)
     dm_i     = phi_q_i . dphi_q_i
     ds_ij    = a_ij da_ij + dm_i [s_ij = m_i] / (how many of the row are)  for j in W(i)
     dq_i     = scale sum_W ds_ij k_j + the gradient of phi_q
@@ -84,7 +84,7 @@ class Incoming(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """What the first pass leaves to the second, of every query and slice of V: [slices, B, H, T]."""
+    """What the first pass leaves to the second: [slices, B, H, T]."""
 
     delta: Any
     m: Any  # in units of log2 e, [B, H, T]
@@ -147,7 +147,7 @@ def row_factor(p, at, incoming, tokens):
 
 @triton.jit
 def incoming_of(p, at, incoming, tokens):
-    """The RowGradient of a chunk of queries. What does not depend on V counts for the first slice."""
+    """The RowGradient of a chunk. What does not depend on V counts for the first slice."""
     do, factor = load_do(p, at, incoming, tokens), row_factor(p, at, incoming, tokens)
     own = statistic(p, at, tokens)
     delta = tl.zeros((p.chunk,), tl.float32)
@@ -506,10 +506,10 @@ def backward_keys(
 ):  # fmt: skip
     """dk, dv, the gradients of map_k and of the initial state.
 
-    dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V] and [N, H,
-    segments, slices, F]. dk has a
-    part for each slice and query head of a group, dv one for each query head. dkv0, dksum0: [N, H,
-    F, V] and [N, H, F], or None. The rest is as in backward_queries.
+    dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V] and
+    [N, H, segments, slices, F]. dk has a part for each slice and query head of a group, dv one for each
+    query head. dkv0, dksum0: [N, H, F, V] and [N, H, slices, F], or None. The rest is as in
+    backward_queries.
     """
     at = place_of(p)
     begin, end = chunk_range(p, at)

@@ -214,10 +214,8 @@ def segment_sums(p, kv, ksum):
 
 
 @triton.jit
-def exclusive_sums(
-    x, initial, size, COUNT: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr
-):
-    """x [rows, COUNT, size]: each of the COUNT becomes the sum of those before it (after it, in
+def exclusive_sums(x, initial, size, count, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+    """x [rows, count, size]: each of the count becomes the sum of those before it (after it, in
     REVERSE), in place, on top of ``initial`` [rows, size] or 0."""
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -225,11 +223,11 @@ def exclusive_sums(
     total = tl.zeros((BLOCK,), tl.float32)
     if initial is not None:
         total = tl.load(initial + row * size + column, mask=mask, other=0.0)
-    for step in tl.range(COUNT, disable_licm=True):
+    for step in tl.range(0, count, disable_licm=True):
         n = step
         if REVERSE:
-            n = COUNT - 1 - step
-        cell = x + (row * COUNT + n) * size + column
+            n = count - 1 - step
+        cell = x + (row * count + n) * size + column
         own = tl.load(cell, mask=mask, other=0.0)
         tl.store(cell, total, mask=mask)
         total += own

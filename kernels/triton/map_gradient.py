@@ -25,8 +25,8 @@ class MapTile(NamedTuple):
 def map_gradient(p, tile, phi, f, head, d_phi, dx, d_weight, slices):
     """(dx, d_weight, dz) with the gradient d_phi of a tile's features added; phi is not clamped.
 
-    dx may be None. d_weight [BLOCK_D, f] is a tile for resident maps; others add it up in memory, at
-    ``slices``.
+    dx may be None. d_weight [BLOCK_D, f] is a tile for resident maps; others add it up in memory,
+    at ``slices``.
     """
     dz = activate_backward(tile.z, phi, d_phi, f)
     dz = tl.where(tile.valid[:, None], dz, 0.0)

@@ -98,7 +98,7 @@ class Problem(NamedTuple):
     sequences: Sequences
     window: Window
     arithmetic: Arithmetic
-    affine: Any  # constants from here on
+    affine: Any  # constants from here on, but for the last two
     heads: Any  # H
     group: Any  # query heads per key/value head
     chunk: Any  # C, tokens of a chunk and keys of a tile
