@@ -76,7 +76,7 @@ def _triton(case: Case) -> str | None:
     if case.device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
     if case.device == "cpu" and not triton_is_interpreted():
-        return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted there, slowly"
+        return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly"
     if case.device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {case.device}"
     return _kernel_limits(case)

@@ -1,7 +1,9 @@
 """The raw operators, and what Python adds to them: fakes, autograd, vmap, autocast.
 
 torch.ops.lolcats_ops is what the device of the tensors has, torch.ops.lolcats_ops_triton always the
-Triton kernels; both have the same schemas and get the same additions. One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
+Triton kernels; both have the same schemas and get the same additions.
+
+One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
 through torch.library.register_autograd; the public functions go through a torch.autograd.Function,
 because torch.func.grad through register_autograd is broken in torch itself (2.13, 2.14).
 """
