@@ -507,8 +507,8 @@ def backward_keys(
     """dk, dv, the gradients of map_k and of the initial state.
 
     dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V] and
-    [N, H, segments, slices, F]. dk has a part for each slice and query head of a group, dv one for each
-    query head. dkv0, dksum0: [N, H, F, V] and [N, H, slices, F], or None. The rest is as in
+    [N, H, segments, slices, F]. dk has a part for each slice and query head of a group, dv one for
+    each query head. dkv0, dksum0: [N, H, F, V] and [N, H, slices, F], or None. The rest is as in
     backward_queries.
     """
     at = place_of(p)

@@ -13,8 +13,8 @@ from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
 
 # ksum [f] is kept as a tile [f, SUM_BLOCK], of the least width of a product; it is the sum of the
-# columns. As sums over the tokens of a tile, what is added to it would go through shared memory, and
-# as a row beside every tile it would fill registers; as products both are cheap.
+# columns. As sums over the tokens of a tile, what is added to it would go through shared memory,
+# and as a row beside every tile it would fill registers; as products both are cheap.
 SUM_BLOCK = tl.constexpr(16)
 
 

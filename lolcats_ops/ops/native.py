@@ -72,7 +72,7 @@ def differentiable(
     Returns:
         A call that torch.func can transform as well; its first argument is the backend.
     """
-    functions = {}
+    functions: dict[Any, Any] = {}
     for op in overloads(name):
         namespace = getattr(torch.ops, op.namespace)
         gradient = partial(backward, namespace)

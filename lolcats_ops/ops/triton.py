@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -28,9 +29,7 @@ OPERATORS = (
 
 @cache
 def _kernels() -> ModuleType:
-    from ..kernels import triton
-
-    return triton
+    return import_module("lolcats_ops.kernels.triton")
 
 
 def _implementation(name: str) -> Callable[..., Any]:
