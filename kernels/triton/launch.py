@@ -48,6 +48,17 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
     return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
 
 
+def step_tiles(q: Tensor, weight: Tensor, v: Tensor, chunk: int, programs: int) -> Tiles:
+    """The launch configuration of hybrid_attention_step_, for chunks of ``chunk`` tokens.
+
+    One chunk is over when its slowest program is: few states are cut into narrow slices.
+    """
+    head_dim, block_v = _tile(q.shape[3]), min(_tile(v.shape[3]), 64)
+    while q.shape[2] <= chunk and block_v > 16 and programs * v.shape[3] // block_v < 132:
+        block_v //= 2
+    return Tiles(chunk, block_v, 4, 1, head_dim * _tile(weight.shape[2]) <= 128 * 64)
+
+
 def _tile(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 

@@ -52,17 +52,29 @@ def load_state(p, at, kv, ksum, slot):
 
 
 @triton.jit
-def store_state(p, at, kv, ksum, slot, state):
-    """The inverse. The program of the first columns writes ksum."""
-    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
+def store_kv(p, at, kv, slot, state):
+    at_kv, in_kv, _, _ = side_pointers(p, at, slot, 0)
     tl.store(kv + at_kv, state.kv.plus, mask=in_kv)
-    if at.part == 0:
-        tl.store(ksum + at_ksum, state.ksum.plus, mask=in_ksum)
     if p.map_k.two_sided:
-        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
+        at_kv, in_kv, _, _ = side_pointers(p, at, slot, 1)
         tl.store(kv + at_kv, state.kv.minus, mask=in_kv)
-        if at.part == 0:
-            tl.store(ksum + at_ksum, state.ksum.minus, mask=in_ksum)
+
+
+@triton.jit
+def store_ksum(p, at, ksum, slot, state):
+    _, _, at_ksum, in_ksum = side_pointers(p, at, slot, 0)
+    tl.store(ksum + at_ksum, state.ksum.plus, mask=in_ksum)
+    if p.map_k.two_sided:
+        _, _, at_ksum, in_ksum = side_pointers(p, at, slot, 1)
+        tl.store(ksum + at_ksum, state.ksum.minus, mask=in_ksum)
+
+
+@triton.jit
+def store_state(p, at, kv, ksum, slot, state):
+    """The inverse of load_state. The program of the first columns writes ksum."""
+    store_kv(p, at, kv, slot, state)
+    if at.part == 0:
+        store_ksum(p, at, ksum, slot, state)
 
 
 class Keys(NamedTuple):

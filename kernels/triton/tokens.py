@@ -49,7 +49,12 @@ def chunk_range(p, at):
 @triton.jit
 def tokens_at(p, at, position, BLOCK: tl.constexpr):
     """The tokens at positions [position, position + BLOCK)."""
-    r = tl.arange(0, BLOCK)
+    return tokens_from(p, at, position, tl.arange(0, BLOCK))
+
+
+@triton.jit
+def tokens_from(p, at, position, r):
+    """The tokens at positions position + r."""
     positions = position + r
     valid = (positions >= 0) & (positions < at.length)
     if p.sequences.index is not None:
