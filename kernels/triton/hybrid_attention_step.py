@@ -3,8 +3,8 @@ torch.ops.lolcats_ops (SPEC 5).
 
 A program takes a sequence, a head of the state with all query heads that share it, block_v columns
 of the values and a segment of the chunks of new tokens. Before a chunk, the keys that have left the
-windows of all its queries are folded into the state; the others are weighed tile by tile, from the
-newest to the oldest, as in forward.py, wherever they lie.
+windows of all its queries are folded into the state; the others are weighed pair by pair, as in
+forward.py, wherever they lie.
 
 One or a few tokens are one chunk: the state is read once and written once, 8 F V bytes for every
 head of the state, beside 2 w (D + V) bytes of 16-bit keys and values. Everything is one launch.
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import attention, launch
 from .arguments import Plan, constant, empty_like_rows, next_power_of_2, plan, rows
-from .features import dot_rows, features, keep_rows, load_weight, times
+from .features import load_weight, project
 from .forward import add_linear, add_softmax, linear_factor, log2_gate, scores
 from .past import (
     folded_before,
@@ -34,13 +34,13 @@ from .past import (
     remember,
     sinks_at,
 )
-from .problem import TERRACE, Arithmetic, Group, Place, Pool, Sides, Sums
+from .problem import TERRACE, Arithmetic, Group, Place, Pool, Sums
 from .state import (
     absorb,
     empty_state,
-    ksum_rows,
+    features_to_keep,
     load_state,
-    read_state,
+    read_projected,
     store_ksum,
     store_kv,
     store_state,
@@ -59,60 +59,59 @@ def fold(p, pool, group, at, new, past, state, begin, end, weight_k):
     for position in range(begin, end, group.folds):
         keys = keys_at(p, pool, new, past, position, group.folds)
         k, v = load_keys(p, keys), load_values(p, at, keys)
-        phi_k = features(k, keys.k, keys.valid, weight_k, p.map_k, at.head, p.arithmetic)
-        phi_k = keep_rows(phi_k, keys.valid & (keys.position < end))
+        keep = keys.valid & (keys.position < end)
+        phi_k = features_to_keep(p, at, k, keys.k, keys.valid, keep, weight_k)
         state = absorb(state, phi_k, v, p.arithmetic)
     return state
 
 
 @triton.jit
-def group_features(p, group, at, queries, q, q_rows, weight_q):
-    """phi_q of the rows of a tile, whose heads may have maps of their own."""
+def project_group(p, group, at, queries, q, q_rows, weight_q):
+    """x W of the rows of a tile, whose heads may have maps of their own."""
     first = at.head * group.heads
     if group.heads == 1 or p.map_q.group > 1:
-        return features(q, q_rows, queries.valid, weight_q, p.map_q, first, p.arithmetic)
+        return project(q, q_rows, queries.valid, weight_q, p.map_q, first, p.arithmetic)
     else:
         lane = tl.arange(0, group.rows) % group.lanes
-        plus = tl.zeros((group.rows, p.map_q.block), tl.float32)
-        minus = plus
+        z = tl.zeros((group.rows, p.map_q.block), tl.float32)
         for g in range(group.heads):
             weight = load_weight(p.map_q, first + g, p.arithmetic, p.block_d)
-            own = features(q, q_rows, queries.valid, weight, p.map_q, first + g, p.arithmetic)
-            plus = tl.where((lane == g)[:, None], own.plus, plus)
-            if own.minus is not None:
-                minus = tl.where((lane == g)[:, None], own.minus, minus)
-        if p.map_q.two_sided:
-            return Sides(plus, minus)
-        else:
-            return Sides(plus, None)
+            own = project(q, q_rows, queries.valid, weight, p.map_q, first + g, p.arithmetic)
+            z = tl.where((lane == g)[:, None], own, z)
+        return z
 
 
 @triton.jit
-def add_sinks(p, pool, at, new, past, sums, q, i, log2_g):
-    """sums with the sinks."""
-    keys = sinks_at(p, pool, new, past)
-    inside = sink_mask(p, at, i, keys.position)
-    s = scores(p, q, load_keys(p, keys))
-    return add_softmax(sums, s, inside, log2_g, load_values(p, at, keys), p.arithmetic)
+def softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end):
+    """Sums over the keys that a tile of queries attends by softmax: sinks and some of [begin, end)."""
+    sums = Sums(
+        tl.full((group.rows,), LOWEST, tl.float32),
+        tl.zeros((group.rows,), tl.float32),
+        tl.zeros((group.rows, p.block_v), tl.float32),
+    )
+    if p.window.sink > 0:
+        keys = sinks_at(p, pool, new, past)
+        s, v = scores(p, q, load_keys(p, keys)), load_values(p, at, keys)
+        inside = sink_mask(p, at, i, keys.position)
+        sums = add_softmax(sums, s, inside, log2_g, v, p.arithmetic)
+    if p.window.size > 0:
+        for position in range(begin, end, group.keys):
+            keys = keys_at(p, pool, new, past, position, group.keys)
+            s, v = scores(p, q, load_keys(p, keys)), load_values(p, at, keys)
+            inside, outside = pair_masks(p, at, i, keys.position)
+            sums = add_softmax(sums, s, inside, log2_g, v, p.arithmetic)
+    return sums
 
 
 @triton.jit
-def add_tiles(p, pool, group, at, new, past, sums, q, phi_q, i, log2_g, begin, last, weight_k):
-    """sums with the keys at [begin, last], ``last`` being the last query's position.
-
-    From the newest to the oldest: a query meets its softmax keys before its linear ones.
-    """
-    linear_end = window_start(p.window, last)  # older keys are linear to some query
-    for back in range(tl.cdiv(last + 1 - begin, group.keys)):
-        tile = (last - begin) // group.keys - back
-        keys = keys_at(p, pool, new, past, begin + tile * group.keys, group.keys)
+def add_linear_keys(p, pool, group, at, new, past, sums, phi_q, i, begin, end, weight_k):
+    """sums with the keys at [begin, end) that queries weigh by features."""
+    for position in range(begin, end, group.keys):
+        keys = keys_at(p, pool, new, past, position, group.keys)
         k, v = load_keys(p, keys), load_values(p, at, keys)
+        phi_k = features_to_keep(p, at, k, keys.k, keys.valid, keys.valid, weight_k)
         inside, outside = pair_masks(p, at, i, keys.position)
-        if p.window.size > 0:
-            sums = add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
-        if begin + tile * group.keys < linear_end:
-            phi_k = features(k, keys.k, keys.valid, weight_k, p.map_k, at.head, p.arithmetic)
-            sums = add_linear(sums, phi_q, phi_k, outside, v, p.arithmetic)
+        sums = add_linear(sums, phi_q, phi_k.phi, outside, v, p.arithmetic)
     return sums
 
 
@@ -152,32 +151,28 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
         folded = fold_to
         queries = tokens_from(p, new, c * p.chunk, tl.arange(0, group.rows) // group.lanes)
         i = past.length + queries.position
-        last = tl.minimum(past.length + c * p.chunk + p.chunk, past.total) - 1
+        stop = tl.minimum(past.length + (c + 1) * p.chunk, past.total)  # behind the last query
         q_rows = rows_of(p.q, at.batch, heads, queries)
         q = load_tile(q_rows, queries.valid, 0, p.q.width, p.block_d)
-        phi_q = times(group_features(p, group, at, queries, q, q_rows, weight_q), factor)
-        sums = Sums(
-            tl.full((group.rows,), LOWEST, tl.float32),
-            tl.zeros((group.rows,), tl.float32),
-            tl.zeros((group.rows, p.block_v), tl.float32),
+        near = tl.maximum(folded, window_start(p.window, past.length + c * p.chunk))
+        sums = softmax_sums(p, pool, group, at, new, past, q, i, log2_g, near, stop)
+        z = project_group(p, group, at, queries, q, q_rows, weight_q)
+        read = read_projected(p, state, z, factor, sums.den, sums.acc)
+        sums = Sums(sums.m, read.den, read.acc)
+        far = tl.minimum(window_start(p.window, stop - 1), stop)
+        sums = add_linear_keys(
+            p, pool, group, at, new, past, sums, read.phi, i, folded, far, weight_k
         )
-        if p.window.sink > 0:
-            sums = add_sinks(p, pool, at, new, past, sums, q, i, log2_g)
-        sums = add_tiles(
-            p, pool, group, at, new, past, sums, q, phi_q, i, log2_g, folded, last, weight_k
-        )
-        acc = read_state(state, phi_q, sums.acc, p.arithmetic)
-        den = sums.den + dot_rows(phi_q, ksum_rows(state))
-        o_rows = rows_of(out, at.batch, heads, queries)
+        rows = rows_of(out, at.batch, heads, queries)
         real = queries.valid & (lane < group.heads)
-        store_tile(o_rows, acc * (1.0 / den)[:, None], real, at.column, out.width, p.block_v)
+        y = sums.acc * (1.0 / sums.den)[:, None]
+        store_tile(rows, y, real, at.column, out.width, p.block_v)
 
     if at.segment == p.segments - 1:
         state = fold(p, pool, group, at, new, past, state, folded, past.end, weight_k)
         if past.end > past.start:
             store_kv(p, at, pool.kv, pool_slot, state)
-        kv_heads: tl.constexpr = p.heads // p.group
-        row = arrivals + at.n * (p.heads + kv_heads + 1)
+        row = arrivals + at.n * (p.heads + p.heads // p.group + 1)
         if is_last(row + at.head, p.slices):
             store_ksum(p, at, pool.ksum, pool_slot, state)
     finish(p, pool, new, past, arrivals, VALUE_WIDTH)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .problem import Keys, Past, Place
+from .problem import Past, Place, Remembered
 from .tokens import load_tile, rows_of, store_tile, tokens_at
 from .window import window_start
 
@@ -78,10 +78,12 @@ def keys_at(p, pool, new, past, position, BLOCK: tl.constexpr):
     """The keys at positions [position, position + BLOCK), which the state does not hold yet."""
     tokens = tokens_at(p, new, position - past.length, BLOCK)
     positions = position + tl.arange(0, BLOCK)
-    old, index = positions < past.length, positions % max(pool.ring, 1)
+    old, index = positions < past.length, positions
+    if pool.ring > 0:
+        index = positions % pool.ring
     k = rows_where(p, new, past, p.k, tokens, pool.k_ring, index, old)
     v = rows_where(p, new, past, p.v, tokens, pool.v_ring, index, old)
-    return Keys(k, v, positions, positions < past.total)
+    return Remembered(k, v, positions, positions < past.total)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def sinks_at(p, pool, new, past):
     old = positions < past.length
     k = rows_where(p, new, past, p.k, tokens, pool.k_sink, positions, old)
     v = rows_where(p, new, past, p.v, tokens, pool.v_sink, positions, old)
-    return Keys(k, v, positions, (positions < p.window.sink) & (positions < past.total))
+    return Remembered(k, v, positions, (positions < p.window.sink) & (positions < past.total))
 
 
 @triton.jit
@@ -129,10 +131,9 @@ def remember(p, pool, new, past, VALUE_WIDTH: tl.constexpr):
         copy_tokens(p, new, past, p.k, pool.k_ring, pool.ring, begin, past.total, p.block_d)
         copy_tokens(p, new, past, p.v, pool.v_ring, pool.ring, begin, past.total, VALUE_WIDTH)
     if p.window.sink > 0:
-        sink: tl.constexpr = p.window.sink
-        end = tl.minimum(past.total, sink)
-        copy_tokens(p, new, past, p.k, pool.k_sink, sink, past.length, end, p.block_d)
-        copy_tokens(p, new, past, p.v, pool.v_sink, sink, past.length, end, VALUE_WIDTH)
+        end = tl.minimum(past.total, p.window.sink)
+        copy_tokens(p, new, past, p.k, pool.k_sink, end, past.length, end, p.block_d)
+        copy_tokens(p, new, past, p.v, pool.v_sink, end, past.length, end, VALUE_WIDTH)
 
 
 @triton.jit

@@ -177,7 +177,7 @@ class Past(NamedTuple):
     folded: Any  # what the pool calls ``folded`` after, which may be in the midst of the sinks
 
 
-class Keys(NamedTuple):
+class Remembered(NamedTuple):
     """BLOCK successive positions whose keys and values lie in the pool or among the new tokens."""
 
     k: Any  # pointers to the rows, [BLOCK]

@@ -86,13 +86,19 @@ class Keys(NamedTuple):
 
 @triton.jit
 def key_features(p, at, tokens, k, weight_k):
-    """The features of a tile of keys, zero for what does not enter the state.
+    """The features of a tile of keys, zero for what does not enter the state."""
+    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
+    return features_to_keep(p, at, k, rows, tokens.valid, folds(p, tokens), weight_k)
+
+
+@triton.jit
+def features_to_keep(p, at, k, rows, valid, keep, weight_k):
+    """The features of the keys at ``rows``, zero where not ``keep``.
 
     A side is rounded before the next is made, so that one at a time takes fp32 registers.
     """
-    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-    z = project(k, rows, tokens.valid, weight_k, p.map_k, at.head, p.arithmetic)
-    keep = folds(p, tokens)[:, None]
+    z = project(k, rows, valid, weight_k, p.map_k, at.head, p.arithmetic)
+    keep = keep[:, None]
     plus = tl.where(keep, clamp_side(activate_side(z, p.map_k), p.map_k), 0.0)
     total, phi = tl.sum(plus, 0), plus.to(p.arithmetic.dtype)
     if p.map_k.two_sided:
@@ -138,6 +144,12 @@ def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
     """phi_q of a chunk, and den and acc with what it reads."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
     z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
+    return read_projected(p, state, z, factor, den, acc)
+
+
+@triton.jit
+def read_projected(p, state, z, factor, den, acc):
+    """The same, from the projected queries; ``factor`` may be of every row, [tokens, 1]."""
     plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
     den += tl.sum(plus * state.ksum.plus[None, :], 1)
     phi = plus.to(p.arithmetic.dtype)
