@@ -10,13 +10,23 @@ from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Side
 
 @triton.jit
 def product(a, b, acc, arithmetic):
-    """acc + a @ b, summed in fp32; acc may be None."""
-    return tl.dot(
-        a.to(arithmetic.dtype),
-        b.to(arithmetic.dtype),
-        acc,
-        input_precision=arithmetic.precision,
-    )
+    """acc + a @ b, summed in fp32; acc may be None.
+
+    Where a has one row or column, tensor cores would idle, and nothing is rounded.
+    """
+    if a.shape[0] > 1 and a.shape[1] > 1:
+        return tl.dot(
+            a.to(arithmetic.dtype),
+            b.to(arithmetic.dtype),
+            acc,
+            input_precision=arithmetic.precision,
+        )
+    elif a.shape[0] == 1:
+        y = tl.sum(tl.trans(a).to(tl.float32) * b.to(tl.float32), 0)[None, :]
+        return y if acc is None else acc + y
+    else:
+        y = a.to(tl.float32) * b.to(tl.float32)
+        return y if acc is None else acc + y
 
 
 @triton.jit

@@ -65,7 +65,10 @@ def linear_factor(p, at):
 @triton.jit
 def scores(p, q, k):
     """scale q . k in units of log2 e, [queries, keys]: exp2 of it is exp(scale q . k)."""
-    s = tl.dot(q, tl.trans(k), input_precision=p.arithmetic.precision)
+    if q.shape[0] == 1:
+        s = product(q, tl.trans(k), None, p.arithmetic)
+    else:  # in the dtype of q and k
+        s = tl.dot(q, tl.trans(k), input_precision=p.arithmetic.precision)
     return s * (p.scale * LOG2E)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,15 +48,16 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
     return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
 
 
-def step_tiles(q: Tensor, weight: Tensor, v: Tensor, chunk: int, programs: int) -> Tiles:
-    """The launch configuration of hybrid_attention_step_, for chunks of ``chunk`` tokens.
-
-    One chunk is over when its slowest program is: few states are cut into narrow slices.
-    """
-    head_dim, block_v = _tile(q.shape[3]), min(_tile(v.shape[3]), 64)
-    while q.shape[2] <= chunk and block_v > 16 and programs * v.shape[3] // block_v < 132:
+def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
+    """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
+    tiles = tiles_for("forward", q, weight, v)
+    if not decoded:
+        return tiles
+    # A step is over when its slowest program is: few states are cut into narrow slices.
+    block_v = tiles.block_v
+    while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
         block_v //= 2
-    return Tiles(chunk, block_v, 4, 1, head_dim * _tile(weight.shape[2]) <= 128 * 64)
+    return replace(tiles, chunk=1, block_v=block_v)
 
 
 def _tile(n: int) -> int:

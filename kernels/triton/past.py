@@ -33,24 +33,19 @@ def past_of(p, pool, new):
 
 
 @triton.jit
-def place_in(new, past):
-    """The program's place, with positions that count from the start of the sequence."""
+def with_head(at, head, length):
+    """The place with another head and length."""
     return Place(
-        new.n,
-        new.batch,
-        new.first,
-        past.total,
-        new.head,
-        new.part,
-        new.column,
-        new.segment,
-        new.slot,
-    )
+        at.n, at.batch, at.first, length, head, at.part, at.column, at.segment, at.slot
+    )  # fmt: skip
 
 
 @triton.jit
 def folded_before(p, past, c):
-    """The state that the queries of chunk c read holds the keys before this position."""
+    """The state that the queries of chunk c read holds the keys before this position.
+
+    They have left the windows of all its queries, and will be in the state after the call.
+    """
     first = past.length + c * p.chunk
     return tl.maximum(past.start, tl.minimum(window_start(p.window, first), past.end))
 

@@ -160,10 +160,8 @@ class Group(NamedTuple):
     """Tiles of a program that serves all query heads of a state; all constant."""
 
     heads: Any  # query heads per state head
-    lanes: Any  # heads, rounded up: row r of a tile is token r // lanes, head r % lanes
-    rows: Any  # chunk * lanes
-    keys: Any  # keys that are weighed at a time
-    folds: Any  # keys that enter the state at a time
+    keys: Any  # keys that are attended by softmax at a time
+    folds: Any  # keys whose features are made at a time
 
 
 class Past(NamedTuple):

@@ -149,7 +149,7 @@ def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
 
 @triton.jit
 def read_projected(p, state, z, factor, den, acc):
-    """The same, from the projected queries; ``factor`` may be of every row, [tokens, 1]."""
+    """The same, from the projected queries."""
     plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor)
     den += tl.sum(plus * state.ksum.plus[None, :], 1)
     phi = plus.to(p.arithmetic.dtype)

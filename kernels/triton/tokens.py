@@ -49,12 +49,7 @@ def chunk_range(p, at):
 @triton.jit
 def tokens_at(p, at, position, BLOCK: tl.constexpr):
     """The tokens at positions [position, position + BLOCK)."""
-    return tokens_from(p, at, position, tl.arange(0, BLOCK))
-
-
-@triton.jit
-def tokens_from(p, at, position, r):
-    """The tokens at positions position + r."""
+    r = tl.arange(0, BLOCK)
     positions = position + r
     valid = (positions >= 0) & (positions < at.length)
     if p.sequences.index is not None:
