@@ -75,16 +75,16 @@ def softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end):
         tl.zeros((p.chunk, p.block_v), tl.float32),
     )
     if p.window.sink > 0:
-        keys = sinks_at(p, pool, new, past)
-        s, v = scores(p, q, load_keys(p, keys)), load_values(p, at, keys)
-        inside = sink_mask(p, at, i, keys.position)
-        sums = add_softmax(sums, s, inside, log2_g, v, p.arithmetic)
+        first = sinks_at(p, pool, new, past)
+        s_first, v_first = scores(p, q, load_keys(p, first)), load_values(p, at, first)
+        inside = sink_mask(p, at, i, first.position)
+        sums = add_softmax(sums, s_first, inside, log2_g, v_first, p.arithmetic)
     if p.window.size > 0:
         for position in range(begin, end, group.keys):
             keys = keys_at(p, pool, new, past, position, group.keys)
             s, v = scores(p, q, load_keys(p, keys)), load_values(p, at, keys)
-            inside, outside = pair_masks(p, at, i, keys.position)
-            sums = add_softmax(sums, s, inside, log2_g, v, p.arithmetic)
+            near, outside = pair_masks(p, at, i, keys.position)
+            sums = add_softmax(sums, s, near, log2_g, v, p.arithmetic)
     return sums
 
 
@@ -127,6 +127,15 @@ def attend(p, pool, group, at, new, past, state, out, c, head, folded, weight_q,
 
 
 @triton.jit
+def query_weight(p, group, weight_q, head):
+    """The weight of a query head: weight_q where the heads of the group share it."""
+    if group.heads > p.map_q.group:
+        return load_weight(p.map_q, head, p.arithmetic, p.block_d)
+    else:
+        return weight_q
+
+
+@triton.jit
 def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.constexpr):
     """y of the new tokens, and the pool brought up to date.
 
@@ -154,9 +163,8 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
         state = fold(p, pool, group, at, new, past, state, folded, fold_to, weight_k)
         folded = fold_to
         for g in range(group.heads):
-            head, weight = first_head + g, weight_q
-            if group.heads > p.map_q.group:
-                weight = load_weight(p.map_q, head, p.arithmetic, p.block_d)
+            head = first_head + g
+            weight = query_weight(p, group, weight_q, head)
             attend(p, pool, group, at, new, past, state, out, c, head, folded, weight, weight_k)
 
     if at.segment == p.segments - 1:
@@ -275,7 +283,7 @@ def hybrid_attention_step_(
         state_heads=state_heads,
     )  # fmt: skip
     if decoded:
-        exact = Arithmetic(constant(tl.float32), constant(launch.precision()))
+        exact = Arithmetic(constant(tl.float32), constant(launch.precision(q.dtype)))
         problem = replace(problem, problem=problem.problem._replace(arithmetic=exact))
     stores = [rows(x) if x.shape[2] else None for x in (k_ring, v_ring, k_sink, v_sink)]
     pool = Pool(

@@ -22,9 +22,12 @@ class Tiles:
     slice: int = 64  # else the columns of x that are projected at a time
 
 
-def precision() -> str:
-    """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores."""
-    return "ieee" if torch.version.hip else "tf32x3"
+def precision(dtype: torch.dtype = torch.float32) -> str:
+    """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores, one
+    keeps more than those of bf16 activations."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
 # Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before.
@@ -54,10 +57,11 @@ def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: boo
     if not decoded:
         return tiles
     # A step is over when its slowest program is: few states are cut into narrow slices.
-    block_v = tiles.block_v
+    block_v = min(tiles.block_v, 32)
     while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
         block_v //= 2
-    return replace(tiles, chunk=1, block_v=block_v)
+    width = _tile(q.shape[3]) * _tile(weight.shape[2])  # both maps' weights stay in registers
+    return replace(tiles, chunk=1, block_v=block_v, num_warps=4 if width <= 64 * 64 else 8)
 
 
 def _tile(n: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import activate_side, clamp_side, product, project, scaled
+from .features import activate_side, clamp_side, outer_product, product, project, scaled
 from .problem import Sides, State
 from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
@@ -111,12 +111,12 @@ def features_to_keep(p, at, k, rows, valid, keep, weight_k):
 @triton.jit
 def absorb(state, keys, v, arithmetic):
     """The state with phi(k_j) v_j^T and phi(k_j) of a tile of keys."""
-    kv = product(tl.trans(keys.phi.plus), v, state.kv.plus, arithmetic)
+    kv = outer_product(keys.phi.plus, v, state.kv.plus, arithmetic)
     ksum = state.ksum.plus + keys.total.plus
     if keys.phi.minus is None:
         return State(Sides(kv, None), Sides(ksum, None))
     else:
-        kv_minus = product(tl.trans(keys.phi.minus), v, state.kv.minus, arithmetic)
+        kv_minus = outer_product(keys.phi.minus, v, state.kv.minus, arithmetic)
         ksum_minus = state.ksum.minus + keys.total.minus
         return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
 
