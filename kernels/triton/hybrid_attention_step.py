@@ -158,17 +158,18 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
         state = load_state(p, at, kv0, ksum0, at.slot)
     folded = tl.where(at.segment == 0, past.start, folded_before(p, past, begin))
 
-    for c in range(begin, end):
-        fold_to = folded_before(p, past, c)
+    last = at.segment == p.segments - 1  # goes round once more, to fold what the call leaves folded
+    for c in range(begin, end + last.to(tl.int32)):
+        fold_to = tl.where(c < end, folded_before(p, past, c), past.end)
         state = fold(p, pool, group, at, new, past, state, folded, fold_to, weight_k)
         folded = fold_to
-        for g in range(group.heads):
-            head = first_head + g
-            weight = query_weight(p, group, weight_q, head)
-            attend(p, pool, group, at, new, past, state, out, c, head, folded, weight, weight_k)
+        if c < end:
+            for g in range(group.heads):
+                head = first_head + g
+                weight = query_weight(p, group, weight_q, head)
+                attend(p, pool, group, at, new, past, state, out, c, head, folded, weight, weight_k)
 
-    if at.segment == p.segments - 1:
-        state = fold(p, pool, group, at, new, past, state, folded, past.end, weight_k)
+    if last:
         if past.end > past.start:
             store_kv(p, at, pool.kv, slot, state)
         if is_last(arrivals_of(p, new, arrivals) + at.head, p.slices):

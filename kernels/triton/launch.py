@@ -54,14 +54,15 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
 def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
     """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
     tiles = tiles_for("forward", q, weight, v)
+    if _tile(q.shape[3]) * _tile(weight.shape[2]) > 64 * 64:
+        tiles = replace(tiles, num_warps=8)  # four would spill the weights of the two maps
     if not decoded:
         return tiles
     # A step is over when its slowest program is: few states are cut into narrow slices.
     block_v = min(tiles.block_v, 32)
     while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
         block_v //= 2
-    width = _tile(q.shape[3]) * _tile(weight.shape[2])  # both maps' weights stay in registers
-    return replace(tiles, chunk=1, block_v=block_v, num_warps=4 if width <= 64 * 64 else 8)
+    return replace(tiles, chunk=1, block_v=block_v)
 
 
 def _tile(n: int) -> int:
