@@ -216,7 +216,7 @@ def group_of(
 ) -> Group:
     """Tiles for the query heads that share a state."""
     if q.shape[2] > DECODED:
-        keys = folds = 32 if width <= 128 else 16
+        keys = folds = 32 if width <= 128 and q.dtype == torch.bfloat16 else 16
     else:
         keys = min(next_power_of_2(ring + 1), 64)
         # One key leaves a sliding window at a time; terraces leave as a whole.

@@ -57,7 +57,11 @@ def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: boo
     if _tile(q.shape[3]) * _tile(weight.shape[2]) > 64 * 64:
         tiles = replace(tiles, num_warps=8)  # four would spill the weights of the two maps
     if not decoded:
-        return tiles
+        if q.dtype == torch.bfloat16:
+            return tiles
+        # tf32x3 splits its operands in two: small tiles, or shared memory and registers run out.
+        block_v = min(tiles.block_v, 32)
+        return replace(tiles, chunk=16, block_v=block_v, resident=False, slice=32)
     # A step is over when its slowest program is: few states are cut into narrow slices.
     block_v = min(tiles.block_v, 32)
     while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
