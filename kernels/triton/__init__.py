@@ -7,6 +7,7 @@ launch.py (tensors to programs).
 
 from .feature_map import feature_map, feature_map_backward
 from .hybrid_attention import hybrid_attention, hybrid_attention_backward
+from .hybrid_attention_step import hybrid_attention_step_
 from .linear_attention import linear_attention, linear_attention_backward
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "feature_map_backward",
     "hybrid_attention",
     "hybrid_attention_backward",
+    "hybrid_attention_step_",
     "linear_attention",
     "linear_attention_backward",
 ]

@@ -136,9 +136,14 @@ def plan(
     affine: bool = False,
     codes: tuple[int, bool, bool, float],
     tiles: launch.Tiles,
+    state_heads: int | None = None,
 ) -> Plan:
-    """The arguments of an operator as those of the kernels, cut as ``tiles`` say."""
-    heads, length, head_dim = q.shape[1:]
+    """The arguments of an operator as those of the kernels, cut as ``tiles`` say.
+
+    There are programs for every query head, or for every state head.
+    """
+    query_heads, length, head_dim = q.shape[1:]
+    heads = query_heads if state_heads is None else state_heads
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = -(-length // tiles.chunk)
     slices = -(-v.shape[3] // tiles.block_v)
@@ -148,7 +153,7 @@ def plan(
         rows(q),
         rows(k),
         rows(v),
-        feature_map_of(weight_q, bias_q, heads, head_dim, codes, tiles),
+        feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles),
         feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
         gate,
         scale,

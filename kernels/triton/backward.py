@@ -183,18 +183,18 @@ def add_product(a, b, sides, arithmetic):
 
 
 @triton.jit
-def state_product(x, factor, delta, state, arithmetic):
+def state_product(p, x, factor, delta, state):
     """factor * (x . kv^T) - delta * ksum, [C, f] for both sides; x [C, BLOCK_V]."""
-    column = columns(-delta, 0b101, 0b010, arithmetic.dtype)  # high, low, high
-    ksum = columns(tl.sum(state.ksum.plus, 1), 0b011, 0b100, arithmetic.dtype)  # high, high, low
-    plus = product(x, tl.trans(state.kv.plus), None, arithmetic) * factor[:, None]
-    plus = product(column, tl.trans(ksum), plus, arithmetic)
+    column = columns(p, -delta, 0b101, 0b010)  # high, low, high
+    ksum = columns(p, tl.sum(state.ksum.plus, 1), 0b011, 0b100)  # high, high, low
+    plus = product(x, tl.trans(state.kv.plus), None, p.arithmetic) * factor[:, None]
+    plus = product(column, tl.trans(ksum), plus, p.arithmetic)
     if state.kv.minus is None:
         return Sides(plus, None)
     else:
-        ksum = columns(tl.sum(state.ksum.minus, 1), 0b011, 0b100, arithmetic.dtype)
-        minus = product(x, tl.trans(state.kv.minus), None, arithmetic) * factor[:, None]
-        return Sides(plus, product(column, tl.trans(ksum), minus, arithmetic))
+        ksum = columns(p, tl.sum(state.ksum.minus, 1), 0b011, 0b100)
+        minus = product(x, tl.trans(state.kv.minus), None, p.arithmetic) * factor[:, None]
+        return Sides(plus, product(column, tl.trans(ksum), minus, p.arithmetic))
 
 
 @triton.jit
@@ -336,7 +336,7 @@ def backward_queries(
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
         tl.store(left.delta + part, row.delta, mask=tokens.valid)
 
-        d_phi = state_product(row.do, row.factor, row.delta, state, p.arithmetic)
+        d_phi = state_product(p, row.do, row.factor, row.delta, state)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
             inside, outside = pair_masks(p, c * p.chunk, 0)
@@ -467,9 +467,9 @@ def query_features(p, at, tokens, q, weight_q, factor):
 
 
 @triton.jit
-def add_queries(state, phi_q, row, arithmetic):
+def add_queries(p, state, phi_q, row):
     """The state's gradient with phi_q^T do / den and -phi_q^T delta of a chunk."""
-    return add_rows(state, phi_q, row.do * row.factor[:, None], -row.delta, arithmetic)
+    return add_rows(p, state, phi_q, row.do * row.factor[:, None], -row.delta)
 
 
 @triton.jit
@@ -479,7 +479,7 @@ def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
         phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
-        state = add_queries(state, phi_q, queries.row, p.arithmetic)
+        state = add_queries(p, state, phi_q, queries.row)
     return state
 
 
@@ -541,7 +541,7 @@ def backward_keys(
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
         phi_k = key_features(p, at, tokens, k, weight_k)
         ones = tl.full((p.chunk,), 1.0, tl.float32)
-        d_phi = state_product(v, ones, -ones, state, p.arithmetic)
+        d_phi = state_product(p, v, ones, -ones, state)
         if WITH_INPUTS:
             key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
             if p.map_k.two_sided:
@@ -559,7 +559,7 @@ def backward_keys(
             phi_near = query_features(p, at, tokens, queries.q, weight_q, factor)
             sums = add_linear_queries(p, sums, queries, t * p.chunk, 0, phi_near, v, phi_k)
         if p.window.lag == 0:
-            state = add_queries(state, phi_near, queries.row, p.arithmetic)
+            state = add_queries(p, state, phi_near, queries.row)
         elif p.window.lag == 1:
             start = (t + 1) * p.chunk
             after = tokens_at(p, at, start, p.chunk)
@@ -567,7 +567,7 @@ def backward_keys(
             phi_far = query_features(p, at, after, newer.q, weight_q, factor)
             if p.window.far_linear:
                 sums = add_linear_queries(p, sums, newer, start, p.chunk, phi_far, v, phi_k)
-            state = add_queries(state, phi_far, newer.row, p.arithmetic)
+            state = add_queries(p, state, phi_far, newer.row)
             newer = queries
         else:
             sums = add_far_queries(

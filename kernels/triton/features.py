@@ -10,13 +10,48 @@ from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Side
 
 @triton.jit
 def product(a, b, acc, arithmetic):
-    """acc + a @ b, summed in fp32; acc may be None."""
-    return tl.dot(
-        a.to(arithmetic.dtype),
-        b.to(arithmetic.dtype),
-        acc,
-        input_precision=arithmetic.precision,
-    )
+    """acc + a @ b, summed in fp32; acc may be None.
+
+    On one row, tensor cores would idle: it is summed as it is, and nothing is rounded.
+    """
+    if a.shape[0] == 1:
+        column = tl.sum(a.to(tl.float32), 0)[:, None]
+        return plus(acc, tl.sum(column * b.to(tl.float32), 0)[None, :])
+    else:
+        return tl.dot(
+            a.to(arithmetic.dtype),
+            b.to(arithmetic.dtype),
+            acc,
+            input_precision=arithmetic.precision,
+        )
+
+
+@triton.jit
+def inner_product(a, b, acc, arithmetic):
+    """acc + a @ b^T."""
+    if a.shape[0] == 1:
+        return plus(acc, tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)[None, :])
+    else:
+        return product(a, tl.trans(b), acc, arithmetic)
+
+
+@triton.jit
+def outer_product(a, b, acc, arithmetic):
+    """acc + a^T @ b."""
+    if a.shape[0] == 1:
+        column = tl.sum(a.to(tl.float32), 0)[:, None]
+        return plus(acc, column * b.to(tl.float32))
+    else:
+        return product(tl.trans(a), b, acc, arithmetic)
+
+
+@triton.jit
+def plus(acc, x):
+    """acc + x; acc may be None."""
+    if acc is None:
+        return x
+    else:
+        return acc + x
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .features import load_weight, product
+from .features import inner_product, load_weight, product
 from .problem import INF, LN2, LOG2E, Sums
 from .state import (
     absorb,
@@ -65,7 +65,10 @@ def linear_factor(p, at):
 @triton.jit
 def scores(p, q, k):
     """scale q . k in units of log2 e, [queries, keys]: exp2 of it is exp(scale q . k)."""
-    s = tl.dot(q, tl.trans(k), input_precision=p.arithmetic.precision)
+    if q.shape[0] == 1:
+        s = inner_product(q, k, None, p.arithmetic)
+    else:  # in the dtype of q and k
+        s = tl.dot(q, tl.trans(k), input_precision=p.arithmetic.precision)
     return s * (p.scale * LOG2E)
 
 
@@ -84,9 +87,9 @@ def add_softmax(sums, s, inside, log2_g, v, arithmetic):
 @triton.jit
 def linear_weights(phi_q, phi_k, outside, arithmetic):
     """phi_q . phi_k of the pairs that are weighed by features, [queries, keys]."""
-    a = product(phi_q.plus, tl.trans(phi_k.plus), None, arithmetic)
+    a = inner_product(phi_q.plus, phi_k.plus, None, arithmetic)
     if phi_q.minus is not None:
-        a = product(phi_q.minus, tl.trans(phi_k.minus), a, arithmetic)
+        a = inner_product(phi_q.minus, phi_k.minus, a, arithmetic)
     return tl.where(outside, a, 0.0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,12 @@ class Tiles:
     slice: int = 64  # else the columns of x that are projected at a time
 
 
-def precision() -> str:
-    """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores."""
-    return "ieee" if torch.version.hip else "tf32x3"
+def precision(dtype: torch.dtype = torch.float32) -> str:
+    """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores, one
+    keeps more than those of bf16 activations."""
+    if torch.version.hip:
+        return "ieee"
+    return "tf32" if dtype == torch.bfloat16 else "tf32x3"
 
 
 # Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before.
@@ -46,6 +49,24 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
     chunk = 32 if max(head_dim, width) <= 128 else 16
     resident = head_dim * width <= 128 * 64
     return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
+
+
+def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
+    """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
+    tiles = tiles_for("forward", q, weight, v)
+    if _tile(q.shape[3]) * _tile(weight.shape[2]) > 64 * 64:
+        tiles = replace(tiles, num_warps=8)  # four would spill the weights of the two maps
+    if not decoded:
+        if q.dtype == torch.bfloat16:
+            return tiles
+        # tf32x3 splits its operands in two: small tiles, or shared memory and registers run out.
+        block_v = min(tiles.block_v, 32)
+        return replace(tiles, chunk=16, block_v=block_v, resident=False, slice=32)
+    # A step is over when its slowest program is: few states are cut into narrow slices.
+    block_v = min(tiles.block_v, 32)
+    while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
+        block_v //= 2
+    return replace(tiles, chunk=1, block_v=block_v)
 
 
 def _tile(n: int) -> int:

@@ -99,8 +99,8 @@ class Problem(NamedTuple):
     window: Window
     arithmetic: Arithmetic
     affine: Any  # constants from here on, but for the last two
-    heads: Any  # H
-    group: Any  # query heads per key/value head
+    heads: Any  # H; in hybrid_attention_step.py Hs, the heads of the state
+    group: Any  # of them, those per key/value head
     chunk: Any  # C, tokens of a chunk and keys of a tile
     block_d: Any  # D, rounded up to a tile
     block_v: Any  # columns of V that a program takes
@@ -138,6 +138,50 @@ class State(NamedTuple):
 
     kv: Sides  # [f, BLOCK_V] each
     ksum: Sides  # [f]
+
+
+class Pool(NamedTuple):
+    """States that are updated in place (SPEC 5)."""
+
+    kv: Any  # [P, Hs, F, V] fp32, contiguous
+    ksum: Any  # [P, Hs, F]
+    k_ring: Any  # Rows [P, Hk, R, D], or None for R = 0
+    v_ring: Any
+    k_sink: Any  # Rows [P, Hk, s, D], or None for s = 0
+    v_sink: Any
+    length: Any  # [P] int64
+    folded: Any
+    slots: Any  # [N], where the state of each sequence is, or None: in the order of the sequences
+    ring: Any  # R, constant
+    slack: Any  # constant
+
+
+class Group(NamedTuple):
+    """Tiles of a program that serves all query heads of a state; all constant."""
+
+    heads: Any  # query heads per state head
+    keys: Any  # keys that are attended by softmax at a time
+    folds: Any  # keys whose features are made at a time
+
+
+class Past(NamedTuple):
+    """What a sequence remembers before and after a call, in positions."""
+
+    slot: Any  # of the pool
+    length: Any  # tokens before the call
+    total: Any  # tokens after it
+    start: Any  # the state holds [s, start) before
+    end: Any  # and [s, end) after
+    folded: Any  # what the pool calls ``folded`` after, which may be in the midst of the sinks
+
+
+class Remembered(NamedTuple):
+    """BLOCK successive positions whose keys and values lie in the pool or among the new tokens."""
+
+    k: Any  # pointers to the rows, [BLOCK]
+    v: Any
+    position: Any  # [BLOCK]
+    valid: Any  # [BLOCK]
 
 
 class Sums(NamedTuple):

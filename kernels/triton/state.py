@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import activate_side, clamp_side, product, project, scaled
+from .features import activate_side, clamp_side, outer_product, product, project, scaled
 from .problem import Sides, State
 from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
@@ -15,33 +15,43 @@ from .window import folds
 # ksum [f] is kept as a tile [f, SUM_BLOCK], of the least width of a product; it is the sum of the
 # columns. As sums over the tokens of a tile, what is added to it would go through shared memory,
 # and as a row beside every tile it would fill registers; as products both are cheap.
+# Where queries come one by one, products are sums anyway, and one column is enough.
 SUM_BLOCK = tl.constexpr(16)
 
 
 @triton.jit
-def columns(x, HIGH: tl.constexpr, LOW: tl.constexpr, dtype):
-    """x [n] as an operand [n, SUM_BLOCK]: x rounded to ``dtype`` in the columns of the bit mask
-    HIGH, what the rounding lost in those of LOW, 0 in the others.
+def column_index(p):
+    """The columns of a tile that holds ksum, [1, SUM_BLOCK] or [1, 1]."""
+    if p.chunk == 1:
+        return tl.arange(0, 1)[None, :]
+    else:
+        return tl.arange(0, SUM_BLOCK)[None, :]
+
+
+@triton.jit
+def columns(p, x, HIGH: tl.constexpr, LOW: tl.constexpr):
+    """x [n] as an operand [n, SUM_BLOCK]: x, rounded, in the columns of the bit mask HIGH, what the
+    rounding lost in those of LOW, 0 in the others.
 
     High and low together hold twice the digits of bf16. They have to: gradients are differences of
     large products with kv and with ksum.
     """
-    bit = 1 << tl.arange(0, SUM_BLOCK)[None, :]
-    high = x.to(dtype).to(tl.float32)
+    bit = 1 << column_index(p)
+    high = x.to(p.arithmetic.dtype).to(tl.float32)
     y = tl.where((bit & HIGH) != 0, high[:, None], 0.0)
-    return tl.where((bit & LOW) != 0, (x - high)[:, None], y).to(dtype)
+    return tl.where((bit & LOW) != 0, (x - high)[:, None], y).to(p.arithmetic.dtype)
 
 
 @triton.jit
-def sum_tile(x):
+def sum_tile(p, x):
     """x [f] as ksum is kept."""
-    return tl.where(tl.arange(0, SUM_BLOCK)[None, :] == 0, x[:, None], 0.0)
+    return tl.where(column_index(p) == 0, x[:, None], 0.0)
 
 
 @triton.jit
 def empty_state(p):
     kv = tl.zeros((p.map_k.block, p.block_v), tl.float32)
-    ksum = tl.zeros((p.map_k.block, SUM_BLOCK), tl.float32)
+    ksum = sum_tile(p, tl.zeros((p.map_k.block,), tl.float32))
     if p.map_k.two_sided:
         return State(Sides(kv, kv), Sides(ksum, ksum))
     else:
@@ -71,38 +81,57 @@ def load_state(p, at, kv, ksum, slot, BY_SLICE: tl.constexpr):
     else:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
         kv_plus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-        ksum_plus = sum_tile(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+        ksum_plus = sum_tile(p, tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
         if p.map_k.two_sided:
             at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
             kv_minus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-            ksum_minus = sum_tile(tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+            ksum_minus = sum_tile(p, tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
             return State(Sides(kv_plus, kv_minus), Sides(ksum_plus, ksum_minus))
         else:
             return State(Sides(kv_plus, None), Sides(ksum_plus, None))
 
 
 @triton.jit
-def store_state(p, at, kv, ksum, slot, state, BY_SLICE: tl.constexpr):
-    """The inverse. Not BY_SLICE, the program of the first columns writes ksum for all."""
-    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
+def store_kv(p, at, kv, slot, state):
+    """The program's columns of kv."""
+    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, False)
     tl.store(kv + at_kv, state.kv.plus, mask=in_kv)
-    if BY_SLICE or at.part == 0:
-        tl.store(ksum + at_ksum, tl.sum(state.ksum.plus, 1), mask=in_ksum)
+    if p.map_k.two_sided:
+        at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, False)
+        tl.store(kv + at_kv, state.kv.minus, mask=in_kv)
+
+
+@triton.jit
+def store_ksum(p, at, ksum, slot, state, BY_SLICE: tl.constexpr):
+    at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
+    tl.store(ksum + at_ksum, tl.sum(state.ksum.plus, 1), mask=in_ksum)
     if p.map_k.two_sided:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
-        tl.store(kv + at_kv, state.kv.minus, mask=in_kv)
-        if BY_SLICE or at.part == 0:
-            tl.store(ksum + at_ksum, tl.sum(state.ksum.minus, 1), mask=in_ksum)
+        tl.store(ksum + at_ksum, tl.sum(state.ksum.minus, 1), mask=in_ksum)
+
+
+@triton.jit
+def store_state(p, at, kv, ksum, slot, state, BY_SLICE: tl.constexpr):
+    """The inverse of load_state. Not BY_SLICE, the program of the first columns writes ksum."""
+    store_kv(p, at, kv, slot, state)
+    if BY_SLICE or at.part == 0:
+        store_ksum(p, at, ksum, slot, state, BY_SLICE)
 
 
 @triton.jit
 def key_features(p, at, tokens, k, weight_k):
-    """phi_k of a tile of keys as an operand of products, [C, f] for each side.
+    """phi_k of a tile of keys as an operand of products, [C, f] for each side."""
+    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
+    return features_at(p, at, k, rows, tokens.valid, weight_k)
+
+
+@triton.jit
+def features_at(p, at, k, rows, valid, weight_k):
+    """The same, of keys at ``rows``.
 
     A side is rounded before the next is made, so that one at a time takes fp32 registers.
     """
-    rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-    z = project(k, rows, tokens.valid, weight_k, p.map_k, at.head, p.arithmetic)
+    z = project(k, rows, valid, weight_k, p.map_k, at.head, p.arithmetic)
     plus = clamp_side(activate_side(z, p.map_k), p.map_k).to(p.arithmetic.dtype)
     if p.map_k.two_sided:
         minus = clamp_side(activate_side(-z, p.map_k), p.map_k)
@@ -112,16 +141,24 @@ def key_features(p, at, tokens, k, weight_k):
 
 
 @triton.jit
-def add_rows(state, phi, x, total, arithmetic):
+def add_total(p, phi, total, ksum):
+    """ksum + phi^T total, total [C]."""
+    if p.chunk == 1:
+        return ksum + tl.sum(phi * total[:, None], 0)[:, None]
+    else:
+        return product(tl.trans(phi), columns(p, total, 0b01, 0b10), ksum, p.arithmetic)
+
+
+@triton.jit
+def add_rows(p, state, phi, x, total):
     """The state with phi^T x and phi^T total, x [C, BLOCK_V] and total [C]."""
-    column = columns(total, 0b01, 0b10, arithmetic.dtype)
-    kv = product(tl.trans(phi.plus), x, state.kv.plus, arithmetic)
-    ksum = product(tl.trans(phi.plus), column, state.ksum.plus, arithmetic)
+    kv = outer_product(phi.plus, x, state.kv.plus, p.arithmetic)
+    ksum = add_total(p, phi.plus, total, state.ksum.plus)
     if phi.minus is None:
         return State(Sides(kv, None), Sides(ksum, None))
     else:
-        kv_minus = product(tl.trans(phi.minus), x, state.kv.minus, arithmetic)
-        ksum_minus = product(tl.trans(phi.minus), column, state.ksum.minus, arithmetic)
+        kv_minus = outer_product(phi.minus, x, state.kv.minus, p.arithmetic)
+        ksum_minus = add_total(p, phi.minus, total, state.ksum.minus)
         return State(Sides(kv, kv_minus), Sides(ksum, ksum_minus))
 
 
@@ -131,7 +168,7 @@ def absorb(p, state, tokens, phi, v):
     keep = folds(p, tokens)
     if p.window.sink > 0:  # the others are zero already
         v = tl.where(keep[:, None], v, 0.0)
-    return add_rows(state, phi, v, tl.where(keep, 1.0, 0.0), p.arithmetic)
+    return add_rows(p, state, phi, v, tl.where(keep, 1.0, 0.0))
 
 
 @triton.jit
@@ -157,15 +194,21 @@ def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
     """phi_q of a chunk, and den and acc with what it reads."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
     z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
+    return read_projected(p, state, z, factor, den, acc)
+
+
+@triton.jit
+def read_projected(p, state, z, factor, den, acc):
+    """The same, from the projected queries."""
     plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor).to(p.arithmetic.dtype)
     acc = product(plus, state.kv.plus, acc, p.arithmetic)
-    ksum = columns(tl.sum(state.ksum.plus, 1), 0b01, 0b10, p.arithmetic.dtype)
+    ksum = columns(p, tl.sum(state.ksum.plus, 1), 0b01, 0b10)
     total = product(plus, ksum, None, p.arithmetic)
     if p.map_q.two_sided:
         minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
         minus = minus.to(p.arithmetic.dtype)
         acc = product(minus, state.kv.minus, acc, p.arithmetic)
-        ksum = columns(tl.sum(state.ksum.minus, 1), 0b01, 0b10, p.arithmetic.dtype)
+        ksum = columns(p, tl.sum(state.ksum.minus, 1), 0b01, 0b10)
         total = product(minus, ksum, total, p.arithmetic)
         return Reading(Sides(plus, minus), den + tl.sum(total, 1), acc)
     else:

@@ -62,6 +62,18 @@ def pair_masks(p, start, distance):
 
 
 @triton.jit
+def position_masks(p, at, i, j):
+    """The same of queries at positions i and keys at j, whatever their tiles."""
+    known = (j >= p.window.sink) & (j < at.length)
+    causal = (j[None, :] <= i[:, None]) & known[None, :]
+    if p.window.size == 0:
+        return causal & (j[None, :] < 0), causal
+    else:
+        near = j[None, :] >= window_start(p.window, i)[:, None]
+        return causal & near, causal & (near == 0)
+
+
+@triton.jit
 def sink_mask(p, at, i, j):
     """Which pairs of queries at i and keys at j are attended because j is a sink."""
     sinks = (j < p.window.sink) & (j < at.length)
