@@ -1,9 +1,15 @@
 """Backends and instruction sets that the conformance tests run on, with poisoned memory."""
 
 import pytest
+from helpers.kernels import INTERPRETED
 from helpers.poison import poisoned_memory
 
 from lolcats_ops import _C
+
+if INTERPRETED:
+    from gpu_on_cpu import interpreter
+
+    interpreter.install()
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from gpu_on_cpu import interpreter, sanitizer
+from gpu_on_cpu import sanitizer
 from helpers.cases import FACTORS, Case, cases
 from helpers.operators import (
     HYBRID,
@@ -16,7 +16,6 @@ from helpers.operators import (
     linear_attention,
 )
 
-interpreter.install()
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Small enough to be interpreted; windows below, between and above the tiles of 16 to 64 tokens.
