@@ -1,0 +1,1 @@
+"""Runs and checks GPU kernels on machines that have no GPU."""

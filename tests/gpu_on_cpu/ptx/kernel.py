@@ -1,0 +1,264 @@
+"""PtxKernel: compiled PTX as a function that runs, and checks itself, on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from ctypes import c_int32
+from typing import Any
+
+from . import machine
+from .assembler import Assembler
+from .errors import Fault, PtxError
+from .parser import Parameter, parse
+from .report import Access, Finding, Hazard, Report, Traffic
+
+_MAX_FINDINGS = 256
+_MAX_SHARED_BYTES = 227 * 1024
+
+
+class PtxKernel:
+    """An entry point of a PTX module.
+
+    >>> kernel = PtxKernel(ptx)
+    >>> report = kernel((blocks,), [x, y, n], shared_bytes=metadata.shared)
+    >>> report.assert_clean()
+
+    entry: its name, if there are several. Raises NotSupported with the instruction's text if there is
+    one that this package does not know.
+    """
+
+    def __init__(self, ptx: str, entry: str | None = None):
+        self.entry = parse(ptx, entry)
+        self.program = Assembler(self.entry, machine.operations()).program()
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    def __call__(
+        self,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        *,
+        shared_bytes: int = 0,
+        threads: int | Sequence[int] | None = None,
+        check_races: bool = True,
+        check_blocks: bool = False,
+        order: int | None = None,
+        max_instructions: int = 1 << 26,
+    ) -> Report:
+        """Runs all blocks, one after another.
+
+        grid: blocks, up to three numbers.
+        arguments: one per parameter: tensors or arrays in CPU memory, which are all that the kernel
+            may touch, integers, floats, or bytes for a struct. Trailing ones that are missing are 0.
+        shared_bytes: dynamic shared memory.
+        threads: of a block, where the PTX does not say (.reqntid).
+        check_races: shared memory and asynchronous operations.
+        check_blocks: report bytes of global memory that one block stores and another one touches,
+            unless both are atomics. Kernels that synchronise through locks are reported, too.
+        order: a seed that shuffles the blocks, and the warps every few instructions. None: blocks in
+            order, each warp as far as it gets.
+        max_instructions: of the warps of a block together, before it counts as hanging.
+
+        Raises Fault for what ends a kernel on a GPU, too: out of bounds, misaligned, deadlock.
+        """
+        if len(arguments) > len(self.entry.parameters):
+            raise PtxError(f"{len(arguments)} arguments, {len(self.entry.parameters)} parameters")
+        dynamic = self.entry.static_shared_bytes + shared_bytes
+        if dynamic > _MAX_SHARED_BYTES:
+            raise PtxError(f"{dynamic} bytes of shared memory, a block has {_MAX_SHARED_BYTES}")
+        options = machine.Options(
+            check_races,
+            check_blocks,
+            -1 if order is None else order,
+            self._threads(threads),
+            (c_int32 * 3)(*grid, *(1,) * (3 - len(grid))),
+            dynamic,
+            max_instructions,
+        )
+        return self._launch(options, arguments)
+
+    def _threads(self, threads: int | Sequence[int] | None) -> ctypes.Array:
+        if threads is None and self.entry.threads is None:
+            raise PtxError(f"{self.name} does not say how many threads a block has")
+        if threads is None:
+            threads = self.entry.threads
+        sizes = [threads] if isinstance(threads, int) else list(threads)
+        return (c_int32 * 3)(*sizes, *(1,) * (3 - len(sizes)))
+
+    def _launch(self, options: machine.Options, arguments: Sequence[Any]) -> Report:
+        ranges = [r for index, a in enumerate(arguments) for r in _ranges(index, a)]
+        parameters = self._pack(arguments)
+        counters = (machine.Counters * self.program.instructions)()
+        traffic = (machine.Traffic * max(1, len(ranges)))()
+        findings = (machine.Finding * _MAX_FINDINGS)()
+        result = machine.Result(0, _MAX_FINDINGS, findings, traffic)
+        failed = machine.load().ptx_launch(
+            ctypes.byref(self.program),
+            ctypes.byref(options),
+            parameters,
+            (machine.Range * max(1, len(ranges)))(*ranges),
+            len(ranges),
+            counters,
+            ctypes.byref(result),
+        )
+        if failed:
+            raise Fault(self._fault_message(result))
+        found = [self._finding(f) for f in findings[: min(result.findings, _MAX_FINDINGS)]]
+        return Report(
+            races=[f for f in found if f.hazard is not Hazard.BLOCKS],
+            block_conflicts=[f for f in found if f.hazard is Hazard.BLOCKS],
+            global_bytes={
+                r.argument: Traffic(*(getattr(t, name) for name, _ in t._fields_))
+                for r, t in zip(ranges, traffic, strict=False)
+            },
+            instructions=self._instructions(counters),
+            accesses=self._accesses(counters),
+        )
+
+    def _pack(self, arguments: Sequence[Any]) -> bytes:
+        end = max((p.offset + p.bytes for p in self.entry.parameters), default=0)
+        buffer = bytearray(end + 8)
+        for parameter, argument in zip(self.entry.parameters, arguments, strict=False):
+            packed = _packed(parameter, argument)
+            buffer[parameter.offset : parameter.offset + len(packed)] = packed
+        return bytes(buffer)
+
+    def _text(self, pc: int) -> str:
+        statements = self.entry.statements
+        return str(statements[pc]) if 0 <= pc < len(statements) else "the end"
+
+    def _fault_message(self, result: machine.Result) -> str:
+        message = result.message.decode()
+        if result.fault_pc < 0:
+            return f"{self.name}: {message}, block {tuple(result.fault_block)}"
+        return (
+            f"{self.name}: {message}: {self._text(result.fault_pc)}, "
+            f"block {tuple(result.fault_block)}, thread {result.fault_thread}"
+        )
+
+    def _finding(self, f: machine.Finding) -> Finding:
+        hazard = list(Hazard)[f.hazard]
+        return Finding(hazard, _MESSAGES[hazard](self, f), self._text(f.pc), f.count)
+
+    def _instructions(self, counters: Sequence[machine.Counters]) -> Counter[str]:
+        result: Counter[str] = Counter()
+        for statement, counter in zip(self.entry.statements, counters, strict=False):
+            if counter.executed:
+                result[statement.opcode] += counter.executed
+        return result
+
+    def _accesses(self, counters: Sequence[machine.Counters]) -> list[Access]:
+        return [
+            Access(
+                statement.text,
+                statement.location,
+                c.requests,
+                c.sectors,
+                c.ideal_sectors,
+                c.wavefronts,
+                c.ideal_wavefronts,
+            )
+            for statement, c in zip(self.entry.statements, counters, strict=False)
+            if c.requests
+        ]
+
+
+def _ranges(index: int, argument: Any) -> list[machine.Range]:
+    """Where a tensor lies, from its first to its last element."""
+    if hasattr(argument, "data_ptr"):
+        if argument.device.type != "cpu":
+            raise PtxError(f"argument {index} is on {argument.device}")
+        begin, shape, itemsize = argument.data_ptr(), argument.shape, argument.element_size()
+        strides = [stride * itemsize for stride in argument.stride()]
+    elif hasattr(argument, "__array_interface__"):
+        begin, shape = argument.__array_interface__["data"][0], argument.shape
+        itemsize, strides = argument.itemsize, argument.strides
+    else:
+        return []
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return [machine.Range(begin, begin + last + itemsize, index)] if all(shape) else []
+
+
+def _packed(parameter: Parameter, argument: Any) -> bytes:
+    if hasattr(argument, "data_ptr"):
+        argument = argument.data_ptr()
+    elif hasattr(argument, "__array_interface__"):
+        argument = argument.__array_interface__["data"][0]
+    if isinstance(argument, bytes):
+        if len(argument) != parameter.bytes:
+            raise PtxError(f"{parameter.name} takes {parameter.bytes} bytes, got {len(argument)}")
+        return argument
+    if isinstance(argument, float):
+        return struct.pack({2: "<e", 4: "<f", 8: "<d"}[parameter.bytes], argument)
+    bits = 8 * parameter.bytes
+    if not -(1 << bits - 1) <= argument < 1 << bits:
+        raise PtxError(f"{argument} does not fit into {parameter.name}, {bits} bits")
+    return (int(argument) % (1 << bits)).to_bytes(parameter.bytes, "little")
+
+
+# ---------------------------------------------------------------------------- what findings say
+
+
+def _race(kernel: PtxKernel, f: machine.Finding) -> str:
+    return (
+        f"warp {f.warp} {'writes' if f.writes else 'reads'} shared byte {f.address} by "
+        f"{kernel._text(f.pc)}, warp {f.other_warp} {'wrote' if f.other_writes else 'read'} it by "
+        f"{kernel._text(f.other_pc)}, no barrier in between, block {tuple(f.block)}"
+    )
+
+
+def _copy(kernel: PtxKernel, f: machine.Finding) -> str:
+    return (
+        f"warp {f.warp} {'writes' if f.writes else 'reads'} shared byte {f.address} by "
+        f"{kernel._text(f.pc)}, where {kernel._text(f.other_pc)} has not been waited for"
+    )
+
+
+def _accumulator(kernel: PtxKernel, f: machine.Finding) -> str:
+    role = "accumulators" if f.other_writes else "operands"
+    return (
+        f"warp {f.warp} {'writes' if f.writes else 'reads'} {role} of a wgmma that has not been "
+        f"waited for, by {kernel._text(f.pc)}"
+    )
+
+
+def _operand(kernel: PtxKernel, f: machine.Finding) -> str:
+    return (
+        f"warp {f.warp} writes shared byte {f.address} by {kernel._text(f.pc)}, an operand of "
+        f"{kernel._text(f.other_pc)}, which has not been waited for"
+    )
+
+
+def _fence(kernel: PtxKernel, f: machine.Finding) -> str:
+    return (
+        f"{kernel._text(f.pc)} reads shared byte {f.address}, which warp {f.other_warp} wrote by "
+        f"{kernel._text(f.other_pc)}, without fence.proxy.async in between"
+    )
+
+
+def _unfinished(kernel: PtxKernel, f: machine.Finding) -> str:
+    return f"warp {f.warp} exits and has not waited for {kernel._text(f.pc)}"
+
+
+def _blocks(kernel: PtxKernel, f: machine.Finding) -> str:
+    return (
+        f"block {tuple(f.block)} {'writes' if f.writes else 'reads'} a byte of global memory by "
+        f"{kernel._text(f.pc)} that block number {f.other_block} has "
+        f"{'written' if f.other_writes else 'touched'}"
+    )
+
+
+_MESSAGES = {
+    Hazard.RACE: _race,
+    Hazard.COPY: _copy,
+    Hazard.ACCUMULATOR: _accumulator,
+    Hazard.OPERAND: _operand,
+    Hazard.FENCE: _fence,
+    Hazard.UNFINISHED: _unfinished,
+    Hazard.BLOCKS: _blocks,
+}

@@ -1,0 +1,288 @@
+#include "machine.h"
+
+#include "launch.h"
+
+namespace ptx {
+
+std::vector<Operation>& operations() {
+  static std::vector<Operation> table;
+  return table;
+}
+
+void add_operation(std::string name, Handler handler, Flow flow) {
+  operations().push_back({std::move(name), handler, flow});
+}
+
+// ------------------------------------------------------------------ warps
+
+Warp::Warp(Launch& l, Block& b, int i)
+    : launch(l), block(b), index(i), live(lanes_at_start(l.threads(), i)) {
+  const Program& program = l.program;
+  registers.assign(program.initial_registers, program.initial_registers + program.register_bytes);
+  in_flight.resize(program.register_bytes / 64);
+  auto write = [&](s32 offset, auto value_of) {
+    if (offset < 0) return;
+    u32* values = reinterpret_cast<u32*>(registers.data() + offset);
+    for (int lane = 0; lane < kLanes; lane++) values[lane] = u32(value_of(lane));
+  };
+  const s32* size = l.options.threads;
+  for (int axis = 0; axis < 3; axis++) {
+    int stride = axis == 0 ? 1 : axis == 1 ? size[0] : size[0] * size[1];
+    write(program.special[axis], [&](int lane) { return thread(lane) / stride % size[axis]; });
+    write(program.special[3 + axis], [&](int) { return size[axis]; });
+    write(program.special[6 + axis], [&](int) { return b.id[axis]; });
+    write(program.special[9 + axis], [&](int) { return l.options.grid[axis]; });
+  }
+  write(program.lane_id, [](int lane) { return lane; });
+  write(program.warp_id, [&](int) { return index; });
+}
+
+const Operand& Warp::operand(const Instruction& i, int k) const {
+  return launch.program.operands[i.first_operand + k];
+}
+
+int Warp::pc_of(const Instruction& i) const { return int(&i - launch.program.code); }
+
+u64 Warp::get(const Instruction& i, int k, int lane) const {
+  const Operand& o = operand(i, k);
+  if (!o.bytes) return *reinterpret_cast<const u32*>(&registers[o.offset]) >> lane & 1;
+  u64 bits = 0;
+  std::memcpy(&bits, &registers[o.offset + lane * o.bytes], o.bytes);
+  return bits;
+}
+
+void Warp::set(const Instruction& i, int k, int lane, u64 bits) {
+  const Operand& o = operand(i, k);
+  std::memcpy(&registers[o.offset + lane * o.bytes], &bits, o.bytes);
+}
+
+void Warp::store_pc(u32 lanes, u32 value) {
+  for_lanes(lanes, [&](int lane) { pc[lane] = value; });
+}
+
+u32 Warp::guarded(const Instruction& i, u32 lanes) {
+  if (i.guard < 0) return lanes;
+  u32 guard = *reinterpret_cast<u32*>(&registers[i.guard]);
+  return lanes & (i.guard_negated ? ~guard : guard);
+}
+
+void Warp::run(int turn) {
+  while (turn > 0 && runnable()) {
+    u32 ready = live & ~waiting, lanes = 0;
+    if (!ready) stuck();
+    u32 first = ~0u, limit = ~0u;
+    for_lanes(ready, [&](int lane) { first = std::min(first, pc[lane]); });
+    for_lanes(ready, [&](int lane) {
+      if (pc[lane] == first)
+        lanes |= 1u << lane;
+      else
+        limit = std::min(limit, pc[lane]);
+    });
+    turn = run_group(lanes, first, limit, turn);
+  }
+}
+
+// Lanes that have come to a collective instruction wait until all that it names are there. Returns
+// those, or none while some are missing.
+u32 Warp::gather(const Instruction& i, u32 at, u32 active) {
+  u32 members = i.immediate[1] < 0 ? u32(i.immediate[0]) : 0;
+  if (i.immediate[1] >= 0) members = u32(get(i, i.immediate[1], __builtin_ctz(active)));
+  members &= lanes_at_start(launch.threads(), index);
+  u32 arrived = active;
+  for_lanes(waiting & live, [&](int lane) { arrived |= u32(pc[lane] == at) << lane; });
+  if ((arrived & members) != members) {
+    store_pc(active, at);
+    waiting |= active;
+    return 0;
+  }
+  waiting &= ~arrived;
+  return members;
+}
+
+// Runs lanes that are at the same instruction, until they part, stop, or come to `limit`, where
+// others are.
+int Warp::run_group(u32 lanes, u32 at, u32 limit, int turn) try {
+  const Instruction* code = launch.program.code;
+  const std::vector<Operation>& table = operations();
+  for (; at < limit && turn > 0; turn--) {
+    const Instruction& i = code[at];
+    const Operation& operation = table[i.operation];
+    const u32 active = guarded(i, lanes);
+    pc[__builtin_ctz(lanes)] = at;  // for faults
+    launch.counters[at].executed++;
+    if (registers_in_flight) check_in_flight(*this, i);
+    switch (operation.flow) {
+      case Flow::next:
+        if (active) operation.handler(*this, i, active);
+        break;
+      case Flow::branch:
+        if (active == lanes) {
+          at = u32(i.immediate[0]) - 1;
+        } else if (active) {
+          store_pc(active, u32(i.immediate[0]));
+          store_pc(lanes & ~active, at + 1);
+          return turn - 1;
+        }
+        break;
+      case Flow::exit:
+        live &= ~active;
+        lanes &= ~active;
+        if (!live) check_finished(*this);
+        if (!lanes) return turn - 1;
+        break;
+      case Flow::warp:
+      case Flow::barrier: {
+        if (!active) break;
+        u32 members = gather(i, at, active);
+        if (!members) {
+          store_pc(lanes & ~active, at + 1);
+          return turn - 1;
+        }
+        lanes |= members;
+        operation.handler(*this, i, members);
+        if (barrier >= 0) {
+          store_pc(lanes, at + 1);
+          return turn - 1;
+        }
+      }
+    }
+    at++;
+  }
+  store_pc(lanes, at);
+  return turn;
+} catch (Fault& fault) {
+  if (fault.pc < 0) {
+    if (fault.lane < 0) fault.lane = __builtin_ctz(lanes ? lanes : 1);
+    fault.pc = int(at);
+    fault.thread = thread(fault.lane);
+  }
+  throw;
+}
+
+void Warp::stuck() const {
+  u32 exited = lanes_at_start(launch.threads(), index) & ~live;
+  int lane = __builtin_ctz(live);
+  std::string message = "divergent: lanes ";
+  for_lanes(live,
+            [&](int l) { message += l == lane ? std::to_string(l) : "," + std::to_string(l); });
+  message += " of warp " + std::to_string(index) + " wait for others here";
+  if (exited) message += " that have exited";
+  Fault fault(message, lane);
+  fault.pc = int(pc[lane]);
+  fault.thread = thread(lane);
+  throw fault;
+}
+
+// ------------------------------------------------------------------ blocks
+
+Block::Block(Launch& l, s32 n) : launch(l), number(n) {
+  const s32* grid = l.options.grid;
+  id[0] = n % grid[0];
+  id[1] = n / grid[0] % grid[1];
+  id[2] = n / grid[0] / grid[1];
+  int warps_needed = (l.threads() + kLanes - 1) / kLanes;
+  for (int w = 0; w < warps_needed; w++) warps.push_back(std::make_unique<Warp>(l, *this, w));
+}
+
+void Block::arrive(Warp& warp, int barrier, int expected) {
+  warp.barrier = barrier;
+  arrived[barrier] += kLanes;
+  if (arrived[barrier] < (expected + kLanes - 1) / kLanes * kLanes) return;
+  arrived[barrier] = 0;
+  std::vector<int> released;
+  for (auto& other : warps)
+    if (other->barrier == barrier) {
+      other->barrier = -1;
+      released.push_back(other->index);
+    }
+  launch.shared.synchronise(released);
+}
+
+void Block::deadlock() const {
+  std::string message = "deadlock at a barrier:";
+  const Warp* waiting = nullptr;
+  for (auto& warp : warps) {
+    message += " warp " + std::to_string(warp->index);
+    message += warp->done() ? " has exited," : " waits at " + std::to_string(warp->barrier) + ",";
+    if (!warp->done()) waiting = warp.get();
+  }
+  message.back() = ' ';
+  Fault fault(message + "of which one is here", 0);
+  fault.pc = int(waiting->pc[__builtin_ctz(waiting->live)]) - 1;
+  fault.thread = waiting->thread(0);
+  throw fault;
+}
+
+void Block::run() {
+  constexpr int kLongTurn = 1 << 14;  // bounded: a warp may spin on what another one holds
+  u64 budget = launch.options.max_instructions;
+  std::vector<Warp*> runnable;
+  while (true) {
+    runnable.clear();
+    bool done = true;
+    for (auto& warp : warps) {
+      done &= warp->done();
+      if (warp->runnable()) runnable.push_back(warp.get());
+    }
+    if (done) return;
+    if (runnable.empty()) deadlock();
+    bool shuffled = launch.options.seed >= 0;
+    // Either one warp for a few instructions, or each of them as far as it gets.
+    if (shuffled) runnable = {runnable[launch.random() % runnable.size()]};
+    int turn = shuffled ? int(1 + launch.random() % 64) : kLongTurn;
+    for (Warp* warp : runnable) warp->run(turn);
+    u64 spent = u64(turn) * runnable.size();
+    if (spent > budget)
+      throw Fault("no end: a block may execute " + std::to_string(launch.options.max_instructions) +
+                  " instructions; does it wait for another block?");
+    budget -= spent;
+  }
+}
+
+// ------------------------------------------------------------------ launches
+
+Launch::Launch(const Program& p, const Options& o, const u8* params, std::vector<Range> ranges,
+               Counters* c)
+    : program(p),
+      options(o),
+      parameters(params),
+      counters(c),
+      global(*this, std::move(ranges), o.check_blocks),
+      shared(*this, o.shared_bytes, o.check_races),
+      random(u32(o.seed)) {}
+
+void Launch::run() {
+  std::vector<s32> numbers(size_t(options.grid[0]) * options.grid[1] * options.grid[2]);
+  for (size_t n = 0; n < numbers.size(); n++) numbers[n] = s32(n);
+  if (options.seed >= 0) std::shuffle(numbers.begin(), numbers.end(), random);
+  for (s32 number : numbers) {
+    Block current(*this, number);
+    block = &current;
+    shared.begin_block();
+    current.run();
+    first_block = false;
+  }
+}
+
+void Launch::find(Hazard hazard, const Warp& warp, int pc, bool writes, u64 address, int other_pc,
+                  int other_warp, bool other_writes, int other_block) {
+  for (Finding& f : findings)
+    if (f.hazard == hazard && f.pc == pc && f.other_pc == other_pc) {
+      f.count++;
+      return;
+    }
+  const s32* id = block->id;
+  findings.push_back({hazard,
+                      pc,
+                      other_pc,
+                      warp.index,
+                      other_warp,
+                      writes,
+                      other_writes,
+                      {id[0], id[1], id[2]},
+                      other_block,
+                      address,
+                      1});
+}
+
+}  // namespace ptx
