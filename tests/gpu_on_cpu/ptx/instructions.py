@@ -225,14 +225,15 @@ def _convert(s: Statement) -> Encoding:
     if "pack" in s.parts or len(types) != 2:
         raise NotSupported(str(s))
     to, source = types
-    if to[0] in "us" or source[0] in "us":  # registers may be wider than integers
-        to_type, source_type = f"any {to}", f"any {source}"
-    else:
-        to_type, source_type = to, source
+    integers = [t for t in types if t[0] in "us"]
+    names = ["integer" if t in integers else t for t in types]
+    if len(integers) == 2:
+        names = ["integer"]
     return Encoding(
-        ".".join(["cvt", *rest, to, source]),
-        _typed(s.operands[:1], to_type),
-        _typed(s.operands[1:], source_type),
+        ".".join(["cvt", *rest, *names]),
+        _typed(s.operands[:1], f"any {to}" if to in integers else to),
+        _typed(s.operands[1:], f"any {source}" if source in integers else source),
+        (TYPE_BYTES[source], source[0] == "s", TYPE_BYTES[to], to[0] == "s"),
     )
 
 
@@ -246,7 +247,7 @@ _UNSIGNED_ORDER = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 def _compare(s: Statement) -> Encoding:
     comparison, *combine, type = _modifiers(s, ("ftz",))
     comparison = _UNSIGNED_ORDER.get(comparison, comparison)
-    if type[0] == "b" and type != "bf16" or comparison in ("eq", "ne"):
+    if comparison in ("eq", "ne"):
         type = _register_type(type)
     d, a, b, *other = s.operands
     p, q = [*d.split("|"), "_"][:2]
@@ -329,9 +330,8 @@ def _store(s: Statement) -> Encoding:
 def _atomic(s: Statement) -> Encoding:
     parts = [p for p in _modifiers(s, _MEMORY | _VECTORS) if p.split("::")[0] not in _SPACES]
     operation, type = parts
-    if operation in ("add", "and", "or", "xor", "exch", "cas"):
-        if type != "b128" and type[0] in "us" or type in ("b16", "b32", "b64"):
-            type = _register_type(type)
+    if operation not in ("min", "max"):
+        type = _register_type(type)
     space = _space(s.parts)
     space = "global" if space == "generic" else space
     operands = s.operands if s.parts[0] == "atom" else ("_", *s.operands)

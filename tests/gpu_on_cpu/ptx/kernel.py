@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ctypes import c_int32
 from typing import Any
 
-from . import machine
+from . import machine, memory
 from .assembler import Assembler
 from .errors import Fault, PtxError
 from .parser import Parameter, parse
@@ -91,8 +91,8 @@ class PtxKernel:
         return (c_int32 * 3)(*sizes, *(1,) * (3 - len(sizes)))
 
     def _launch(self, options: machine.Options, arguments: Sequence[Any]) -> Report:
-        ranges = [r for index, a in enumerate(arguments) for r in _ranges(index, a)]
-        parameters = self._pack(arguments)
+        ranges = memory.place(arguments)
+        parameters = self._pack(arguments, {r.argument: r.begin for r in ranges})
         counters = (machine.Counters * self.program.instructions)()
         traffic = (machine.Traffic * max(1, len(ranges)))()
         findings = (machine.Finding * _MAX_FINDINGS)()
@@ -110,7 +110,8 @@ class PtxKernel:
             raise Fault(self._fault_message(result))
         found = [self._finding(f) for f in findings[: min(result.findings, _MAX_FINDINGS)]]
         return Report(
-            races=[f for f in found if f.hazard is not Hazard.BLOCKS],
+            races=[f for f in found if f.hazard not in (Hazard.DUPLICATE, Hazard.BLOCKS)],
+            duplicates=[f for f in found if f.hazard is Hazard.DUPLICATE],
             block_conflicts=[f for f in found if f.hazard is Hazard.BLOCKS],
             global_bytes={
                 r.argument: Traffic(*(getattr(t, name) for name, _ in t._fields_))
@@ -120,11 +121,11 @@ class PtxKernel:
             accesses=self._accesses(counters),
         )
 
-    def _pack(self, arguments: Sequence[Any]) -> bytes:
+    def _pack(self, arguments: Sequence[Any], addresses: dict[int, int]) -> bytes:
         end = max((p.offset + p.bytes for p in self.entry.parameters), default=0)
         buffer = bytearray(end + 8)
-        for parameter, argument in zip(self.entry.parameters, arguments, strict=False):
-            packed = _packed(parameter, argument)
+        for index, parameter in enumerate(self.entry.parameters[: len(arguments)]):
+            packed = _packed(parameter, addresses.get(index, arguments[index]))
             buffer[parameter.offset : parameter.offset + len(packed)] = packed
         return bytes(buffer)
 
@@ -168,27 +169,7 @@ class PtxKernel:
         ]
 
 
-def _ranges(index: int, argument: Any) -> list[machine.Range]:
-    """Where a tensor lies, from its first to its last element."""
-    if hasattr(argument, "data_ptr"):
-        if argument.device.type != "cpu":
-            raise PtxError(f"argument {index} is on {argument.device}")
-        begin, shape, itemsize = argument.data_ptr(), argument.shape, argument.element_size()
-        strides = [stride * itemsize for stride in argument.stride()]
-    elif hasattr(argument, "__array_interface__"):
-        begin, shape = argument.__array_interface__["data"][0], argument.shape
-        itemsize, strides = argument.itemsize, argument.strides
-    else:
-        return []
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return [machine.Range(begin, begin + last + itemsize, index)] if all(shape) else []
-
-
 def _packed(parameter: Parameter, argument: Any) -> bytes:
-    if hasattr(argument, "data_ptr"):
-        argument = argument.data_ptr()
-    elif hasattr(argument, "__array_interface__"):
-        argument = argument.__array_interface__["data"][0]
     if isinstance(argument, bytes):
         if len(argument) != parameter.bytes:
             raise PtxError(f"{parameter.name} takes {parameter.bytes} bytes, got {len(argument)}")
@@ -260,5 +241,6 @@ _MESSAGES = {
     Hazard.OPERAND: _operand,
     Hazard.FENCE: _fence,
     Hazard.UNFINISHED: _unfinished,
+    Hazard.DUPLICATE: _race,
     Hazard.BLOCKS: _blocks,
 }

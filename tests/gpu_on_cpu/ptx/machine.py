@@ -32,7 +32,12 @@ class Options(ctypes.Structure):
 
 
 class Range(ctypes.Structure):
-    _fields_ = [("begin", c_uint64), ("end", c_uint64), ("argument", c_int32)]
+    _fields_ = [
+        ("begin", c_uint64),
+        ("end", c_uint64),
+        ("host", c_uint64),
+        ("argument", c_int32),
+    ]
 
 
 class Counters(ctypes.Structure):

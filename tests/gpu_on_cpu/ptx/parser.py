@@ -9,10 +9,9 @@ from pathlib import PurePosixPath
 from .errors import NotSupported, PtxError
 
 # Bytes of a value; predicates take a bit.
-TYPE_BYTES = {
-    **{f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)},
-    **{"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4, "pred": 0},
-}
+TYPE_BYTES = {f"{kind}{8 * size}": size for kind in "bus" for size in (1, 2, 4, 8)}
+TYPE_BYTES |= {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f16x2": 4, "bf16x2": 4, "tf32": 4}
+TYPE_BYTES |= {"pred": 0}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ class Hazard(Enum):
     OPERAND = "wgmma operand in flight"
     FENCE = "no fence.proxy.async"
     UNFINISHED = "never waited for"
+    DUPLICATE = "written twice"
     BLOCKS = "blocks conflict"
 
 
@@ -80,6 +81,8 @@ class Report:
     """What a launch did.
 
     races: hazards within a block, in shared memory or in registers of asynchronous operations.
+    duplicates: bytes of shared memory to which two warps write the same value, without a barrier.
+        Harmless, but work done twice: Triton does so where a tile is too small for its warps.
     block_conflicts: see ``check_blocks`` of ``PtxKernel``.
     global_bytes: by the index of an argument, for those that are tensors.
     instructions: executions by a warp, per opcode.
@@ -87,6 +90,7 @@ class Report:
     """
 
     races: list[Finding]
+    duplicates: list[Finding]
     block_conflicts: list[Finding]
     global_bytes: dict[int, Traffic]
     instructions: Counter[str]

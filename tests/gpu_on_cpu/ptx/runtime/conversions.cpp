@@ -1,63 +1,67 @@
 // cvt, and the packing of small registers into large ones.
-#include <limits>
-
 #include "elementwise.h"
 
 namespace ptx {
 namespace {
 
-// Registers of cvt may be wider than its types. S, D: types to convert from and to.
-template <class D, class S, class F>
-void add_conversion(std::string name, F) {
-  add_operation(std::move(name), [](Warp& w, const Instruction& i, u32 lanes) {
+// ------------------------------------------------------------------ integers
+// Registers may be wider than the types, which are given by immediates: bytes of the integer that
+// is read, whether it is signed, then the same of the one that is written.
+
+s64 read_integer(Warp& w, const Instruction& i, int lane) {
+  const int unused = 64 - 8 * i.immediate[0];
+  u64 bits = w.get(i, 1, lane) << unused;
+  return i.immediate[1] ? s64(bits) >> unused : s64(bits >> unused);
+}
+
+// Extends by the sign, if there is one, to the width of the register.
+void write_integer(Warp& w, const Instruction& i, int lane, u64 bits) {
+  const int unused = 64 - 8 * i.immediate[2];
+  bits <<= unused;
+  w.set(i, 0, lane, i.immediate[3] ? u64(s64(bits) >> unused) : bits >> unused);
+}
+
+void convert_integer(Warp& w, const Instruction& i, u32 lanes) {
+  for_lanes(lanes, [&](int l) { write_integer(w, i, l, u64(read_integer(w, i, l))); });
+}
+
+// NaN becomes 0, what is out of range the nearest integer. x is integral.
+u64 saturate(double x, int bytes, bool is_signed) {
+  if (x != x) return 0;
+  const int bits = 8 * bytes - is_signed;
+  const u64 most = ~u64(0) >> (64 - bits);
+  const double end = std::ldexp(1., bits);
+  if (x >= end) return most;
+  if (x < 0) return !is_signed ? 0 : x <= -end ? ~most : u64(s64(x));
+  return u64(x);
+}
+
+template <class R, class F>
+void add_rounding(const std::string& name, F) {
+  add_operation(name, [](Warp& w, const Instruction& i, u32 lanes) {
     for_lanes(lanes, [&](int l) {
-      u64 bits = w.get(i, 1, l);
-      S source;
-      std::memcpy(&source, &bits, sizeof source);
-      D result = F{}(source);
-      if constexpr (std::is_integral_v<D>) {
-        bits = u64(result);  // extended by its sign, if it has one
-      } else {
-        bits = 0;
-        std::memcpy(&bits, &result, sizeof result);
-      }
-      w.set(i, 0, l, bits);
+      double rounded = F{}(double(w.values<R>(i, 1)[l]));
+      write_integer(w, i, l, saturate(rounded, i.immediate[2], i.immediate[3]));
     });
   });
 }
 
-template <class T>
-struct Named {
-  const char* name;
-};
-
-// Calls f(Named<T>...) for all integer types.
-template <class F>
-void for_integers(F f) {
-  f(Named<u8>{"u8"}), f(Named<s8>{"s8"}), f(Named<u16>{"u16"}), f(Named<s16>{"s16"});
-  f(Named<u32>{"u32"}), f(Named<s32>{"s32"}), f(Named<u64>{"u64"}), f(Named<s64>{"s64"});
-}
-
-void add_between_integers() {
-  for_integers([]<class D>(Named<D> d) {
-    for_integers([&]<class S>(Named<S> s) {
-      add_conversion<D, S>(std::string("cvt.") + d.name + "." + s.name, [](S a) { return D(a); });
-    });
-  });
-}
-
+// V: the type to round to first; 16-bit formats are rounded once more, to themselves.
 template <class R, class V>
 void add_integers_and(const std::string& type) {
-  for_integers([&]<class T>(Named<T> integer) {
-    const std::string name = integer.name;
-    add_conversion<R, T>("cvt." + type + "." + name, [](T a) { return R(V(a)); });
-    const std::string suffix = name + "." + type;
-    add_conversion<T, R>("cvt.rni." + suffix, [](R a) { return saturate<T>(std::rint(V(a))); });
-    add_conversion<T, R>("cvt.rzi." + suffix, [](R a) { return saturate<T>(std::trunc(V(a))); });
-    add_conversion<T, R>("cvt.rmi." + suffix, [](R a) { return saturate<T>(std::floor(V(a))); });
-    add_conversion<T, R>("cvt.rpi." + suffix, [](R a) { return saturate<T>(std::ceil(V(a))); });
+  add_operation("cvt." + type + ".integer", [](Warp& w, const Instruction& i, u32 lanes) {
+    for_lanes(lanes, [&](int l) {
+      s64 value = read_integer(w, i, l);
+      w.values<R>(i, 0)[l] = R(i.immediate[1] ? V(value) : V(u64(value)));
+    });
   });
+  add_rounding<R>("cvt.rni.integer." + type, [](double a) { return std::rint(a); });
+  add_rounding<R>("cvt.rzi.integer." + type, [](double a) { return std::trunc(a); });
+  add_rounding<R>("cvt.rmi.integer." + type, [](double a) { return std::floor(a); });
+  add_rounding<R>("cvt.rpi.integer." + type, [](double a) { return std::ceil(a); });
 }
+
+// ------------------------------------------------------------------ floats
 
 // Towards zero: the rounded value, one step back where that went outwards.
 template <class T>
@@ -118,7 +122,7 @@ void unpack(Warp& w, const Instruction& i, u32 lanes) {
 }  // namespace
 
 void add_conversions() {
-  add_between_integers();
+  add_operation("cvt.integer", convert_integer);
   add_between_floats();
   add_integers_and<float, float>("f32");
   add_integers_and<double, double>("f64");

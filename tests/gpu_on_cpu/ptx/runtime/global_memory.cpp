@@ -90,16 +90,19 @@ void GlobalMemory::count_sectors(int pc, const u64* addresses, const int* ranges
   counters.ideal_sectors += (__builtin_popcount(lanes) * bytes + kSector - 1) / kSector;
 }
 
-void GlobalMemory::request(Warp& warp, int pc, const u64* addresses, u32 lanes, int bytes,
-                           Purpose purpose) {
+std::array<u8*, kLanes> GlobalMemory::request(Warp& warp, int pc, const u64* addresses, u32 lanes,
+                                              int bytes, Purpose purpose) {
   std::array<int, kLanes> ranges;
+  std::array<u8*, kLanes> pointers{};
   for_lanes(lanes, [&](int lane) {
-    ranges[lane] = find(addresses[lane], bytes, lane);
-    requested(traffic_[ranges[lane]], purpose) += bytes;
-    if (!users_.empty()) check_blocks(warp, pc, addresses[lane], ranges[lane], bytes, purpose);
+    int r = ranges[lane] = find(addresses[lane], bytes, lane);
+    pointers[lane] = reinterpret_cast<u8*>(addresses[lane] - ranges_[r].begin + ranges_[r].host);
+    requested(traffic_[r], purpose) += bytes;
+    if (!users_.empty()) check_blocks(warp, pc, addresses[lane], r, bytes, purpose);
   });
   launch_.counters[pc].requests++;
   count_sectors(pc, addresses, ranges.data(), lanes, bytes, purpose);
+  return pointers;
 }
 
 }  // namespace ptx

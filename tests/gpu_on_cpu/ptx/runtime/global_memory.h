@@ -1,4 +1,5 @@
-// Global memory: the arguments of a launch, nothing else.
+// Global memory: the arguments of a launch, nothing else. Kernels see them at addresses of their
+// own, far from each other, so that what runs past the end of one does not end up in another.
 #pragma once
 
 #include "machine.h"
@@ -13,7 +14,8 @@ struct Traffic {
 };
 
 struct Range {
-  u64 begin, end;
+  u64 begin, end;  // as the kernel sees it
+  u64 host;        // where `begin` is
   s32 argument;
 };
 
@@ -23,8 +25,10 @@ class GlobalMemory {
  public:
   GlobalMemory(Launch& launch, std::vector<Range> ranges, bool check_blocks);
 
-  // One request of a warp: bounds, alignment, traffic, and who else touched the bytes.
-  void request(Warp& warp, int pc, const u64* addresses, u32 lanes, int bytes, Purpose purpose);
+  // One request of a warp: bounds, alignment, traffic, and who else touched the bytes. Returns
+  // where they are.
+  std::array<u8*, kLanes> request(Warp& warp, int pc, const u64* addresses, u32 lanes, int bytes,
+                                  Purpose purpose);
   const std::vector<Traffic>& traffic() const { return traffic_; }
 
  private:

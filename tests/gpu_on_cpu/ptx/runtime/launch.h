@@ -48,7 +48,7 @@ struct Launch {
   SharedMemory shared;
   std::vector<Finding> findings;
   std::mt19937 random;
-  Block* block = nullptr;  // the one that runs
+  std::unique_ptr<Block> block;  // the one that runs
   bool first_block = true;
 
   Launch(const Program& program, const Options& options, const u8* parameters,

@@ -256,10 +256,9 @@ void Launch::run() {
   for (size_t n = 0; n < numbers.size(); n++) numbers[n] = s32(n);
   if (options.seed >= 0) std::shuffle(numbers.begin(), numbers.end(), random);
   for (s32 number : numbers) {
-    Block current(*this, number);
-    block = &current;
+    block = std::make_unique<Block>(*this, number);
     shared.begin_block();
-    current.run();
+    block->run();
     first_block = false;
   }
 }

@@ -64,7 +64,7 @@ struct Fault : std::runtime_error {
 };
 
 // Mirrored by report.py.
-enum class Hazard : s32 { race, copy, accumulator, operand, fence, unfinished, blocks };
+enum class Hazard : s32 { race, copy, accumulator, operand, fence, unfinished, duplicate, blocks };
 
 // A hazard after which execution goes on: one per kind and pair of instructions.
 struct Finding {
@@ -109,7 +109,7 @@ void add_operation(std::string name, Handler handler, Flow flow = Flow::next);
 // A 16-, 8- or 4-byte cp.async that has been issued and not waited for.
 struct PendingCopy {
   u32 destination;
-  u64 source;
+  const u8* source;
   s32 bytes, source_bytes, lane, pc;
   u32 group;
 };

@@ -5,6 +5,8 @@ namespace ptx {
 namespace {
 
 using Addresses = std::array<u64, kLanes>;
+using Pointers = std::array<u8*, kLanes>;
+constexpr int kMaxAccess = 32;  // bytes per lane
 
 // Address operands are a register, or a constant for variables, plus immediate[1].
 Addresses addresses(Warp& w, const Instruction& i, int operand, u32 lanes, s32 offset) {
@@ -16,36 +18,39 @@ Addresses addresses(Warp& w, const Instruction& i, int operand, u32 lanes, s32 o
 struct Shared {};
 struct Global {};
 
-// Announces a request and says where its bytes are.
-void request(Shared, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
-             Purpose purpose) {
-  int pc = w.pc_of(i);
+// Announces a request and says where its bytes are. values: what a store will write, lane by lane.
+Pointers request(Shared, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
+                 Purpose purpose, const u8* values = nullptr) {
+  const int pc = w.pc_of(i);
   Access kind = purpose == Purpose::load    ? Access::read
                 : purpose == Purpose::store ? Access::write
                                             : Access::atomic;
-  for_lanes(lanes, [&](int l) { w.launch.shared.access(w, pc, l, a[l], bytes, kind); });
+  Pointers pointers{};
+  for_lanes(lanes, [&](int l) {
+    w.launch.shared.access(w, pc, l, a[l], bytes, kind, values ? values + l * bytes : nullptr);
+    pointers[l] = w.launch.shared.at(u32(a[l]));
+  });
   Counters& counters = w.launch.counters[pc];
   counters.requests++;
   // The same instruction does the same in every block: one is enough.
   if (w.launch.first_block) count_wavefronts(counters, a.data(), lanes, bytes);
+  return pointers;
 }
-void request(Global, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
-             Purpose purpose) {
-  w.launch.global.request(w, w.pc_of(i), a.data(), lanes, bytes, purpose);
+Pointers request(Global, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
+                 Purpose purpose, const u8* = nullptr) {
+  return w.launch.global.request(w, w.pc_of(i), a.data(), lanes, bytes, purpose);
 }
-u8* at(Shared, Warp& w, u64 address) { return w.launch.shared.at(u32(address)); }
-u8* at(Global, Warp&, u64 address) { return reinterpret_cast<u8*>(address); }
 
 // immediate[0]: bytes of an element, [1]: offset, [2]: whether to extend by the sign. Destinations
 // are the elements, the only source is the address.
 template <class Space>
 void load_from(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
   const int size = i.immediate[0], unused = 64 - 8 * size;
-  request(Space{}, w, i, a, lanes, size * i.destinations, Purpose::load);
+  Pointers p = request(Space{}, w, i, a, lanes, size * i.destinations, Purpose::load);
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < i.destinations; k++) {
       u64 bits = 0;
-      std::memcpy(&bits, at(Space{}, w, a[l]) + k * size, size);
+      std::memcpy(&bits, p[l] + k * size, size);
       if (i.immediate[2]) bits = u64(s64(bits << unused) >> unused);
       w.set(i, k, l, bits);
     }
@@ -55,14 +60,16 @@ void load_from(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
 // Sources: the address, the elements.
 template <class Space>
 void store_to(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
-  const int size = i.immediate[0], elements = i.operands - 1;
-  request(Space{}, w, i, a, lanes, size * elements, Purpose::store);
+  const int size = i.immediate[0], elements = i.operands - 1, bytes = size * elements;
+  u8 values[kLanes * kMaxAccess] = {};
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < elements; k++) {
       u64 bits = w.get(i, 1 + k, l);
-      std::memcpy(at(Space{}, w, a[l]) + k * size, &bits, size);
+      std::memcpy(values + l * bytes + k * size, &bits, size);
     }
   });
+  Pointers p = request(Space{}, w, i, a, lanes, bytes, Purpose::store, values);
+  for_lanes(lanes, [&](int l) { std::memcpy(p[l], values + l * bytes, bytes); });
 }
 
 template <class Space>
@@ -117,18 +124,18 @@ template <class Space, class T, class F>
 void atomic(Warp& w, const Instruction& i, u32 lanes) {
   const int n = i.destinations;
   Addresses a = addresses(w, i, n, lanes, i.immediate[1]);
-  request(Space{}, w, i, a, lanes, int(sizeof(T)) * n, Purpose::atomic);
+  Pointers p = request(Space{}, w, i, a, lanes, int(sizeof(T)) * n, Purpose::atomic);
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < n; k++) {
-      u8* p = at(Space{}, w, a[l]) + k * sizeof(T);
+      u8* cell = p[l] + k * sizeof(T);
       T old, value, other;
-      std::memcpy(&old, p, sizeof(T));
+      std::memcpy(&old, cell, sizeof(T));
       u64 bits = w.get(i, n + 1 + k, l), more = w.get(i, i.operands - 1, l), result = 0;
       std::memcpy(&value, &bits, sizeof(T));
       std::memcpy(&other, &more, sizeof(T));
       std::memcpy(&result, &old, sizeof(T));
       T changed = T(F{}(old, value, other));
-      std::memcpy(p, &changed, sizeof(T));
+      std::memcpy(cell, &changed, sizeof(T));
       w.set(i, k, l, result);
     }
   });
@@ -191,17 +198,18 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
   Addresses to = addresses(w, i, 0, lanes, i.immediate[1]);
   Addresses from = addresses(w, i, 1, lanes, i.immediate[2]);
   u32 reading = 0;
+  for_lanes(lanes, [&](int l) { reading |= u32(w.get(i, 2, l) != 0) << l; });
+  Pointers sources{};
+  // What it reads counts as 16 bytes even if fewer are wanted: Triton wants all or none.
+  if (reading) sources = w.launch.global.request(w, pc, from.data(), reading, bytes, Purpose::load);
   for_lanes(lanes, [&](int l) {
     int wanted = int(w.get(i, 2, l));
     if (wanted > bytes) throw Fault("reads more bytes than it writes", l);
     w.launch.shared.check(to[l], bytes, l);
     w.launch.shared.begin_copy(w, pc, u32(to[l]), bytes);
-    w.copies.push_back({u32(to[l]), from[l], bytes, wanted, l, pc, w.copy_groups[l]});
-    if (wanted) reading |= 1u << l;
+    w.copies.push_back({u32(to[l]), sources[l], bytes, wanted, l, pc, w.copy_groups[l]});
   });
   if (w.launch.first_block) count_wavefronts(w.launch.counters[pc], to.data(), lanes, bytes);
-  // Triton reads all of the bytes or none.
-  if (reading) w.launch.global.request(w, pc, from.data(), reading, bytes, Purpose::load);
 }
 
 void commit_copies(Warp& w, const Instruction&, u32 lanes) {
@@ -211,7 +219,7 @@ void commit_copies(Warp& w, const Instruction&, u32 lanes) {
 void land(Warp& w, const PendingCopy& copy) {
   u8* destination = w.launch.shared.at(copy.destination);
   std::memset(destination, 0, copy.bytes);
-  std::memcpy(destination, reinterpret_cast<const u8*>(copy.source), copy.source_bytes);
+  if (copy.source_bytes) std::memcpy(destination, copy.source, copy.source_bytes);
   w.launch.shared.end_copy(w, copy.pc, copy.destination, copy.bytes);
 }
 

@@ -76,16 +76,6 @@ inline T max_nan(T a, T b) {
   return std::isnan(a) || std::isnan(b) ? T(NAN) : std::max(a, b);
 }
 
-// cvt to an integer: NaN becomes 0, what is out of range the nearest integer. x is integral.
-template <class T>
-inline T saturate(double x) {
-  if (x != x) return 0;
-  double low = double(std::numeric_limits<T>::min()), high = double(std::numeric_limits<T>::max());
-  return x <= low    ? std::numeric_limits<T>::min()
-         : x >= high ? std::numeric_limits<T>::max()
-                     : T(x);
-}
-
 // ------------------------------------------------------------------ bits
 
 template <class T>

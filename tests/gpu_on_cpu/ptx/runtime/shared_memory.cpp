@@ -60,12 +60,16 @@ void SharedMemory::check(u64 address, int bytes, int lane) const {
                 lane);
 }
 
-void SharedMemory::check_against_writes(Warp& warp, int pc, u32 address, int bytes, Access kind) {
-  for (u32 b = address; b < address + bytes; b++) {
-    bool both_atomic = kind == Access::atomic && atomically_[b];
-    if (!both_atomic && unordered(warp, writer_[b], written_[b]))
-      return launch_.find(Hazard::race, warp, pc, kind != Access::read, b, u32(written_[b]),
-                          writer_[b], true);
+void SharedMemory::check_against_writes(Warp& warp, int pc, u32 address, int bytes, Access kind,
+                                        const u8* value) {
+  for (int b = 0; b < bytes; b++) {
+    const u32 at = address + b;
+    bool both_atomic = kind == Access::atomic && atomically_[at];
+    if (both_atomic || !unordered(warp, writer_[at], written_[at])) continue;
+    bool same = value && value[b] == bytes_[at];
+    launch_.find(same ? Hazard::duplicate : Hazard::race, warp, pc, kind != Access::read, at,
+                 u32(written_[at]), writer_[at], true);
+    if (!same) return;
   }
 }
 
@@ -106,12 +110,13 @@ void SharedMemory::note(Warp& warp, int pc, u32 address, int bytes, Access kind)
   }
 }
 
-void SharedMemory::access(Warp& warp, int pc, int lane, u64 address, int bytes, Access kind) {
+void SharedMemory::access(Warp& warp, int pc, int lane, u64 address, int bytes, Access kind,
+                          const u8* value) {
   check(address, bytes, lane);
   if (!checks_) return;
   bool writes = kind != Access::read;
   check_in_flight(warp, pc, u32(address), bytes, writes);
-  check_against_writes(warp, pc, u32(address), bytes, kind);
+  check_against_writes(warp, pc, u32(address), bytes, kind, value);
   if (writes) check_against_reads(warp, pc, u32(address), bytes);
   note(warp, pc, u32(address), bytes, kind);
 }
@@ -119,7 +124,7 @@ void SharedMemory::access(Warp& warp, int pc, int lane, u64 address, int bytes, 
 void SharedMemory::begin_copy(Warp& warp, int pc, u32 address, int bytes) {
   if (!checks_) return;
   check_in_flight(warp, pc, address, bytes, true);
-  check_against_writes(warp, pc, address, bytes, Access::write);
+  check_against_writes(warp, pc, address, bytes, Access::write, nullptr);
   check_against_reads(warp, pc, address, bytes);
   std::fill_n(copying_.begin() + address, bytes, pc + 1);
 }

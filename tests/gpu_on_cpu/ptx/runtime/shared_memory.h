@@ -24,8 +24,9 @@ class SharedMemory {
   int size() const { return int(bytes_.size()); }
   u8* at(u32 address) { return bytes_.data() + address; }
 
-  // Bounds, alignment and races of one access by one lane.
-  void access(Warp& warp, int pc, int lane, u64 address, int bytes, Access kind);
+  // Bounds, alignment and races of one access by one lane; value: what a write will write.
+  void access(Warp& warp, int pc, int lane, u64 address, int bytes, Access kind,
+              const u8* value = nullptr);
   // Bounds and alignment only.
   void check(u64 address, int bytes, int lane) const;
 
@@ -45,7 +46,8 @@ class SharedMemory {
   using Stamp = u64;
   Stamp now(const Warp& warp, int pc) const;
   bool unordered(const Warp& warp, int other, Stamp stamp) const;
-  void check_against_writes(Warp& warp, int pc, u32 address, int bytes, Access kind);
+  void check_against_writes(Warp& warp, int pc, u32 address, int bytes, Access kind,
+                            const u8* value);
   void check_against_reads(Warp& warp, int pc, u32 address, int bytes);
   void check_in_flight(Warp& warp, int pc, u32 address, int bytes, bool writes);
   void note(Warp& warp, int pc, u32 address, int bytes, Access kind);

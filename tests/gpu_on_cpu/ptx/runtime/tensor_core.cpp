@@ -66,54 +66,56 @@ void mma(Warp& w, const Instruction& i, u32) {
 // ------------------------------------------------------------------ 8 x 8 matrices of 16-bit
 // values
 
-// The addresses of the rows of matrix m come from lanes 8 m to 8 m + 7. immediate[2]: offset.
-struct Rows {
-  std::array<u64, kLanes> addresses{};
-
-  Rows(Warp& w, const Instruction& i, int address, int matrices, Access kind) {
-    const int pc = w.pc_of(i), lanes = 8 * matrices;
-    for (int l = 0; l < lanes; l++) {
-      addresses[l] = w.get(i, address, l) + s64(i.immediate[2]);
-      w.launch.shared.access(w, pc, l, addresses[l], 16, kind);
-    }
-    Counters& counters = w.launch.counters[pc];
-    counters.requests++;
-    if (w.launch.first_block)
-      count_wavefronts(counters, addresses.data(), lanes_at_start(lanes, 0), 16);
-  }
-  u8* element(Warp& w, int matrix, int row, int column) const {
-    return w.launch.shared.at(u32(addresses[8 * matrix + row])) + 2 * column;
-  }
-};
+using Matrices = u16[4][8][8];
 
 // Lane l holds elements 2 (l % 4) and the next of row l / 4, or of that column when transposed.
 template <bool kTransposed>
-u8* half(Warp& w, const Rows& rows, int matrix, int lane, int which) {
+u16& element(Matrices& matrices, int matrix, int lane, int which) {
   int major = row_group(lane), minor = 2 * column_group(lane) + which;
-  return kTransposed ? rows.element(w, matrix, minor, major)
-                     : rows.element(w, matrix, major, minor);
+  return kTransposed ? matrices[matrix][minor][major] : matrices[matrix][major][minor];
+}
+
+// Calls f(shared memory, row) for each row, of 16 bytes. The addresses of the rows of matrix m come
+// from lanes 8 m to 8 m + 7; immediate[2]: offset.
+template <class F>
+void for_rows(Warp& w, const Instruction& i, int address, int count, Access kind,
+              Matrices& matrices, F f) {
+  const int pc = w.pc_of(i), rows = 8 * count;
+  u64 addresses[kLanes];
+  for (int r = 0; r < rows; r++) {
+    const u8* row = reinterpret_cast<u8*>(matrices[r / 8][r % 8]);
+    addresses[r] = w.get(i, address, r) + s64(i.immediate[2]);
+    w.launch.shared.access(w, pc, r, addresses[r], 16, kind, row);
+  }
+  for (int r = 0; r < rows; r++) f(w.launch.shared.at(u32(addresses[r])), matrices[r / 8][r % 8]);
+  Counters& counters = w.launch.counters[pc];
+  counters.requests++;
+  if (w.launch.first_block) count_wavefronts(counters, addresses, lanes_at_start(rows, 0), 16);
 }
 
 template <bool kTransposed>
 void load_matrix(Warp& w, const Instruction& i, u32) {
-  Rows rows(w, i, i.destinations, i.destinations, Access::read);
-  for (int m = 0; m < i.destinations; m++)
-    for (int l = 0; l < kLanes; l++) {
-      u16 values[2];
-      for (int v = 0; v < 2; v++) std::memcpy(&values[v], half<kTransposed>(w, rows, m, l, v), 2);
-      w.set(i, m, l, u32(values[1]) << 16 | values[0]);
-    }
+  const int count = i.destinations;
+  Matrices matrices;
+  for_rows(w, i, count, count, Access::read, matrices,
+           [](const u8* shared, u16* row) { std::memcpy(row, shared, 16); });
+  for (int m = 0; m < count; m++)
+    for (int l = 0; l < kLanes; l++)
+      w.set(i, m, l,
+            element<kTransposed>(matrices, m, l, 0) | u32(element<kTransposed>(matrices, m, l, 1))
+                                                          << 16);
 }
 
 template <bool kTransposed>
 void store_matrix(Warp& w, const Instruction& i, u32) {
-  Rows rows(w, i, 0, i.operands - 1, Access::write);
-  for (int m = 0; m < i.operands - 1; m++)
+  const int count = i.operands - 1;
+  Matrices matrices;
+  for (int m = 0; m < count; m++)
     for (int l = 0; l < kLanes; l++)
-      for (int v = 0; v < 2; v++) {
-        u16 value = u16(w.get(i, 1 + m, l) >> (16 * v));
-        std::memcpy(half<kTransposed>(w, rows, m, l, v), &value, 2);
-      }
+      for (int v = 0; v < 2; v++)
+        element<kTransposed>(matrices, m, l, v) = u16(w.get(i, 1 + m, l) >> (16 * v));
+  for_rows(w, i, 0, count, Access::write, matrices,
+           [](u8* shared, const u16* row) { std::memcpy(shared, row, 16); });
 }
 
 }  // namespace
