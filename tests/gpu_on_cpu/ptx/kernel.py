@@ -26,8 +26,8 @@ class PtxKernel:
     >>> report = kernel((blocks,), [x, y, n], shared_bytes=metadata.shared)
     >>> report.assert_clean()
 
-    entry: its name, if there are several. Raises NotSupported with the instruction's text if there is
-    one that this package does not know.
+    entry: its name, if there are several. Raises NotSupported with the text of the instruction, if
+    there is one that this package does not know.
     """
 
     def __init__(self, ptx: str, entry: str | None = None):
@@ -48,20 +48,20 @@ class PtxKernel:
         check_races: bool = True,
         check_blocks: bool = False,
         order: int | None = None,
-        max_instructions: int = 1 << 26,
+        max_instructions: int = 1 << 24,
     ) -> Report:
         """Runs all blocks, one after another.
 
         grid: blocks, up to three numbers.
         arguments: one per parameter: tensors or arrays in CPU memory, which are all that the kernel
-            may touch, integers, floats, or bytes for a struct. Trailing ones that are missing are 0.
+            may touch; integers, floats, or bytes for a struct. Missing ones at the end are 0.
         shared_bytes: dynamic shared memory.
         threads: of a block, where the PTX does not say (.reqntid).
         check_races: shared memory and asynchronous operations.
         check_blocks: report bytes of global memory that one block stores and another one touches,
             unless both are atomics. Kernels that synchronise through locks are reported, too.
-        order: a seed that shuffles the blocks, and the warps every few instructions. None: blocks in
-            order, each warp as far as it gets.
+        order: a seed that shuffles the blocks, and the warps every few instructions. None: blocks
+            in order, each warp as far as it gets.
         max_instructions: of the warps of a block together, before it counts as hanging.
 
         Raises Fault for what ends a kernel on a GPU, too: out of bounds, misaligned, deadlock.

@@ -62,9 +62,9 @@ class Traffic:
 class Access:
     """A memory instruction: requests are warps that execute it with at least one thread.
 
-    Wavefronts are passes over the banks of shared memory, in the first block; without conflicts they
-    are ``ideal_wavefronts``. Sectors are those of global memory, of all blocks; if the bytes lay
-    side by side they would be ``ideal_sectors``.
+    Wavefronts are passes over the banks of shared memory, in the first block; without conflicts
+    they are ``ideal_wavefronts``. Sectors are those of global memory, of all blocks; if the bytes
+    lay side by side they would be ``ideal_sectors``.
     """
 
     instruction: str

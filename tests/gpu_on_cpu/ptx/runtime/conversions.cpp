@@ -72,7 +72,7 @@ T toward_zero(float a) {
 }
 
 template <class T>
-void add_half(const std::string& type) {
+void add_half_conversions(const std::string& type) {
   add_elementwise<float, T>("cvt.f32." + type, [](T a) { return float(a); });
   add_elementwise<double, T>("cvt.f64." + type, [](T a) { return double(float(a)); });
   add_elementwise<T, float>("cvt." + type + ".f32", [](float a) { return T(a); });
@@ -86,8 +86,8 @@ void add_half(const std::string& type) {
 }
 
 void add_between_floats() {
-  add_half<f16>("f16");
-  add_half<bf16>("bf16");
+  add_half_conversions<f16>("f16");
+  add_half_conversions<bf16>("bf16");
   add_elementwise<double, float>("cvt.f64.f32", [](float a) { return double(a); });
   add_elementwise<float, double>("cvt.f32.f64", [](double a) { return float(a); });
   add_elementwise<u32, u32>("cvt.rna.tf32.f32", [](u32 a) { return tf32_from_float(a); });

@@ -8,14 +8,14 @@ namespace {
 
 constexpr int kSector = 32;
 
-u64& requested(Traffic& t, Purpose purpose) {
-  return purpose == Purpose::load ? t.loaded : purpose == Purpose::store ? t.stored : t.atomic;
+u64& requested(Traffic& t, Access kind) {
+  return kind == Access::read ? t.loaded : kind == Access::write ? t.stored : t.atomic;
 }
 
-u64& sectors(Traffic& t, Purpose purpose) {
-  return purpose == Purpose::load    ? t.loaded_sectors
-         : purpose == Purpose::store ? t.stored_sectors
-                                     : t.atomic_sectors;
+u64& sectors(Traffic& t, Access kind) {
+  return kind == Access::read    ? t.loaded_sectors
+         : kind == Access::write ? t.stored_sectors
+                                 : t.atomic_sectors;
 }
 
 u64 distance(const Range& range, u64 address, int bytes) {
@@ -42,40 +42,39 @@ int GlobalMemory::find(u64 address, int bytes, int lane) const {
 }
 
 void GlobalMemory::out_of_bounds(u64 address, int bytes, int lane) const {
-  std::string message = "out of bounds: " + std::to_string(bytes) + " bytes at ";
-  if (ranges_.empty()) throw Fault(message + "a global address, no argument is a tensor", lane);
+  std::string message = "out of bounds: " + std::to_string(bytes) + " bytes that ";
+  if (ranges_.empty()) throw Fault(message + "are in no argument", lane);
   const Range* nearest = &ranges_[0];
   for (const Range& range : ranges_)
     if (distance(range, address, bytes) < distance(*nearest, address, bytes)) nearest = &range;
-  bool before = address < nearest->begin;
-  message += std::to_string(distance(*nearest, address, bytes)) + " bytes " +
-             (before ? "before the beginning" : "past the end") + " of argument " +
-             std::to_string(nearest->argument);
-  throw Fault(message, lane);
+  const std::string away = std::to_string(distance(*nearest, address, bytes));
+  message += address < nearest->begin ? "begin " + away + " bytes before argument "
+                                      : "end " + away + " bytes past the end of argument ";
+  throw Fault(message + std::to_string(nearest->argument), lane);
 }
 
 void GlobalMemory::check_blocks(Warp& warp, int pc, u64 address, int range, int bytes,
-                                Purpose purpose) {
+                                Access kind) {
   const s32 me = launch_.block->number + 1;
   Users* users = users_[range].data() + (address - ranges_[range].begin);
   for (int b = 0; b < bytes; b++) {
     auto other = [&](s32 user) { return user && user != me; };
     Users& u = users[b];
     // Loads may meet loads and atomics, atomics may meet atomics; locks need that.
-    s32 conflict = other(u.stored)                                ? u.stored
-                   : purpose == Purpose::store && other(u.loaded) ? u.loaded
-                   : purpose == Purpose::store && other(u.atomic) ? u.atomic
-                                                                  : 0;
+    s32 conflict = other(u.stored)                            ? u.stored
+                   : kind == Access::write && other(u.loaded) ? u.loaded
+                   : kind == Access::write && other(u.atomic) ? u.atomic
+                                                              : 0;
     if (conflict)
-      launch_.find(Hazard::blocks, warp, pc, purpose != Purpose::load, address + b, -1, -1,
+      launch_.find(Hazard::blocks, warp, pc, kind != Access::read, address + b, -1, -1,
                    conflict == u.stored, conflict - 1);
-    (purpose == Purpose::load ? u.loaded : purpose == Purpose::store ? u.stored : u.atomic) = me;
+    (kind == Access::read ? u.loaded : kind == Access::write ? u.stored : u.atomic) = me;
     if (conflict) return;
   }
 }
 
 void GlobalMemory::count_sectors(int pc, const u64* addresses, const int* ranges, u32 lanes,
-                                 int bytes, Purpose purpose) {
+                                 int bytes, Access kind) {
   std::array<u64, kLanes> seen;  // an access is no larger than a sector, and aligned
   int count = 0;
   for_lanes(lanes, [&](int lane) {
@@ -83,7 +82,7 @@ void GlobalMemory::count_sectors(int pc, const u64* addresses, const int* ranges
     if (count && seen[count - 1] == sector) return;
     if (std::find(seen.begin(), seen.begin() + count, sector) != seen.begin() + count) return;
     seen[count++] = sector;
-    sectors(traffic_[ranges[lane]], purpose) += kSector;
+    sectors(traffic_[ranges[lane]], kind) += kSector;
   });
   Counters& counters = launch_.counters[pc];
   counters.sectors += count;
@@ -91,17 +90,17 @@ void GlobalMemory::count_sectors(int pc, const u64* addresses, const int* ranges
 }
 
 std::array<u8*, kLanes> GlobalMemory::request(Warp& warp, int pc, const u64* addresses, u32 lanes,
-                                              int bytes, Purpose purpose) {
+                                              int bytes, Access kind) {
   std::array<int, kLanes> ranges;
   std::array<u8*, kLanes> pointers{};
   for_lanes(lanes, [&](int lane) {
     int r = ranges[lane] = find(addresses[lane], bytes, lane);
     pointers[lane] = reinterpret_cast<u8*>(addresses[lane] - ranges_[r].begin + ranges_[r].host);
-    requested(traffic_[r], purpose) += bytes;
-    if (!users_.empty()) check_blocks(warp, pc, addresses[lane], r, bytes, purpose);
+    requested(traffic_[r], kind) += bytes;
+    if (!users_.empty()) check_blocks(warp, pc, addresses[lane], r, bytes, kind);
   });
   launch_.counters[pc].requests++;
-  count_sectors(pc, addresses, ranges.data(), lanes, bytes, purpose);
+  count_sectors(pc, addresses, ranges.data(), lanes, bytes, kind);
   return pointers;
 }
 

@@ -19,8 +19,6 @@ struct Range {
   s32 argument;
 };
 
-enum class Purpose { load, store, atomic };
-
 class GlobalMemory {
  public:
   GlobalMemory(Launch& launch, std::vector<Range> ranges, bool check_blocks);
@@ -28,15 +26,15 @@ class GlobalMemory {
   // One request of a warp: bounds, alignment, traffic, and who else touched the bytes. Returns
   // where they are.
   std::array<u8*, kLanes> request(Warp& warp, int pc, const u64* addresses, u32 lanes, int bytes,
-                                  Purpose purpose);
+                                  Access kind);
   const std::vector<Traffic>& traffic() const { return traffic_; }
 
  private:
   int find(u64 address, int bytes, int lane) const;
   [[noreturn]] void out_of_bounds(u64 address, int bytes, int lane) const;
-  void check_blocks(Warp& warp, int pc, u64 address, int range, int bytes, Purpose purpose);
+  void check_blocks(Warp& warp, int pc, u64 address, int range, int bytes, Access kind);
   void count_sectors(int pc, const u64* addresses, const int* ranges, u32 lanes, int bytes,
-                     Purpose purpose);
+                     Access kind);
 
   // Which blocks have touched a byte, as their number plus one; 0 for none.
   struct Users {

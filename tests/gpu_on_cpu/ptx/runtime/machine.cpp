@@ -66,8 +66,9 @@ u32 Warp::guarded(const Instruction& i, u32 lanes) {
   return lanes & (i.guard_negated ? ~guard : guard);
 }
 
-void Warp::run(int turn) {
-  while (turn > 0 && runnable()) {
+int Warp::run(int turn) {
+  int left = turn;
+  while (left > 0 && runnable()) {
     u32 ready = live & ~waiting, lanes = 0;
     if (!ready) stuck();
     u32 first = ~0u, limit = ~0u;
@@ -78,8 +79,9 @@ void Warp::run(int turn) {
       else
         limit = std::min(limit, pc[lane]);
     });
-    turn = run_group(lanes, first, limit, turn);
+    left = run_group(lanes, first, limit, left);
   }
+  return turn - left;
 }
 
 // Lanes that have come to a collective instruction wait until all that it names are there. Returns
@@ -215,27 +217,23 @@ void Block::deadlock() const {
 
 void Block::run() {
   constexpr int kLongTurn = 1 << 14;  // bounded: a warp may spin on what another one holds
-  u64 budget = launch.options.max_instructions;
+  const bool shuffled = launch.options.seed >= 0;
+  u64 executed = 0;
   std::vector<Warp*> runnable;
-  while (true) {
+  auto done = [](const auto& warp) { return warp->done(); };
+  while (!std::all_of(warps.begin(), warps.end(), done)) {
     runnable.clear();
-    bool done = true;
-    for (auto& warp : warps) {
-      done &= warp->done();
+    for (auto& warp : warps)
       if (warp->runnable()) runnable.push_back(warp.get());
-    }
-    if (done) return;
     if (runnable.empty()) deadlock();
-    bool shuffled = launch.options.seed >= 0;
     // Either one warp for a few instructions, or each of them as far as it gets.
-    if (shuffled) runnable = {runnable[launch.random() % runnable.size()]};
-    int turn = shuffled ? int(1 + launch.random() % 64) : kLongTurn;
-    for (Warp* warp : runnable) warp->run(turn);
-    u64 spent = u64(turn) * runnable.size();
-    if (spent > budget)
-      throw Fault("no end: a block may execute " + std::to_string(launch.options.max_instructions) +
+    if (shuffled)
+      executed += runnable[launch.random() % runnable.size()]->run(1 + int(launch.random() % 64));
+    else
+      for (Warp* warp : runnable) executed += warp->run(kLongTurn);
+    if (executed > launch.options.max_instructions)
+      throw Fault("no end after " + std::to_string(executed) +
                   " instructions; does it wait for another block?");
-    budget -= spent;
   }
 }
 

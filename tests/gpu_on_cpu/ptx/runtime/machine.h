@@ -85,6 +85,8 @@ struct Launch;
 
 using Handler = void (*)(Warp&, const Instruction&, u32 lanes);
 
+enum class Access { read, write, atomic };
+
 enum class Flow : s32 {
   next,    // executed by the active lanes
   branch,  // immediate[0]: target
@@ -145,8 +147,8 @@ struct Warp {
   Warp(Launch& launch, Block& block, int index);
   bool done() const { return !live; }
   bool runnable() const { return live && barrier < 0; }
-  // Runs until the warp waits, has finished or has executed `turn` instructions.
-  void run(int turn);
+  // Runs until the warp waits, has finished or has executed `turn` instructions; returns how many.
+  int run(int turn);
 
   const Operand& operand(const Instruction& i, int k) const;
   template <class T>

@@ -20,11 +20,8 @@ struct Global {};
 
 // Announces a request and says where its bytes are. values: what a store will write, lane by lane.
 Pointers request(Shared, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
-                 Purpose purpose, const u8* values = nullptr) {
+                 Access kind, const u8* values = nullptr) {
   const int pc = w.pc_of(i);
-  Access kind = purpose == Purpose::load    ? Access::read
-                : purpose == Purpose::store ? Access::write
-                                            : Access::atomic;
   Pointers pointers{};
   for_lanes(lanes, [&](int l) {
     w.launch.shared.access(w, pc, l, a[l], bytes, kind, values ? values + l * bytes : nullptr);
@@ -37,8 +34,8 @@ Pointers request(Shared, Warp& w, const Instruction& i, const Addresses& a, u32 
   return pointers;
 }
 Pointers request(Global, Warp& w, const Instruction& i, const Addresses& a, u32 lanes, int bytes,
-                 Purpose purpose, const u8* = nullptr) {
-  return w.launch.global.request(w, w.pc_of(i), a.data(), lanes, bytes, purpose);
+                 Access kind, const u8* = nullptr) {
+  return w.launch.global.request(w, w.pc_of(i), a.data(), lanes, bytes, kind);
 }
 
 // immediate[0]: bytes of an element, [1]: offset, [2]: whether to extend by the sign. Destinations
@@ -46,7 +43,7 @@ Pointers request(Global, Warp& w, const Instruction& i, const Addresses& a, u32 
 template <class Space>
 void load_from(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
   const int size = i.immediate[0], unused = 64 - 8 * size;
-  Pointers p = request(Space{}, w, i, a, lanes, size * i.destinations, Purpose::load);
+  Pointers p = request(Space{}, w, i, a, lanes, size * i.destinations, Access::read);
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < i.destinations; k++) {
       u64 bits = 0;
@@ -68,7 +65,7 @@ void store_to(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
       std::memcpy(values + l * bytes + k * size, &bits, size);
     }
   });
-  Pointers p = request(Space{}, w, i, a, lanes, bytes, Purpose::store, values);
+  Pointers p = request(Space{}, w, i, a, lanes, bytes, Access::write, values);
   for_lanes(lanes, [&](int l) { std::memcpy(p[l], values + l * bytes, bytes); });
 }
 
@@ -124,7 +121,7 @@ template <class Space, class T, class F>
 void atomic(Warp& w, const Instruction& i, u32 lanes) {
   const int n = i.destinations;
   Addresses a = addresses(w, i, n, lanes, i.immediate[1]);
-  Pointers p = request(Space{}, w, i, a, lanes, int(sizeof(T)) * n, Purpose::atomic);
+  Pointers p = request(Space{}, w, i, a, lanes, int(sizeof(T)) * n, Access::atomic);
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < n; k++) {
       u8* cell = p[l] + k * sizeof(T);
@@ -201,7 +198,7 @@ void copy(Warp& w, const Instruction& i, u32 lanes) {
   for_lanes(lanes, [&](int l) { reading |= u32(w.get(i, 2, l) != 0) << l; });
   Pointers sources{};
   // What it reads counts as 16 bytes even if fewer are wanted: Triton wants all or none.
-  if (reading) sources = w.launch.global.request(w, pc, from.data(), reading, bytes, Purpose::load);
+  if (reading) sources = w.launch.global.request(w, pc, from.data(), reading, bytes, Access::read);
   for_lanes(lanes, [&](int l) {
     int wanted = int(w.get(i, 2, l));
     if (wanted > bytes) throw Fault("reads more bytes than it writes", l);

@@ -57,6 +57,11 @@ inline u32 tf32_from_float(u32 bits) {
 // What a tensor core reads from a register: it ignores the low 13 bits.
 inline float tf32_to_float(u32 bits) { return std::bit_cast<float>(bits & 0xffffe000); }
 
+struct tf32 {
+  u32 bits;
+  operator float() const { return tf32_to_float(bits); }
+};
+
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }
 
 template <class T>

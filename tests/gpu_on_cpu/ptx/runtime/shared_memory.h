@@ -11,8 +11,6 @@ namespace ptx {
 
 struct Counters;
 
-enum class Access { read, write, atomic };
-
 class SharedMemory {
  public:
   SharedMemory(Launch& launch, int bytes, bool check);

@@ -13,7 +13,7 @@ struct Packed {  // two 16-bit floats
   static constexpr int kValues = 2;
   static float value(u32 bits, int k) { return std::bit_cast<T>(u16(bits >> (16 * k))); }
 };
-struct Tf32 {
+struct Single {
   static constexpr int kValues = 1;
   static float value(u32 bits, int) { return tf32_to_float(bits); }
 };
@@ -125,8 +125,8 @@ void add_tensor_core() {
   add_operation("mma.m16n8k16.f16", mma<Packed<f16>, 16>, Flow::warp);
   add_operation("mma.m16n8k8.bf16", mma<Packed<bf16>, 8>, Flow::warp);
   add_operation("mma.m16n8k8.f16", mma<Packed<f16>, 8>, Flow::warp);
-  add_operation("mma.m16n8k8.tf32", mma<Tf32, 8>, Flow::warp);
-  add_operation("mma.m16n8k4.tf32", mma<Tf32, 4>, Flow::warp);
+  add_operation("mma.m16n8k8.tf32", mma<Single, 8>, Flow::warp);
+  add_operation("mma.m16n8k4.tf32", mma<Single, 4>, Flow::warp);
   add_operation("ldmatrix", load_matrix<false>, Flow::warp);
   add_operation("ldmatrix.trans", load_matrix<true>, Flow::warp);
   add_operation("stmatrix", store_matrix<false>, Flow::warp);

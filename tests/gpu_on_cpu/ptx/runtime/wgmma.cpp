@@ -56,11 +56,6 @@ float element(const u8* bytes) {
   std::memcpy(&value, bytes, sizeof value);
   return float(value);
 }
-struct Tf32 {
-  u32 bits;
-  explicit operator float() const { return tf32_to_float(bits); }
-};
-
 // Reads `outers` x K elements into f(outer, k, value).
 template <class T, int K, class F>
 void read_matrix(Warp& w, int pc, const Matrix& matrix, int outers, F f) {
@@ -214,7 +209,7 @@ void proxy_fence(Warp& w, const Instruction&, u32) { w.launch.shared.proxy_fence
 void add_wgmma() {
   add_operation("wgmma.mma_async.k16.bf16", Wgmma<bf16, 16>::run, Flow::warp);
   add_operation("wgmma.mma_async.k16.f16", Wgmma<f16, 16>::run, Flow::warp);
-  add_operation("wgmma.mma_async.k8.tf32", Wgmma<Tf32, 8>::run, Flow::warp);
+  add_operation("wgmma.mma_async.k8.tf32", Wgmma<tf32, 8>::run, Flow::warp);
   add_operation("wgmma.commit_group", commit, Flow::warp);
   add_operation("wgmma.wait_group", wait, Flow::warp);
   add_operation("fence.proxy.async", proxy_fence);
