@@ -96,13 +96,10 @@ class _Registers:
         return self.constant(_literal(text, type), size)
 
     def _declared(self, text: str, scope: int) -> tuple[object, int] | None:
-        entry = self.entry
-        while scope >= 0:
-            for name in (text, re.sub(r"\d+$", "#", text)):
-                if (scope, name) in entry.registers:
-                    return (scope, text), TYPE_BYTES[entry.registers[scope, name]]
-            scope = entry.parents.get(scope, -1)
-        return None
+        """A register and its bytes, if it is one: declared by its name, or as %r<100>."""
+        declared = self.entry.registers
+        key = self.entry.find(declared, scope, text, re.sub(r"\d+$", "#", text))
+        return None if key is None else ((key[0], text), TYPE_BYTES[declared[key]])
 
     def initial(self) -> bytearray:
         result = bytearray(self.end)
@@ -194,7 +191,7 @@ class Assembler:
         )
 
     def _target(self, s: Statement, label: str) -> int:
-        target = self.entry.lookup(self.entry.labels, s.scope, label)
-        if target is None:
+        key = self.entry.find(self.entry.labels, s.scope, label)
+        if key is None:
             raise PtxError(f"no label {label}: {s}")
-        return target
+        return self.entry.labels[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PtxError(RuntimeError):
     """The PTX, or the call, makes no sense."""
@@ -15,4 +17,12 @@ class NotSupported(PtxError):
 
 
 class Fault(RuntimeError):
-    """The kernel did what ends it on a GPU, too: out of bounds, misaligned, deadlock."""
+    """The kernel did what ends it on a GPU, too: out of bounds, misaligned, deadlock.
+
+    findings: the hazards before, of which it may be a consequence.
+    """
+
+    def __init__(self, message: str, findings: Sequence[object] = ()):
+        after = f" (after {len(findings)} hazards, first {findings[0]})" if findings else ""
+        super().__init__(message + after)
+        self.findings = list(findings)

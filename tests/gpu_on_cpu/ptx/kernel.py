@@ -106,9 +106,9 @@ class PtxKernel:
             counters,
             ctypes.byref(result),
         )
-        if failed:
-            raise Fault(self._fault_message(result))
         found = [self._finding(f) for f in findings[: min(result.findings, _MAX_FINDINGS)]]
+        if failed:
+            raise Fault(self._fault_message(result), found)
         return Report(
             races=[f for f in found if f.hazard not in (Hazard.DUPLICATE, Hazard.BLOCKS)],
             duplicates=[f for f in found if f.hazard is Hazard.DUPLICATE],

@@ -15,7 +15,7 @@ from .assembler import Program
 
 RUNTIME = Path(__file__).with_name("runtime")
 _CHECKOUT = Path(__file__).resolve().parents[3]
-# -O2 takes twice as long to build and is no faster; contraction would round differently from the PTX.
+# -O2 takes twice as long to build and is no faster. Contraction would round as the PTX does not.
 _FLAGS = ["-std=c++20", "-O1", "-ftree-vectorize", "-march=native", "-ffp-contract=off"]
 _FLAGS += ["-shared", "-fPIC"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -69,11 +70,12 @@ class Entry:
     def static_shared_bytes(self) -> int:
         return max((v.offset + v.bytes for v in self.shared), default=0)
 
-    def lookup(self, table: dict[tuple[int, str], object], scope: int, name: str):
-        """What a name means in a scope, or None."""
+    def find(self, table: Mapping[tuple[int, str], object], scope: int, *names: str):
+        """The key of the first of these names in the innermost scope that has one, or None."""
         while scope >= 0:
-            if (scope, name) in table:
-                return table[scope, name]
+            for name in names:
+                if (scope, name) in table:
+                    return scope, name
             scope = self.parents.get(scope, -1)
         return None
 

@@ -167,18 +167,18 @@ def test_parameters_of_all_kinds_and_one_entry_of_several():
 
 
 def test_lanes_part_and_meet_again():
-    """Each lane counts to its own number; all of them then vote."""
+    """Each lane counts to its own number; all of them then vote, and nobody is for another turn."""
     body = """
         mov.u32 %r2, 0;
     loop:
         add.u32 %r2, %r2, 1;
         setp.le.u32 %p1, %r2, %r1;
         @%p1 bra loop;
-        vote.sync.ballot.b32 %r3, 1, -1;
+        vote.sync.ballot.b32 %r3, %p1, -1;
         add.u32 %r2, %r2, %r3;
         st.global.b32 [%d2], %r2;
     """
-    out, report = run(body.replace("ballot.b32 %r3, 1", "ballot.b32 %r3, %p1"))
+    out, report = run(body)
     np.testing.assert_array_equal(out, LANE + 1)
     assert report.instructions["st.global.b32"] == 1
 

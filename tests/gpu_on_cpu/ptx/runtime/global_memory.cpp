@@ -66,8 +66,11 @@ void GlobalMemory::check_blocks(Warp& warp, int pc, u64 address, int range, int 
                    : kind == Access::write && other(u.atomic) ? u.atomic
                                                               : 0;
     if (conflict)
-      launch_.find(Hazard::blocks, warp, pc, kind != Access::read, address + b, -1, -1,
-                   conflict == u.stored, conflict - 1);
+      launch_.find(warp, {.hazard = Hazard::blocks,
+                          .pc = pc,
+                          .writes = kind != Access::read,
+                          .other_writes = conflict == u.stored,
+                          .other_block = conflict - 1});
     (kind == Access::read ? u.loaded : kind == Access::write ? u.stored : u.atomic) = me;
     if (conflict) return;
   }

@@ -55,9 +55,8 @@ struct Launch {
          std::vector<Range> ranges, Counters* counters);
   int threads() const { return options.threads[0] * options.threads[1] * options.threads[2]; }
   void run();
-  // Notes a hazard, once per kind and pair of instructions.
-  void find(Hazard hazard, const Warp& warp, int pc, bool writes, u64 address, int other_pc,
-            int other_warp, bool other_writes, int other_block = -1);
+  // Notes a hazard that a warp runs into, once per kind and pair of instructions.
+  void find(const Warp& warp, Finding finding);
 };
 
 }  // namespace ptx

@@ -101,63 +101,57 @@ u32 Warp::gather(const Instruction& i, u32 at, u32 active) {
   return members;
 }
 
+// Executes one instruction and returns the next. Lanes that no longer go on together, because they
+// have exited, wait, or went different ways, are taken out of `lanes` and remembered.
+u32 Warp::execute(const Instruction& i, u32 at, u32& lanes) {
+  const Operation& operation = operations()[i.operation];
+  const u32 active = guarded(i, lanes);
+  if (!active) return at + 1;
+  switch (operation.flow) {
+    case Flow::next:
+      operation.handler(*this, i, active);
+      return at + 1;
+    case Flow::branch:
+      if (active == lanes) return u32(i.immediate[0]);
+      store_pc(active, u32(i.immediate[0]));
+      store_pc(lanes & ~active, at + 1);
+      lanes = 0;
+      return at + 1;
+    case Flow::exit:
+      live &= ~active;
+      lanes &= ~active;
+      if (!live) check_finished(*this);
+      return at + 1;
+    case Flow::warp:
+    case Flow::barrier:
+      break;
+  }
+  const u32 members = gather(i, at, active);
+  if (members) {
+    lanes |= members;
+    operation.handler(*this, i, members);
+  }
+  if (!members || barrier >= 0) {
+    store_pc(members ? lanes : lanes & ~active, at + 1);
+    lanes = 0;
+  }
+  return at + 1;
+}
+
 // Runs lanes that are at the same instruction, until they part, stop, or come to `limit`, where
-// others are.
+// others are. Returns what is left of the turn.
 int Warp::run_group(u32 lanes, u32 at, u32 limit, int turn) try {
-  const Instruction* code = launch.program.code;
-  const std::vector<Operation>& table = operations();
-  for (; at < limit && turn > 0; turn--) {
-    const Instruction& i = code[at];
-    const Operation& operation = table[i.operation];
-    const u32 active = guarded(i, lanes);
-    pc[__builtin_ctz(lanes)] = at;  // for faults
+  for (; lanes && at < limit && turn > 0; turn--) {
+    const Instruction& i = launch.program.code[at];
     launch.counters[at].executed++;
     if (registers_in_flight) check_in_flight(*this, i);
-    switch (operation.flow) {
-      case Flow::next:
-        if (active) operation.handler(*this, i, active);
-        break;
-      case Flow::branch:
-        if (active == lanes) {
-          at = u32(i.immediate[0]) - 1;
-        } else if (active) {
-          store_pc(active, u32(i.immediate[0]));
-          store_pc(lanes & ~active, at + 1);
-          return turn - 1;
-        }
-        break;
-      case Flow::exit:
-        live &= ~active;
-        lanes &= ~active;
-        if (!live) check_finished(*this);
-        if (!lanes) return turn - 1;
-        break;
-      case Flow::warp:
-      case Flow::barrier: {
-        if (!active) break;
-        u32 members = gather(i, at, active);
-        if (!members) {
-          store_pc(lanes & ~active, at + 1);
-          return turn - 1;
-        }
-        lanes |= members;
-        operation.handler(*this, i, members);
-        if (barrier >= 0) {
-          store_pc(lanes, at + 1);
-          return turn - 1;
-        }
-      }
-    }
-    at++;
+    at = execute(i, at, lanes);
   }
   store_pc(lanes, at);
   return turn;
 } catch (Fault& fault) {
-  if (fault.pc < 0) {
-    if (fault.lane < 0) fault.lane = __builtin_ctz(lanes ? lanes : 1);
-    fault.pc = int(at);
-    fault.thread = thread(fault.lane);
-  }
+  if (fault.lane < 0) fault.lane = __builtin_ctz(lanes);
+  fault.at(int(at), thread(fault.lane));
   throw;
 }
 
@@ -169,10 +163,7 @@ void Warp::stuck() const {
             [&](int l) { message += l == lane ? std::to_string(l) : "," + std::to_string(l); });
   message += " of warp " + std::to_string(index) + " wait for others here";
   if (exited) message += " that have exited";
-  Fault fault(message, lane);
-  fault.pc = int(pc[lane]);
-  fault.thread = thread(lane);
-  throw fault;
+  throw Fault(message).at(int(pc[lane]), thread(lane));
 }
 
 // ------------------------------------------------------------------ blocks
@@ -209,10 +200,8 @@ void Block::deadlock() const {
     if (!warp->done()) waiting = warp.get();
   }
   message.back() = ' ';
-  Fault fault(message + "of which one is here", 0);
-  fault.pc = int(waiting->pc[__builtin_ctz(waiting->live)]) - 1;
-  fault.thread = waiting->thread(0);
-  throw fault;
+  int lane = __builtin_ctz(waiting->live);
+  throw Fault(message + "the last one here").at(int(waiting->pc[lane]) - 1, waiting->thread(lane));
 }
 
 void Block::run() {
@@ -261,25 +250,16 @@ void Launch::run() {
   }
 }
 
-void Launch::find(Hazard hazard, const Warp& warp, int pc, bool writes, u64 address, int other_pc,
-                  int other_warp, bool other_writes, int other_block) {
+void Launch::find(const Warp& warp, Finding finding) {
+  if (finding.hazard != Hazard::blocks && !options.check_races) return;
   for (Finding& f : findings)
-    if (f.hazard == hazard && f.pc == pc && f.other_pc == other_pc) {
+    if (f.hazard == finding.hazard && f.pc == finding.pc && f.other_pc == finding.other_pc) {
       f.count++;
       return;
     }
-  const s32* id = block->id;
-  findings.push_back({hazard,
-                      pc,
-                      other_pc,
-                      warp.index,
-                      other_warp,
-                      writes,
-                      other_writes,
-                      {id[0], id[1], id[2]},
-                      other_block,
-                      address,
-                      1});
+  finding.warp = warp.index;
+  std::copy_n(block->id, 3, finding.block);
+  findings.push_back(finding);
 }
 
 }  // namespace ptx

@@ -61,6 +61,10 @@ struct Fault : std::runtime_error {
   int pc = -1, thread = -1;
   explicit Fault(const std::string& message, int lane_ = -1)
       : std::runtime_error(message), lane(lane_) {}
+  Fault& at(int pc_, int thread_) {
+    pc = pc_, thread = thread_;
+    return *this;
+  }
 };
 
 // Mirrored by report.py.
@@ -69,12 +73,12 @@ enum class Hazard : s32 { race, copy, accumulator, operand, fence, unfinished, d
 // A hazard after which execution goes on: one per kind and pair of instructions.
 struct Finding {
   Hazard hazard;
-  s32 pc, other_pc;  // other_pc: -1 if there is none
-  s32 warp, other_warp;
-  s32 writes, other_writes;
-  s32 block[3], other_block;
-  u64 address;
-  u64 count;
+  s32 pc, other_pc = -1;  // -1: there is no other instruction
+  s32 warp = -1, other_warp = -1;
+  s32 writes = false, other_writes = false;
+  s32 block[3] = {}, other_block = -1;
+  u64 address = 0;
+  u64 count = 1;
 };
 
 // ------------------------------------------------------------------ execution
@@ -164,6 +168,7 @@ struct Warp {
 
  private:
   int run_group(u32 lanes, u32 at, u32 limit, int turn);
+  u32 execute(const Instruction& i, u32 at, u32& lanes);
   void store_pc(u32 lanes, u32 value);
   u32 guarded(const Instruction& i, u32 lanes);
   u32 gather(const Instruction& i, u32 at, u32 active);

@@ -67,8 +67,13 @@ void SharedMemory::check_against_writes(Warp& warp, int pc, u32 address, int byt
     bool both_atomic = kind == Access::atomic && atomically_[at];
     if (both_atomic || !unordered(warp, writer_[at], written_[at])) continue;
     bool same = value && value[b] == bytes_[at];
-    launch_.find(same ? Hazard::duplicate : Hazard::race, warp, pc, kind != Access::read, at,
-                 u32(written_[at]), writer_[at], true);
+    launch_.find(warp, {.hazard = same ? Hazard::duplicate : Hazard::race,
+                        .pc = pc,
+                        .other_pc = s32(u32(written_[at])),
+                        .other_warp = writer_[at],
+                        .writes = kind != Access::read,
+                        .other_writes = true,
+                        .address = at});
     if (!same) return;
   }
 }
@@ -79,18 +84,32 @@ void SharedMemory::check_against_reads(Warp& warp, int pc, u32 address, int byte
     const Stamp* stamps = read_[other].data() + address;
     Stamp latest = *std::max_element(stamps, stamps + bytes);
     if (unordered(warp, other, latest))
-      launch_.find(Hazard::race, warp, pc, true, address, u32(latest), other, false);
+      launch_.find(warp, {.hazard = Hazard::race,
+                          .pc = pc,
+                          .other_pc = s32(u32(latest)),
+                          .other_warp = other,
+                          .writes = true,
+                          .address = address});
   }
 }
 
 void SharedMemory::check_in_flight(Warp& warp, int pc, u32 address, int bytes, bool writes) {
   for (u32 b = address; b < address + bytes; b++)
     if (copying_[b])
-      return launch_.find(Hazard::copy, warp, pc, writes, b, copying_[b] - 1, -1, true);
+      return launch_.find(warp, {.hazard = Hazard::copy,
+                                 .pc = pc,
+                                 .other_pc = copying_[b] - 1,
+                                 .writes = writes,
+                                 .other_writes = true,
+                                 .address = b});
   if (!writes) return;
   for (u32 c = address / kChunk; c <= (address + bytes - 1) / kChunk; c++)
     if (operand_uses_[c])
-      return launch_.find(Hazard::operand, warp, pc, true, address, operand_pc_[c], -1, false);
+      return launch_.find(warp, {.hazard = Hazard::operand,
+                                 .pc = pc,
+                                 .other_pc = operand_pc_[c],
+                                 .writes = true,
+                                 .address = address});
 }
 
 void SharedMemory::note(Warp& warp, int pc, u32 address, int bytes, Access kind) {
@@ -146,7 +165,12 @@ const u8* SharedMemory::begin_operand(Warp& warp, int pc, u64 address) {
   u64 fence =
       std::max(warp.last_proxy_fence, launch_.block->warps[storer_[chunk]]->last_proxy_fence);
   if (stored_[chunk] > fence)
-    launch_.find(Hazard::fence, warp, pc, false, address, store_pc_[chunk], storer_[chunk], true);
+    launch_.find(warp, {.hazard = Hazard::fence,
+                        .pc = pc,
+                        .other_pc = store_pc_[chunk],
+                        .other_warp = storer_[chunk],
+                        .other_writes = true,
+                        .address = address});
   return at(u32(address));
 }
 

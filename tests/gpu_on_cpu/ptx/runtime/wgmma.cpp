@@ -56,6 +56,7 @@ float element(const u8* bytes) {
   std::memcpy(&value, bytes, sizeof value);
   return float(value);
 }
+
 // Reads `outers` x K elements into f(outer, k, value).
 template <class T, int K, class F>
 void read_matrix(Warp& w, int pc, const Matrix& matrix, int outers, F f) {
@@ -67,7 +68,10 @@ void read_matrix(Warp& w, int pc, const Matrix& matrix, int outers, F f) {
     w.mma_groups.back().chunks.push_back(u32(address));
     for (int e = 0; e < kPerChunk; e++) {
       float value = element<T>(bytes + e * sizeof(T));
-      matrix.contiguous_in_k ? f(outer, k + e, value) : f(outer + e, k, value);
+      if (matrix.contiguous_in_k)
+        f(outer, k + e, value);
+      else
+        f(outer + e, k, value);
     }
   };
   if (matrix.contiguous_in_k)
@@ -107,14 +111,17 @@ void check_in_flight(Warp& w, const Instruction& i) {
     const RegisterUse& in_flight = use(w, w.operand(i, k).offset);
     bool writes = k < i.destinations;
     if (in_flight.written || (in_flight.read && writes))
-      w.launch.find(Hazard::accumulator, w, w.pc_of(i), writes, 0, -1, -1, in_flight.written);
+      w.launch.find(w, {.hazard = Hazard::accumulator,
+                        .pc = w.pc_of(i),
+                        .writes = writes,
+                        .other_writes = in_flight.written > 0});
   }
 }
 
 void check_finished(Warp& w) {
   for (const PendingCopy& copy : w.copies)
-    w.launch.find(Hazard::unfinished, w, copy.pc, true, copy.destination, -1, -1, false);
-  if (w.registers_in_flight) w.launch.find(Hazard::unfinished, w, w.mma_pc, true, 0, -1, -1, false);
+    w.launch.find(w, {.hazard = Hazard::unfinished, .pc = copy.pc});
+  if (w.registers_in_flight) w.launch.find(w, {.hazard = Hazard::unfinished, .pc = w.mma_pc});
 }
 
 namespace {
@@ -185,7 +192,7 @@ struct Wgmma {
     for (int r = 0; a_in_registers && r < 4; r++) {
       s32 offset = w.operand(i, i.destinations + r).offset;
       if (use(w, offset).written)
-        w.launch.find(Hazard::accumulator, w, w.mma_pc, false, 0, -1, -1, true);
+        w.launch.find(w, {.hazard = Hazard::accumulator, .pc = w.mma_pc, .other_writes = true});
       mark_operand(w, offset);
     }
     for (int r = 0; r < i.destinations; r++) mark_accumulator(w, w.operand(i, r).offset);

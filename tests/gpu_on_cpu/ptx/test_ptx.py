@@ -167,7 +167,7 @@ def test_atomics_add_up_and_locks_exclude(builds):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_deleted_barrier_that_matters_is_a_race(builds, arch):
-    """Three are redundant: Triton does not know that a tile is read by the warp that wrote it."""
+    """Two stand side by side at the end, and one of them may go."""
     built = builds[f"matmul tf32x3 {arch}"]
     barriers = built.ptx.count("bar.sync")
     races = [
