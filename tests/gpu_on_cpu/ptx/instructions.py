@@ -288,7 +288,7 @@ def _space(parts: list[str]) -> str:
     return "generic"
 
 
-_VECTORS = {"v2", "v4"}
+_VECTORS = {"v2", "v4", "v8"}
 
 
 def _memory(s: Statement, registers: str) -> tuple[str, str]:

@@ -5,6 +5,15 @@
 namespace ptx {
 namespace {
 
+// Of the magnitudes, with the sign that the product has.
+template <class F>
+void add_xorsign(const std::string& name, F) {
+  add_binary<float>(name + ".xorsign.abs.f32", [](float a, float b) {
+    return std::copysign(F{}(std::fabs(a), std::fabs(b)),
+                         std::signbit(a) != std::signbit(b) ? -1.f : 1.f);
+  });
+}
+
 template <class T>
 void add_minimum_and_maximum(const std::string& type) {
   add_binary<T>("min." + type, [](T a, T b) { return min_number(a, b); });
@@ -94,6 +103,8 @@ void add_half(const std::string& type) {
 void add_floats() {
   add_minimum_and_maximum<float>("f32");
   add_minimum_and_maximum<double>("f64");
+  add_xorsign("min", [](float a, float b) { return min_number(a, b); });
+  add_xorsign("max", [](float a, float b) { return max_number(a, b); });
   add_arithmetic<float, Keep>("f32");
   add_arithmetic<float, Flush>("ftz.f32");
   add_arithmetic<double, Keep>("f64");

@@ -63,6 +63,31 @@ void add_float_comparisons(const std::string& type) {
   add_comparison<T>("setp.nan." + type, [](T a, T b) { return V(a) != V(a) || V(b) != V(b); });
 }
 
+// Of pairs, p is what holds of the lower and q what holds of the upper halves.
+template <class T, class F>
+void add_pair_comparison(std::string name, F) {
+  add_operation(std::move(name), [](Warp& w, const Instruction& i, u32 lanes) {
+    const Pair<T>*a = w.values<Pair<T>>(i, 2), *b = w.values<Pair<T>>(i, 3);
+    u32 low = 0, high = 0, other = w.predicate(i, 4);
+    for (int l = 0; l < kLanes; l++) {
+      low |= u32(F{}(float(a[l].low), float(b[l].low))) << l;
+      high |= u32(F{}(float(a[l].high), float(b[l].high))) << l;
+    }
+    assign(w.predicate(i, 1), lanes, combine(i, high, other));
+    assign(w.predicate(i, 0), lanes, combine(i, low, other));
+  });
+}
+
+template <class T>
+void add_pair_comparisons(const std::string& type) {
+  add_pair_comparison<T>("setp.lt." + type, [](float a, float b) { return a < b; });
+  add_pair_comparison<T>("setp.le." + type, [](float a, float b) { return a <= b; });
+  add_pair_comparison<T>("setp.gt." + type, [](float a, float b) { return a > b; });
+  add_pair_comparison<T>("setp.ge." + type, [](float a, float b) { return a >= b; });
+  add_pair_comparison<T>("setp.eq." + type, [](float a, float b) { return a == b; });
+  add_pair_comparison<T>("setp.neu." + type, [](float a, float b) { return a != b; });
+}
+
 template <class T>
 void add_selection(std::string name) {
   add_operation(std::move(name), [](Warp& w, const Instruction& i, u32 lanes) {
@@ -98,6 +123,8 @@ void add_predicates() {
   add_float_comparisons<double, double>("f64");
   add_float_comparisons<f16, float>("f16");
   add_float_comparisons<bf16, float>("bf16");
+  add_pair_comparisons<f16>("f16x2");
+  add_pair_comparisons<bf16>("bf16x2");
   add_selection<u16>("selp.u16");
   add_selection<u32>("selp.u32");
   add_selection<u64>("selp.u64");
