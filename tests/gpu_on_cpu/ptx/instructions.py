@@ -99,22 +99,28 @@ def _register_type(type: str) -> str:
 
 # ---------------------------------------------------------------------------- arithmetic
 
-# Operations for which signed and unsigned are the same.
-_WRAPPING = {
-    "add",
-    "sub",
-    "mul.lo",
-    "mad.lo",
-    "neg",
-    "and",
-    "or",
-    "xor",
-    "not",
-    "cnot",
-    "mov",
-    "shl",
-}
-_WRAPPING |= {"bfi", "popc", "clz", "brev", "lop3", "prmt"}
+# Signed and unsigned are the same.
+_WRAPPING = set(
+    [
+        "add",
+        "sub",
+        "mul.lo",
+        "mad.lo",
+        "neg",
+        "and",
+        "or",
+        "xor",
+        "not",
+        "cnot",
+        "popc",
+        "clz",
+        "brev",
+        "lop3",
+        "prmt",
+    ]
+)
+# Flushing subnormal numbers changes nothing that a test can see.
+_NO_FLUSH = {"min", "max", "neg", "abs", "tanh"}
 
 
 @rule("add", "sub", "mul", "mad", "fma", "div", "rem", "min", "max", "neg", "abs", "and", "or")
@@ -122,21 +128,15 @@ _WRAPPING |= {"bfi", "popc", "clz", "brev", "lop3", "prmt"}
 @rule("clz", "brev", "lop3", "prmt")
 def _arithmetic(s: Statement) -> Encoding:
     *modifiers, type = _modifiers(s, _ROUNDING)
-    if s.parts[0] == "mad" and type in ("f32", "f64"):
+    flush = "ftz" in modifiers and type == "f32" and s.parts[0] not in _NO_FLUSH
+    operation = ".".join([s.parts[0], *(m for m in modifiers if m != "ftz")])
+    if operation == "mad" and type in ("f32", "f64"):
         operation = "fma"
-    else:
-        operation = ".".join([s.parts[0], *(m for m in modifiers if m != "ftz")])
-    if type in ("f16", "bf16", "f16x2", "bf16x2", "f64") or operation.split(".")[0] in _NO_FLUSH:
-        modifiers = [m for m in modifiers if m != "ftz"]
-    if operation in _WRAPPING and type != "pred":
+    if operation in _WRAPPING:
         type = _register_type(type)
-    flush = "ftz." if "ftz" in modifiers else ""
     result, sources = _operand_types(operation, type, s.operands[1:])
-    return Encoding(f"{operation}.{flush}{type}", (Typed(s.operands[0], result),), sources)
-
-
-# Flushing changes nothing that a test can see: of a subnormal number, its sign or order.
-_NO_FLUSH = {"min", "max", "neg", "abs", "tanh"}
+    name = f"{operation}.{'ftz.' if flush else ''}{type}"
+    return Encoding(name, (Typed(s.operands[0], result),), sources)
 
 
 def _operand_types(operation: str, type: str, sources: tuple[str, ...]):
@@ -278,37 +278,35 @@ def _address(text: str) -> tuple[str, int]:
     return match[1], int(match[2] or "0", 0)
 
 
-def _space(parts: list[str]) -> str:
-    for part in parts:
-        space = part.split("::")[0]
-        if space in ("global", "shared", "param"):
-            return space
-        if space in ("local", "const", "tex"):
-            raise KeyError(space)
-    return "generic"
-
-
+_SPACES = {"global", "shared", "param"}
 _VECTORS = {"v2", "v4", "v8"}
 
 
-def _memory(s: Statement, registers: str) -> tuple[str, str]:
-    """Space and type of a load or store; everything else in the opcode must be known."""
-    parts = [p for p in _modifiers(s, _MEMORY | _VECTORS) if p.split("::")[0] not in _SPACES]
-    if len(parts) != 1 or parts[0] not in TYPE_BYTES:
+def _space(s: Statement) -> str:
+    spaces = [part.split("::")[0] for part in s.parts]
+    return next((space for space in spaces if space in _SPACES), "generic")
+
+
+def _without_space(s: Statement) -> list[str]:
+    """What an opcode says besides where: operation and type, what is unknown included."""
+    parts = _modifiers(s, _MEMORY | _VECTORS)
+    return [part for part in parts if part.split("::")[0] not in _SPACES]
+
+
+def _memory_type(s: Statement, registers: str) -> str:
+    type, *unknown = reversed(_without_space(s))
+    if unknown or type not in TYPE_BYTES:
         raise NotSupported(str(s))
-    lanes = next((int(p[1:]) for p in s.parts if p in _VECTORS), 1)
-    if len(vector(registers)) != lanes:
+    count = next((int(part[1:]) for part in s.parts if part in _VECTORS), 1)
+    if len(vector(registers)) != count:
         raise ValueError(registers)
-    return _space(s.parts), parts[0]
-
-
-_SPACES = {"global", "shared", "param"}
+    return type
 
 
 @rule("ld")
 def _load(s: Statement) -> Encoding:
     registers, address = s.operands[:2]
-    space, type = _memory(s, registers)
+    space, type = _space(s), _memory_type(s, registers)
     base, offset = _address(address)
     immediates = (TYPE_BYTES[type], offset, type[0] == "s")
     results = _typed(vector(registers), f"any {type}")
@@ -320,7 +318,7 @@ def _load(s: Statement) -> Encoding:
 @rule("st")
 def _store(s: Statement) -> Encoding:
     address, registers = s.operands[:2]
-    space, type = _memory(s, registers)
+    space, type = _space(s), _memory_type(s, registers)
     base, offset = _address(address)
     sources = (Typed(base, "address"), *_typed(vector(registers), f"any {type}"))
     return Encoding(f"st.{space}", (), sources, (TYPE_BYTES[type], offset))
@@ -328,12 +326,10 @@ def _store(s: Statement) -> Encoding:
 
 @rule("atom", "red")
 def _atomic(s: Statement) -> Encoding:
-    parts = [p for p in _modifiers(s, _MEMORY | _VECTORS) if p.split("::")[0] not in _SPACES]
-    operation, type = parts
+    operation, type = _without_space(s)
     if operation not in ("min", "max"):
         type = _register_type(type)
-    space = _space(s.parts)
-    space = "global" if space == "generic" else space
+    space = "shared" if _space(s) == "shared" else "global"  # generic ones are taken for global
     operands = s.operands if s.parts[0] == "atom" else ("_", *s.operands)
     results, address, values, *other = operands
     values = vector(values)
@@ -377,13 +373,9 @@ def _fence(s: Statement) -> Encoding:
     return Encoding("nothing")
 
 
-@rule("prefetch", "prefetchu", "discard", "applypriority", "createpolicy", "nanosleep", "pragma")
-def _hint(s: Statement) -> Encoding:
-    return Encoding("nothing")
-
-
-@rule("griddepcontrol", "setmaxnreg")
-def _resources(s: Statement) -> Encoding:
+@rule("prefetch", "prefetchu", "discard", "applypriority", "createpolicy")
+@rule("nanosleep", "griddepcontrol", "setmaxnreg")
+def _about_speed(s: Statement) -> Encoding:
     return Encoding("nothing")
 
 

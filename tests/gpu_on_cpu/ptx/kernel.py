@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import Any
 
 from . import machine, memory
 from .assembler import Assembler
+from .describe import describe
 from .errors import Fault, PtxError
 from .parser import Parameter, parse
 from .report import Access, Finding, Hazard, Report, Traffic
 
 _MAX_FINDINGS = 256
 _MAX_SHARED_BYTES = 227 * 1024
+_MAX_THREADS = 1024
 
 
 class PtxKernel:
@@ -88,6 +91,8 @@ class PtxKernel:
         if threads is None:
             threads = self.entry.threads
         sizes = [threads] if isinstance(threads, int) else list(threads)
+        if not 0 < math.prod(sizes) <= _MAX_THREADS:
+            raise PtxError(f"{math.prod(sizes)} threads, a block has 1 to {_MAX_THREADS}")
         return (c_int32 * 3)(*sizes, *(1,) * (3 - len(sizes)))
 
     def _launch(self, options: machine.Options, arguments: Sequence[Any]) -> Report:
@@ -144,7 +149,8 @@ class PtxKernel:
 
     def _finding(self, f: machine.Finding) -> Finding:
         hazard = list(Hazard)[f.hazard]
-        return Finding(hazard, _MESSAGES[hazard](self, f), self._text(f.pc), f.count)
+        message = describe(hazard, f, self._text)
+        return Finding(hazard, message, self._text(f.pc), f.count)
 
     def _instructions(self, counters: Sequence[machine.Counters]) -> Counter[str]:
         result: Counter[str] = Counter()
@@ -180,67 +186,3 @@ def _packed(parameter: Parameter, argument: Any) -> bytes:
     if not -(1 << bits - 1) <= argument < 1 << bits:
         raise PtxError(f"{argument} does not fit into {parameter.name}, {bits} bits")
     return (int(argument) % (1 << bits)).to_bytes(parameter.bytes, "little")
-
-
-# ---------------------------------------------------------------------------- what findings say
-
-
-def _race(kernel: PtxKernel, f: machine.Finding) -> str:
-    return (
-        f"warp {f.warp} {'writes' if f.writes else 'reads'} shared byte {f.address} by "
-        f"{kernel._text(f.pc)}, warp {f.other_warp} {'wrote' if f.other_writes else 'read'} it by "
-        f"{kernel._text(f.other_pc)}, no barrier in between, block {tuple(f.block)}"
-    )
-
-
-def _copy(kernel: PtxKernel, f: machine.Finding) -> str:
-    return (
-        f"warp {f.warp} {'writes' if f.writes else 'reads'} shared byte {f.address} by "
-        f"{kernel._text(f.pc)}, where {kernel._text(f.other_pc)} has not been waited for"
-    )
-
-
-def _accumulator(kernel: PtxKernel, f: machine.Finding) -> str:
-    role = "accumulators" if f.other_writes else "operands"
-    return (
-        f"warp {f.warp} {'writes' if f.writes else 'reads'} {role} of a wgmma that has not been "
-        f"waited for, by {kernel._text(f.pc)}"
-    )
-
-
-def _operand(kernel: PtxKernel, f: machine.Finding) -> str:
-    return (
-        f"warp {f.warp} writes shared byte {f.address} by {kernel._text(f.pc)}, an operand of "
-        f"{kernel._text(f.other_pc)}, which has not been waited for"
-    )
-
-
-def _fence(kernel: PtxKernel, f: machine.Finding) -> str:
-    return (
-        f"{kernel._text(f.pc)} reads shared byte {f.address}, which warp {f.other_warp} wrote by "
-        f"{kernel._text(f.other_pc)}, without fence.proxy.async in between"
-    )
-
-
-def _unfinished(kernel: PtxKernel, f: machine.Finding) -> str:
-    return f"warp {f.warp} exits and has not waited for {kernel._text(f.pc)}"
-
-
-def _blocks(kernel: PtxKernel, f: machine.Finding) -> str:
-    return (
-        f"block {tuple(f.block)} {'writes' if f.writes else 'reads'} a byte of global memory by "
-        f"{kernel._text(f.pc)} that block number {f.other_block} has "
-        f"{'written' if f.other_writes else 'touched'}"
-    )
-
-
-_MESSAGES = {
-    Hazard.RACE: _race,
-    Hazard.COPY: _copy,
-    Hazard.ACCUMULATOR: _accumulator,
-    Hazard.OPERAND: _operand,
-    Hazard.FENCE: _fence,
-    Hazard.UNFINISHED: _unfinished,
-    Hazard.DUPLICATE: _race,
-    Hazard.BLOCKS: _blocks,
-}

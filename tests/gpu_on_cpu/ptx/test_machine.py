@@ -39,7 +39,9 @@ def f32(value):
 
 # ---------------------------------------------------------------------------- instructions
 
-# Destination type, instruction (with its result in %r2 or %f2), and its value as 32 bits.
+HALVES_ABOVE_0 = "mov.b32 %r3, 0x3f80c000; setp.gt.bf16x2 %p1|%p2, %r3, 0;"  # -2 and 1
+
+# An instruction, with its result in %r2 or %f2, and the value.
 VALUES = [
     ("add.s32 %r2, 7, -9;", -2),
     ("mul.hi.u32 %r2, 0x80000000, 6;", 3),
@@ -81,8 +83,7 @@ VALUES = [
     ("cvt.rn.bf16x2.f32 %r2, " + f32(1.0) + ", " + f32(-2.0) + ";", 0x3F80C000),
     ("mov.b32 %r2, 0x3f80c000; mul.rn.bf16x2 %r2, %r2, %r2;", 0x3F804080),
     (
-        "mov.b32 %r3, 0x3f80c000; setp.gt.bf16x2 %p1|%p2, %r3, 0;"
-        " selp.b32 %r2, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; or.b32 %r2, %r2, %r4;",
+        f"{HALVES_ABOVE_0} selp.b32 %r2, 1, 0, %p1; selp.b32 %r4, 2, 0, %p2; or.b32 %r2, %r2, %r4;",
         2,
     ),
     ("mov.b32 %r2, 0x3c004000; fma.rn.f16x2 %r2, %r2, %r2, %r2;", 0x40004600),
@@ -239,6 +240,13 @@ def test_a_write_after_a_read_is_a_race():
     assert any(
         re.search("writes .*st.shared.* read it by .*ld.shared", str(r)) for r in report.races
     )
+
+
+def test_an_error_names_the_race_before_it():
+    body = f"{OWN_WORD} st.shared.b32 [%r10], %r1; {OTHER_WARPS_WORD} ld.global.b32 %r2, [%d8];"
+    with pytest.raises(Fault, match="after 1 hazards, first race") as error:
+        run(body, threads=64, shared_bytes=256)
+    assert error.value.findings[0].hazard is Hazard.RACE
 
 
 def test_atomics_of_two_warps_are_no_race():

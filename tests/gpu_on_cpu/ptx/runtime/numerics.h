@@ -29,7 +29,8 @@ inline float bf16_to_float(u16 bits) { return std::bit_cast<float>(u32(bits) << 
 inline u16 f16_from_float(float x) { return std::bit_cast<u16>(_Float16(x)); }
 inline float f16_to_float(u16 bits) { return float(std::bit_cast<_Float16>(bits)); }
 
-// Arithmetic on these is done in float and rounded once, which is exact for + - * of both.
+// Arithmetic on these is done in float, which has more than twice their bits: rounding + - * twice
+// is then the same as rounding once.
 struct bf16 {
   u16 bits;
   bf16() = default;
