@@ -243,8 +243,9 @@ def test_a_write_after_a_read_is_a_race():
 
 
 def test_an_error_names_the_race_before_it():
-    body = f"{OWN_WORD} st.shared.b32 [%r10], %r1; {OTHER_WARPS_WORD} ld.global.b32 %r2, [%d8];"
-    with pytest.raises(Fault, match="after 1 hazards, first race") as error:
+    outside = "setp.ge.u32 %p1, %r1, 32; @%p1 ld.global.b32 %r2, [%d8];"
+    body = f"{OWN_WORD} st.shared.b32 [%r10], %r1; {OTHER_WARPS_WORD} {outside}"
+    with pytest.raises(Fault, match=r"after \d hazards, first race") as error:
         run(body, threads=64, shared_bytes=256)
     assert error.value.findings[0].hazard is Hazard.RACE
 
