@@ -13,8 +13,8 @@ import lolcats_ops as lo
 from lolcats_ops.state import HybridState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-on_all = pytest.mark.parametrize("backend", (*ALL, *INTERPRETED), indirect=True)
-on_kernels = pytest.mark.parametrize("backend", (*KERNELS, *INTERPRETED), indirect=True)
+on_all = pytest.mark.parametrize("backend", [*ALL, *INTERPRETED], indirect=True)
+on_kernels = pytest.mark.parametrize("backend", [*KERNELS, *INTERPRETED], indirect=True)
 
 # window, window_kind, sink, slack
 SETTINGS = [

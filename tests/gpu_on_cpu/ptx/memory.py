@@ -1,0 +1,50 @@
+"""Where tensor arguments lie, and the addresses at which a kernel sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import PtxError
+from .machine import Range
+
+# Far apart: a wrong offset, even one that overflows 32 bits, does not reach another argument.
+_APART = 1 << 40
+# The low bits of an address stay, because alignment is checked.
+_KEPT = (1 << 16) - 1
+
+
+def place(arguments: Sequence[Any]) -> list[Range]:
+    """The ranges of those arguments that are tensors or arrays, in their order.
+
+    Arguments that overlap in memory, such as views of one tensor, overlap for the kernel, too.
+    """
+    spans = {
+        index: span for index, a in enumerate(arguments) if (span := _span(index, a)) is not None
+    }
+    result, base, end = {}, 0, 0
+    for number, index in enumerate(sorted(spans, key=spans.__getitem__), start=1):
+        host, host_end = spans[index]
+        if host >= end:  # disjoint from all before it
+            base = number * _APART + (host & _KEPT) - host
+        end = max(end, host_end)
+        result[index] = Range(base + host, base + host_end, host, index)
+    return [result[index] for index in sorted(result)]
+
+
+def _span(index: int, argument: Any) -> tuple[int, int] | None:
+    """From the first to the last element; None for what is no tensor or has no elements."""
+    if hasattr(argument, "data_ptr"):
+        if argument.device.type != "cpu":
+            raise PtxError(f"argument {index} is on {argument.device}, not on the CPU")
+        begin, shape, itemsize = argument.data_ptr(), argument.shape, argument.element_size()
+        strides = [stride * itemsize for stride in argument.stride()]
+    elif hasattr(argument, "__array_interface__"):
+        begin, shape = argument.__array_interface__["data"][0], argument.shape
+        itemsize, strides = argument.itemsize, argument.strides
+    else:
+        return None
+    if any(stride < 0 for stride in strides):
+        raise PtxError(f"argument {index} has a negative stride")
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return begin, begin + last + itemsize if all(shape) else begin
