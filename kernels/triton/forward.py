@@ -14,6 +14,8 @@ read once, and the features of the tile serve the pairs and the state.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -40,6 +42,14 @@ from .tokens import (
     tokens_at,
 )
 from .window import first_tile, pair_masks, sink_mask, window_start
+
+
+class Step(NamedTuple):
+    """What a tile of scores adds to sums."""
+
+    m: Any  # [queries], the new maximum
+    rescale: Any  # [queries], the factor of what was summed under the old one
+    weights: Any  # [queries, keys]
 
 
 @triton.jit
@@ -70,24 +80,39 @@ def scores(p, q, k):
 
 
 @triton.jit
+def softmax_step(m_before, s, log2_g):
+    """A tile of scores under the maximum of all so far."""
+    m = tl.maximum(m_before, tl.max(s, 1))
+    return Step(m, tl.exp2(m_before - m), tl.exp2(s - (m - log2_g)[:, None]))
+
+
+@triton.jit
+def add_step(sums, step, v, arithmetic):
+    """sums with a tile of keys."""
+    den = sums.den * step.rescale + tl.sum(step.weights, 1)
+    acc = product(step.weights, v, sums.acc * step.rescale[:, None], arithmetic)
+    return Sums(step.m, den, acc)
+
+
+@triton.jit
 def add_softmax(sums, s, inside, log2_g, v, arithmetic):
     """sums with a tile of softmax keys."""
-    s = tl.where(inside, s, -INF)
-    m = tl.maximum(sums.m, tl.max(s, 1))
-    rescale = tl.exp2(sums.m - m)
-    weights = tl.exp2(s - (m - log2_g)[:, None])
-    den = sums.den * rescale + tl.sum(weights, 1)
-    acc = product(weights, v, sums.acc * rescale[:, None], arithmetic)
-    return Sums(m, den, acc)
+    return add_step(sums, softmax_step(sums.m, tl.where(inside, s, -INF), log2_g), v, arithmetic)
+
+
+@triton.jit
+def feature_products(a, b, arithmetic):
+    """a . b over the features of both sides: [n, f] and [m, f] to [n, m]."""
+    y = product(a.plus, tl.trans(b.plus), None, arithmetic)
+    if a.minus is not None:
+        y = product(a.minus, tl.trans(b.minus), y, arithmetic)
+    return y
 
 
 @triton.jit
 def linear_weights(phi_q, phi_k, outside, arithmetic):
     """phi_q . phi_k of the pairs that are weighed by features, [queries, keys]."""
-    a = product(phi_q.plus, tl.trans(phi_k.plus), None, arithmetic)
-    if phi_q.minus is not None:
-        a = product(phi_q.minus, tl.trans(phi_k.minus), a, arithmetic)
-    return tl.where(outside, a, 0.0)
+    return tl.where(outside, feature_products(phi_q, phi_k, arithmetic), 0.0)
 
 
 @triton.jit
