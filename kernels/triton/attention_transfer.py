@@ -116,7 +116,7 @@ def compare_tile(
     s = scores(p, q, k)
     if MASKED:
         s = tl.where(i[:, None] >= keys.position[None, :], s, -INF)
-    step = softmax_step(sums.m, s, 0.0)
+    step = softmax_step(sums.m, s)
     if student is not None:
         phi_k = key_features(p, at, keys, k, weight_k)
         a = feature_products(student.phi, phi_k, p.arithmetic) * student.inverse[:, None]

@@ -80,10 +80,10 @@ def scores(p, q, k):
 
 
 @triton.jit
-def softmax_step(m_before, s, log2_g):
+def softmax_step(m_before, s):
     """A tile of scores under the maximum of all so far."""
     m = tl.maximum(m_before, tl.max(s, 1))
-    return Step(m, tl.exp2(m_before - m), tl.exp2(s - (m - log2_g)[:, None]))
+    return Step(m, tl.exp2(m_before - m), tl.exp2(s - m[:, None]))
 
 
 @triton.jit
@@ -95,9 +95,9 @@ def add_step(sums, step, v, arithmetic):
 
 
 @triton.jit
-def add_softmax(sums, s, inside, log2_g, v, arithmetic):
+def add_softmax(sums, s, inside, v, arithmetic):
     """sums with a tile of softmax keys."""
-    return add_step(sums, softmax_step(sums.m, tl.where(inside, s, -INF), log2_g), v, arithmetic)
+    return add_step(sums, softmax_step(sums.m, tl.where(inside, s, -INF)), v, arithmetic)
 
 
 @triton.jit
@@ -124,8 +124,11 @@ def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
 
 
 @triton.jit
-def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
-    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W)."""
+def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
+    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W).
+
+    The gate comes last: the largest weight of a query is then 1, which bf16 holds exactly.
+    """
     sums = Sums(
         tl.full((p.chunk,), -INF, tl.float32),
         tl.zeros((p.chunk,), tl.float32),
@@ -135,20 +138,24 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
         first = tokens_at(p, at, 0, p.window.sink_block)
         s, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
         inside = sink_mask(p, at, i, first.position)
-        sums = add_softmax(sums, s, inside, log2_g, v_first, p.arithmetic)
+        sums = add_softmax(sums, s, inside, v_first, p.arithmetic)
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
-        sums = add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
+        sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)
         if p.window.lag == 1:
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            sums = add_softmax(sums, scores(p, q, k_old), inside, log2_g, v_old, p.arithmetic)
+            sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
         elif p.window.lag == 2:
             for t in range(first_tile(p, c), c):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
                 s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
-                sums = add_softmax(sums, s, inside, log2_g, v_far, p.arithmetic)
-    return sums
+                sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
+    if p.window.size > 0 or p.window.sink > 0:
+        g = tl.exp2(log2_gate(p, at))
+        return Sums(sums.m, sums.den * g, sums.acc * g)
+    else:
+        return sums
 
 
 @triton.jit
@@ -175,7 +182,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     begin, end = chunk_range(p, at)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
-    log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    factor = linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot)
     k_old, v_old = None, None
     if p.window.lag == 1:
@@ -186,7 +193,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
-        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g)
+        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c)
         read = read_state(p, at, state, tokens, q, weight_q, factor, sums.den, sums.acc)
         sums = Sums(sums.m, read.den, read.acc)
         if p.window.near_linear:
