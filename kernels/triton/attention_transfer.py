@@ -240,6 +240,28 @@ def no_features(p, f):
 
 
 @triton.jit
+def add_map_gradients(p, x, rows, valid, weight, f, head, d_phi, d_weight, d_bias, program):
+    """Adds a chunk's share to the program's in memory: in registers it would crowd the loops over
+    pairs."""
+    tile = map_tile(p, x, rows, valid, weight, f, head)
+    phi = activate(tile.z, f)
+    own_weight = d_weight + program * (f.head_dim * f.width)
+    column = tl.arange(0, f.block)
+    dw = None
+    tl.debug_barrier()  # other threads may have written what is read here
+    if f.resident:
+        row = tl.arange(0, p.block_d)
+        inside = (row < f.head_dim)[:, None] & (column < f.width)[None, :]
+        dw = tl.load(own_weight + row[:, None] * f.width + column[None, :], mask=inside, other=0.0)
+    unused, dw, dz = map_gradient(p, tile, phi, f, head, d_phi, None, dw, own_weight)
+    db = None
+    if d_bias is not None:
+        before = d_bias + program * f.width + column
+        db = tl.load(before, mask=column < f.width, other=0.0) + tl.sum(dz, 0)
+    store_map_gradients(p, f, dw, db, own_weight, d_bias, program)
+
+
+@triton.jit
 def entropy_queries(
     p, coefficient, m_ptr, den_ptr, lse_ptr, constants, d_weight, d_bias, d_gate,
     TILE: tl.constexpr,
@@ -247,19 +269,13 @@ def entropy_queries(
     """-c above_i of every query; and of every program the first terms' share in the gradients of
     map_q and in the sum of dm.
 
-    coefficient: pointer to c. d_weight must be zero where map_q is not resident.
+    coefficient: pointer to c. d_weight and d_bias must be zero.
     """
     at = place_of(p)
     program = tl.program_id(0).to(tl.int64)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     c_entropy = -tl.load(coefficient)
-    dw, db = None, None
-    own_weight = d_weight + program * (p.map_q.head_dim * p.map_q.width)
-    if p.map_q.resident:
-        dw = tl.zeros((p.block_d, p.map_q.block), tl.float32)
-    if d_bias is not None:
-        db = tl.zeros((p.map_q.block,), tl.float32)
     total_dm = tl.zeros((p.chunk,), tl.float32)
     chunks = tl.cdiv(at.length, p.chunk)
     for turn in range(at.segment, chunks, p.segments):
@@ -284,13 +300,10 @@ def entropy_queries(
         if linear_factor(p, at) is not None:
             factor *= linear_factor(p, at)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
-        tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
-        phi = activate(tile.z, p.map_q)
-        d_phi = times(sums.d_phi, factor)
-        unused, dw, dz = map_gradient(p, tile, phi, p.map_q, at.head, d_phi, None, dw, own_weight)
-        if d_bias is not None:
-            db += tl.sum(dz, 0)
-    store_map_gradients(p, p.map_q, dw, db, own_weight, d_bias, program)
+        add_map_gradients(
+            p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head, times(sums.d_phi, factor),
+            d_weight, d_bias, program,
+        )  # fmt: skip
     tl.store(d_gate + program, tl.sum(total_dm, 0))
 
 
@@ -324,12 +337,6 @@ def entropy_keys(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     c_entropy = -tl.load(coefficient)
-    dw, db = None, None
-    own_weight = d_weight + program * (p.map_k.head_dim * p.map_k.width)
-    if p.map_k.resident:
-        dw = tl.zeros((p.block_d, p.map_k.block), tl.float32)
-    if d_bias is not None:
-        db = tl.zeros((p.map_k.block,), tl.float32)
     chunks = tl.cdiv(at.length, p.chunk)
     end = tl.cdiv(at.length, TILE)
     for c in range(at.segment, chunks, p.segments):
@@ -351,12 +358,9 @@ def entropy_keys(
             )
         d_phi = keep_rows(times(d_phi, c_entropy), folds(p, tokens))
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
-        tile = map_tile(p, k, k_rows, tokens.valid, weight_k, p.map_k, at.head)
-        phi = activate(tile.z, p.map_k)
-        unused, dw, dz = map_gradient(p, tile, phi, p.map_k, at.head, d_phi, None, dw, own_weight)
-        if d_bias is not None:
-            db += tl.sum(dz, 0)
-    store_map_gradients(p, p.map_k, dw, db, own_weight, d_bias, program)
+        add_map_gradients(
+            p, k, k_rows, tokens.valid, weight_k, p.map_k, at.head, d_phi, d_weight, d_bias, program
+        )
 
 
 def values_arithmetic(dtype: torch.dtype) -> Arithmetic:
@@ -512,11 +516,10 @@ def entropy_gradients(
 ) -> dict[str, Tensor | None]:
     """The first terms' shares in the gradients of the maps and dm, by their names in Gradients, and
     the second terms in ``constants`` [B, H, T]."""
-    p = pairs.problem
-
-    d_weight_q = attention.shares(pairs, weight_q, p.map_q.resident.value)
-    d_weight_k = attention.shares(pairs, weight_k, p.map_k.resident.value)
-    d_bias_q, d_bias_k = attention.shares(pairs, bias_q), attention.shares(pairs, bias_k)
+    d_weight_q = attention.shares(pairs, weight_q, False)
+    d_weight_k = attention.shares(pairs, weight_k, False)
+    d_bias_q = attention.shares(pairs, bias_q, False)
+    d_bias_k = attention.shares(pairs, bias_k, False)
     dm = attention.fp32(lse, pairs.programs)
     other = pairs.tiles.other
     pairs.run(

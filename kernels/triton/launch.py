@@ -53,7 +53,9 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
         return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
     block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
     if q.element_size() == 2 and max(head_dim, width) <= 128 and resident:
-        return Tiles(128, block_v, 8, 2, resident, other=64)
+        # Of what a tile of 64 costs in registers, most is the features' and their gradients'.
+        wide = kernel == "teacher" or (kernel == "teacher_entropy" and head_dim <= 64)
+        return Tiles(128, block_v, 8, 2, resident, other=64 if wide else 32)
     return Tiles(32, block_v, 4, 1, resident, other=32)
 
 
