@@ -5,12 +5,15 @@ features.py, state.py (device functions), forward.py and backward.py (attention)
 launch.py (tensors to programs).
 """
 
+from .attention_transfer import attention_transfer, attention_transfer_backward
 from .feature_map import feature_map, feature_map_backward
 from .hybrid_attention import hybrid_attention, hybrid_attention_backward
 from .hybrid_attention_step import hybrid_attention_step_
 from .linear_attention import linear_attention, linear_attention_backward
 
 __all__ = [
+    "attention_transfer",
+    "attention_transfer_backward",
     "feature_map",
     "feature_map_backward",
     "hybrid_attention",

@@ -39,6 +39,11 @@ class Plan:
     def programs(self) -> int:
         return self.sequences * self.heads * self.segments * self.slices
 
+    @property
+    def padded(self) -> bool:
+        """Whether tokens may belong to no sequence, so that nothing is written for them."""
+        return self.problem.sequences.bounds is not None or self.problem.sequences.index is not None
+
     def run(self, kernel: Any, *args: Any) -> None:
         """Launches a kernel whose first argument is the problem, a program for each place."""
         options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}

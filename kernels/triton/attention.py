@@ -93,11 +93,11 @@ def forward(
     with_state: bool = False,
     eps: float = 0.0,
     normalize: bool = True,
-    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
 ) -> Output:
-    """y in ``dtype`` (q's by default); padded tokens get y = 0, m = 0 and den = 1."""
-    all_written = plan.problem.sequences.bounds is None and plan.problem.sequences.index is None
-    out = empty_like_rows(q, v.shape[3], zero=not all_written, dtype=dtype)
+    """y, into ``out`` if it is given; padded tokens get m = 0, den = 1 and, in a new y, 0."""
+    if out is None:
+        out = empty_like_rows(q, v.shape[3], zero=plan.padded)
     with_m = plan.problem.gate is not None
     m = torch.zeros(q.shape[:3], device=q.device) if with_m else None
     den = torch.ones(q.shape[:3], device=q.device)
@@ -143,6 +143,14 @@ def total(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x[0] if x.shape[0] == 1 else x.sum(0).to(dtype)
 
 
+def shares(plan: Plan, parameter: Tensor | None, resident: bool = True) -> Tensor | None:
+    """Room for every program's share of a gradient; zero where the programs add it up in memory."""
+    if parameter is None:
+        return None
+    y = fp32(parameter, plan.programs, *parameter.shape[1:])
+    return y if resident else y.zero_()
+
+
 def of_programs(plan: Plan, x: Tensor) -> Tensor:
     """Sums of what every program left, [programs, ...], by head: [H, ...]."""
     shares = x.unflatten(0, (plan.sequences, plan.heads, plan.segments * plan.slices))
@@ -176,28 +184,21 @@ def backward(
     """Gradients for what comes in, with initial states and the gradients of final ones."""
     p = plan.problem
     batch, heads, length, head_dim = q.shape
-    padded = p.sequences.bounds is not None or p.sequences.index is not None
     statistics = batch * heads * length
     left = RowGradients(
         fp32(q, plan.slices, statistics), fp32(q, statistics), fp32(q, plan.slices, statistics),
         statistics,
     )  # fmt: skip
-
-    def shares(x: Tensor | None, resident: bool = True) -> Tensor | None:
-        if x is None:
-            return None
-        y = fp32(q, plan.programs, *x.shape[1:])
-        return y if resident else y.zero_()
-
-    d_weight_q = shares(weight_q, p.map_q.resident.value)
-    d_weight_k = shares(weight_k, p.map_k.resident.value)
-    d_bias_q, d_bias_k = shares(bias_q), shares(bias_k)
+    d_weight_q = shares(plan, weight_q, p.map_q.resident.value)
+    d_weight_k = shares(plan, weight_k, p.map_k.resident.value)
+    d_bias_q, d_bias_k = shares(plan, bias_q), shares(plan, bias_k)
     dm = fp32(q, plan.programs)
     dq = dk = dv = dk_sink = dv_sink = None
     groups = heads // k.shape[1]
     if with_inputs:
-        dq = partial(q, plan.slices, padded)
-        dk, dv = partial(k, plan.slices * groups, padded), partial(v, groups, padded)
+        dq = partial(q, plan.slices, plan.padded)
+        dk = partial(k, plan.slices * groups, plan.padded)
+        dv = partial(v, groups, plan.padded)
         if p.window.sink.value:
             block = p.window.sink_block.value
             dk_sink = fp32(q, plan.programs, block, p.block_d.value)

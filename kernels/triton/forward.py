@@ -14,6 +14,8 @@ read once, and the features of the tile serve the pairs and the state.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -40,6 +42,14 @@ from .tokens import (
     tokens_at,
 )
 from .window import first_tile, pair_masks, sink_mask, window_start
+
+
+class Step(NamedTuple):
+    """What a tile of scores adds to sums."""
+
+    m: Any  # [queries], the new maximum
+    rescale: Any  # [queries], the factor of what was summed under the old one
+    weights: Any  # [queries, keys]
 
 
 @triton.jit
@@ -73,24 +83,39 @@ def scores(p, q, k):
 
 
 @triton.jit
-def add_softmax(sums, s, inside, log2_g, v, arithmetic):
+def softmax_step(m_before, s):
+    """A tile of scores under the maximum of all so far."""
+    m = tl.maximum(m_before, tl.max(s, 1))
+    return Step(m, tl.exp2(m_before - m), tl.exp2(s - m[:, None]))
+
+
+@triton.jit
+def add_step(sums, step, v, arithmetic):
+    """sums with a tile of keys."""
+    den = sums.den * step.rescale + tl.sum(step.weights, 1)
+    acc = product(step.weights, v, sums.acc * step.rescale[:, None], arithmetic)
+    return Sums(step.m, den, acc)
+
+
+@triton.jit
+def add_softmax(sums, s, inside, v, arithmetic):
     """sums with a tile of softmax keys."""
-    s = tl.where(inside, s, -INF)
-    m = tl.maximum(sums.m, tl.max(s, 1))
-    rescale = tl.exp2(sums.m - m)
-    weights = tl.exp2(s - (m - log2_g)[:, None])
-    den = sums.den * rescale + tl.sum(weights, 1)
-    acc = product(weights, v, sums.acc * rescale[:, None], arithmetic)
-    return Sums(m, den, acc)
+    return add_step(sums, softmax_step(sums.m, tl.where(inside, s, -INF)), v, arithmetic)
+
+
+@triton.jit
+def feature_products(a, b, arithmetic):
+    """a . b over the features of both sides: [n, f] and [m, f] to [n, m]."""
+    y = inner_product(a.plus, b.plus, None, arithmetic)
+    if a.minus is not None:
+        y = inner_product(a.minus, b.minus, y, arithmetic)
+    return y
 
 
 @triton.jit
 def linear_weights(phi_q, phi_k, outside, arithmetic):
     """phi_q . phi_k of the pairs that are weighed by features, [queries, keys]."""
-    a = inner_product(phi_q.plus, phi_k.plus, None, arithmetic)
-    if phi_q.minus is not None:
-        a = inner_product(phi_q.minus, phi_k.minus, a, arithmetic)
-    return tl.where(outside, a, 0.0)
+    return tl.where(outside, feature_products(phi_q, phi_k, arithmetic), 0.0)
 
 
 @triton.jit
@@ -103,8 +128,11 @@ def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
 
 
 @triton.jit
-def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
-    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W)."""
+def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
+    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W).
+
+    The gate comes last: the largest weight of a query is then 1, which bf16 holds exactly.
+    """
     sums = Sums(
         tl.full((p.chunk,), -INF, tl.float32),
         tl.zeros((p.chunk,), tl.float32),
@@ -114,20 +142,24 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g):
         first = tokens_at(p, at, 0, p.window.sink_block)
         s, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
         inside = sink_mask(p, at, i, first.position)
-        sums = add_softmax(sums, s, inside, log2_g, v_first, p.arithmetic)
+        sums = add_softmax(sums, s, inside, v_first, p.arithmetic)
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
-        sums = add_softmax(sums, scores(p, q, k), inside, log2_g, v, p.arithmetic)
+        sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)
         if p.window.lag == 1:
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            sums = add_softmax(sums, scores(p, q, k_old), inside, log2_g, v_old, p.arithmetic)
+            sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
         elif p.window.lag == 2:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 tokens = tokens_at(p, at, t * p.chunk, p.chunk)
                 s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
-                sums = add_softmax(sums, s, inside, log2_g, v_far, p.arithmetic)
-    return sums
+                sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
+    if p.window.size > 0 or p.window.sink > 0:
+        g = tl.exp2(log2_gate(p, at))
+        return Sums(sums.m, sums.den * g, sums.acc * g)
+    else:
+        return sums
 
 
 @triton.jit
@@ -154,7 +186,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     begin, end = chunk_range(p, at)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
-    log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    factor = linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot, False)
     k_old, v_old = None, None
     if p.window.lag == 1:
@@ -165,7 +197,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
-        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c, log2_g)
+        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c)
         read = read_state(p, at, state, tokens, q, weight_q, factor, sums.den, sums.acc)
         sums = Sums(sums.m, read.den, read.acc)
         if p.window.near_linear:

@@ -79,14 +79,15 @@ def softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end):
         first = sinks_at(p, pool, new, past)
         s_first, v_first = scores(p, q, load_keys(p, first)), load_values(p, at, first)
         inside = sink_mask(p, at, i, first.position)
-        sums = add_softmax(sums, s_first, inside, log2_g, v_first, p.arithmetic)
+        sums = add_softmax(sums, s_first, inside, v_first, p.arithmetic)
     if p.window.size > 0:
         for position in range(begin, end, group.keys):
             keys = keys_at(p, pool, new, past, position, group.keys)
             s, v = scores(p, q, load_keys(p, keys)), load_values(p, at, keys)
             near, outside = position_masks(p, at, i, keys.position)
-            sums = add_softmax(sums, s, near, log2_g, v, p.arithmetic)
-    return sums
+            sums = add_softmax(sums, s, near, v, p.arithmetic)
+    g = tl.exp2(log2_g)
+    return Sums(sums.m, sums.den * g, sums.acc * g)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ class Tiles:
     num_stages: int = 2
     resident: bool = True  # feature weights are one tile each, loaded once
     slice: int = 64  # else the columns of x that are projected at a time
+    other: int = 0  # quadratic kernels: tokens of a tile that the chunk is paired with
 
 
 def precision(dtype: torch.dtype = torch.float32) -> str:
@@ -43,12 +44,35 @@ def segment_chunks(chunks: int, programs: int) -> int:
 
 
 def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:
-    """The launch configuration of a kernel, "forward" or "backward", for the shapes of a call."""
+    """The launch configuration of a kernel, "forward" or "backward", for the shapes of a call.
+
+    Or of a quadratic one: "teacher", "teacher_entropy" or "entropy" (its backward).
+    """
     head_dim, value_dim = _tile(q.shape[3]), _tile(v.shape[3])
     width = head_dim if weight is None else _tile(weight.shape[2])
-    chunk = 32 if max(head_dim, width) <= 128 else 16
     resident = head_dim * width <= 128 * 64
-    return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
+    if kernel in ("forward", "backward"):
+        chunk = 32 if max(head_dim, width) <= 128 else 16
+        return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
+    block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
+    if q.element_size() == 2 and max(head_dim, width) <= 128 and resident:
+        # Of what a tile of 64 costs in registers, most is the features' and their gradients'.
+        wide = kernel == "teacher" or (kernel == "teacher_entropy" and head_dim <= 64)
+        return Tiles(128, block_v, 8, 2, resident, other=64 if wide else 32)
+    return Tiles(32, block_v, 4, 1, resident, other=32)
+
+
+# The quadratic backward kernels: every program leaves a share of the parameters' gradients.
+ENOUGH_SHARES = 8 * 132
+
+
+def shares(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
+    """How many programs of a quadratic kernel share a sequence, where ``programs`` is their number
+    with one for each sequence, head and slice; ``unequal`` if ``chunks`` is a bound of all
+    sequences together."""
+    if kernel == "entropy":
+        return max(1, min(chunks, -(-ENOUGH_SHARES // max(programs, 1))))
+    return max(1, min(chunks, 4096 // max(programs, 1)) if unequal else chunks)
 
 
 def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:

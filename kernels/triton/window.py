@@ -20,6 +20,17 @@ def window_start(w, i):
 
 
 @triton.jit
+def first_linear_query(w, j):
+    """The first i with e(i) > j: from there on queries weigh key j by features, unless a sink."""
+    if w.size == 0:
+        return j
+    elif w.kind == SLIDING:
+        return j + w.size
+    else:
+        return (j // w.size + 2) * w.size
+
+
+@triton.jit
 def first_tile(p, c):
     """The oldest tile of keys that chunk c weighs pair by pair: the state holds those before."""
     if p.window.size == 0:
@@ -71,6 +82,15 @@ def position_masks(p, at, i, j):
     else:
         near = j[None, :] >= window_start(p.window, i)[:, None]
         return causal & near, causal & (near == 0)
+
+
+@triton.jit
+def linear_mask(p, start, j):
+    """Which pairs are in N, of queries with window starts ``start`` and keys at j."""
+    if p.window.sink > 0:
+        return (j[None, :] < start[:, None]) & (j >= p.window.sink)[None, :]
+    else:
+        return j[None, :] < start[:, None]
 
 
 @triton.jit

@@ -7,14 +7,14 @@ import pytest
 import torch
 from helpers.cases import Case, Inputs, make_inputs
 from helpers.compare import assert_close, assert_same_state
-from helpers.kernels import ALL, INTERPRETED, KERNELS
+from helpers.kernels import ALL, KERNELS
 
 import lolcats_ops as lo
 from lolcats_ops.state import HybridState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-on_all = pytest.mark.parametrize("backend", [*ALL, *INTERPRETED], indirect=True)
-on_kernels = pytest.mark.parametrize("backend", [*KERNELS, *INTERPRETED], indirect=True)
+on_all = pytest.mark.parametrize("backend", ALL, indirect=True)
+on_kernels = pytest.mark.parametrize("backend", KERNELS, indirect=True)
 
 # window, window_kind, sink, slack
 SETTINGS = [

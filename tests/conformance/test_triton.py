@@ -1,20 +1,24 @@
 """The Triton kernels in the interpreter: bounds are checked in every launch (gpu_on_cpu)."""
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from gpu_on_cpu import sanitizer
 from helpers.cases import FACTORS, Case, cases
+from helpers.compare import assert_close, assert_same_state
 from helpers.operators import (
     HYBRID,
     MAPS,
     SEQUENCES,
+    attention_transfer,
     check,
     feature_map,
     hybrid_attention,
     linear_attention,
 )
+from test_state import SETTINGS, case_of, empty_state, feed, prepare, reference_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +55,11 @@ def test_hybrid_attention_equals_the_reference(case):
     check(hybrid_attention, case, "triton")
 
 
+@small(*HYBRID, "xent")
+def test_attention_transfer_equals_the_reference(case):
+    check(attention_transfer, case, "triton")
+
+
 LARGE = [
     Case("w+1", D=128, f=64, window=64, batch=(1, 1)),
     Case("w+1", D=256, f=128, V=72, window=16, batch=(1, 1), bias=True),
@@ -74,6 +83,32 @@ SEGMENTED = [
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_sequences_cut_into_segments_equal_the_reference(case):
     check(hybrid_attention, case, "triton")
+
+
+@pytest.mark.parametrize(("window", "kind", "sink", "slack"), SETTINGS, ids=str)
+def test_steps_and_prefill_equal_one_call(window, kind, sink, slack):
+    x = prepare(case_of(window, kind, sink), 30, torch.float32)
+    want, final = reference_of(x, slack)
+    for cuts in ([0, 30], [0, 1, 2, 6, 17, 30]):
+        state = empty_state(x, slack)
+        with sanitizer.checked(races=True, order=len(cuts)):
+            out = feed(x, state, cuts, backend="triton")
+        assert_close(f"out of cuts {cuts}", out, want, torch.float32)
+        assert_same_state(state, final, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_pool_of_states_is_updated_where_indices_say(dtype):
+    x = prepare(case_of(3, "sliding", 1, batch=(2, 2), affine=True), 20, dtype)
+    want, final = reference_of(x)
+    pool, slots = empty_state(x, batch=5), torch.tensor([3, 1])
+    untouched = pool.clone()
+    out = feed(x, pool, [0, 1, 9, 12, 20], state_indices=slots, backend="triton")
+    assert_close("out", out, want, dtype)
+    assert_same_state(pool.select(slots), final, dtype)
+    others = torch.tensor([0, 2, 4])
+    for name, got in pool.select(others).tensors.items():
+        assert got.equal(untouched.select(others).tensors[name]) or got.isnan().all(), name
 
 
 @pytest.mark.parametrize("order", [1, 2])
