@@ -41,7 +41,8 @@ class Pairs {
         [&](int64_t i) { return p_.window.start(i); });
     gemm((int)tile.n, BLOCK, (int)p_.D(), transposed(tile.keys, BLOCK), block.q, BLOCK, w.teacher,
          BLOCK, Into::set);
-    linear_scores(tiles, tile, block, (int)p_.F(), w.linear, w.student);
+    gemm((int)tile.n, BLOCK, (int)p_.F(), transposed(tiles.phi(tile), BLOCK), block.phi, BLOCK,
+         w.student, BLOCK, Into::set, Skip::outputs, &w.linear);
     const float g = p_.g(h);
     for (int j = 0; j < tile.n; j++) {
       for (int c = 0; c < BLOCK; c += LANES) {

@@ -212,22 +212,15 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   }
 }
 
-void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi,
-                       float* dx, Into into) {
-  if (!map.weight) {
-    for (int i = 0; dx && i < map.D * BLOCK; i += LANES) {
-      store(dx + i, into == Into::add ? load(dx + i) + load(dphi + i) : load(dphi + i));
-    }
-    return;
-  }
-  const bool exponential = is_exponential(map.activation),
-             normalize = map.activation == LOL_SOFTMAX;
-  const bool favor = map.activation == LOL_FAVOR;
-  float norm_gradient[BLOCK] = {};  // favor: d(-|x|^2 / 2) collects the sum of dz
+namespace {
+
+// dz[f x BLOCK] of dphi in place; favor's gradient of -|x|^2 / 2, the sum of dz, into `norm`.
+void activation_backward(const FeatureMap& map, const float* phi, float* dphi, float* norm) {
+  const bool normalize = map.activation == LOL_SOFTMAX, favor = map.activation == LOL_FAVOR;
   for (int t = 0; t < BLOCK; t += LANES) {
     const float* p = phi + t;
     float* d = dphi + t;
-    if (exponential) {
+    if (is_exponential(map.activation)) {
       exponentials_backward(p, d, d, map.f, 1.0f, normalize, map.eps, Into::set);
       if (map.two_sided) {
         const int upper = map.f * BLOCK;
@@ -245,29 +238,49 @@ void features_backward(const FeatureMap& map, const float* x, const float* phi, 
       sum += g;
       store(d + i * BLOCK, g);
     }
-    if (favor) store(norm_gradient + t, sum);
-  }
-  if (!dx) return;
-  gemm(map.D, BLOCK, map.f, rows(map.weight, map.f), dphi, BLOCK, dx, BLOCK, into);
-  if (!map.skip && !favor) return;
-  for (int i = 0; i < map.D; i++) {
-    for (int t = 0; t < BLOCK; t += LANES) {
-      const int at = i * BLOCK + t;
-      Vec extra = map.skip ? load(dphi + at) : Vec{};
-      if (favor) extra -= load(x + at) * load(norm_gradient + t);
-      store(dx + at, load(dx + at) + extra);
-    }
+    store(norm + t, sum);
   }
 }
 
-void features_backward_weight(const FeatureMap& map, const float* x, const float* dz,
-                              const WeightGradient& gradient, float* scratch) {
+}  // namespace
+
+void transpose_weight(const FeatureMap& map, Format format, float* to) {
   if (!map.weight) return;
-  to_rows(scratch, dz, map.f);
-  const int ld = padded(map.f);
-  gemm(map.D, ld, BLOCK, rows(x, BLOCK), scratch, ld, gradient.weight, ld, Into::add);
+  const int ld = padded(map.D);
+  memset(to, 0, sizeof(float) * (size_t)(map.f * ld));
+  for (int d = 0; d < map.D; d++) {
+    for (int j = 0; j < map.f; j++)
+      to[j * ld + d] = map.weight[d * map.f + j] + (map.skip && d == j ? 1.0f : 0.0f);
+  }
+  if (format != Format::f32) pair_rows(to, to, map.f, ld);
+}
+
+void features_backward(const FeatureMap& map, const MapBackward& at, float* dphi) {
+  const int ld = padded(map.D), n = (int)at.n;
+  if (!map.weight) {
+    if (!at.dx) return;
+    to_rows(at.scratch, dphi, map.D);
+    for (int i = 0; i < n * ld; i += LANES)
+      store(at.dx + i, load(at.dx + i) + load(at.scratch + i));
+    return;
+  }
+  float norm[BLOCK] = {};
+  activation_backward(map, at.phi, dphi, norm);
   for (int i = 0; map.bias && i < map.f; i++) {
-    for (int t = 0; t < BLOCK; t++) gradient.bias[i] += dz[i * BLOCK + t];
+    Vec sum = {};
+    for (int t = 0; t < BLOCK; t += LANES) sum += load(dphi + i * BLOCK + t);
+    at.gradient.bias[i] += horizontal_sum(sum);
+  }
+  const bool pairs = map.format != Format::f32;
+  if (pairs) pair_columns(at.scratch, dphi, map.f);
+  gemm(map.format, map.f, ld, BLOCK, pairs ? rows(at.scratch, BLOCK / 2) : rows(dphi, BLOCK),
+       at.x_rows, ld, at.gradient.weight, ld, Into::add);
+  if (!at.dx) return;
+  if (pairs) pair_rows(dphi, dphi, map.f, BLOCK);
+  gemm(map.format, n, ld, map.f, transposed(dphi, BLOCK), at.weight_t, ld, at.dx, ld, Into::add);
+  for (int i = 0; map.activation == LOL_FAVOR && i < n; i++) {
+    for (int j = i * ld; j < (i + 1) * ld; j += LANES)
+      store(at.dx + j, load(at.dx + j) - norm[i] * load(at.x_rows + j));
   }
 }
 
@@ -284,9 +297,9 @@ void WeightGradient::reduce(const float* partials, int64_t groups, int64_t heads
     const float* from = partials + i * floats(D, f);
     const int64_t map = i % heads / shared;
     for (int64_t d = 0; d < D; d++) {
-      for (int64_t j = 0; j < f; j++) dw[(map * D + d) * f + j] += from[d * padded(f) + j];
+      for (int64_t j = 0; j < f; j++) dw[(map * D + d) * f + j] += from[j * padded(D) + d];
     }
-    for (int64_t j = 0; db && j < f; j++) db[map * f + j] += from[D * padded(f) + j];
+    for (int64_t j = 0; db && j < f; j++) db[map * f + j] += from[f * padded(D) + j];
   }
 }
 

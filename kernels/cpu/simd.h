@@ -121,16 +121,17 @@ static inline Vec exp(Vec x) {
   return (Vec)((VecI)p + ((VecI)t << 23));
 }
 
-// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax), half
-// of exp's multiplications. Ends like exp, at 2^-126 and e^88.3.
+// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax with
+// p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by equality), half of exp's
+// multiplications. Ends like exp, at 2^-126 and e^88.3.
 static inline Vec exp_for_bf16(Vec x) {
   const Vec t = min(max(x, splat(-87.33f)), splat(88.37f)) * 1.44269504f;
   const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
-  Vec p = splat(9.5701e-3f);
-  p = p * r + 5.591786e-2f;
-  p = p * r + 0.24024745f;
-  p = p * r + 0.69312181f;
-  p = p * r + 0.99999926f;
+  Vec p = splat(9.5828557e-3f);
+  p = p * r + 5.590643e-2f;
+  p = p * r + 0.24024099f;
+  p = p * r + 0.69312418f;
+  p = p * r + 1.0f;
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 }
 
@@ -216,6 +217,33 @@ static inline void to_fp16(uint16_t* p, Vec v) {
   memcpy(p, &out, sizeof(out));
 }
 
+// Quarters are the 128 bits within which shuffles are cheapest. LOL_IN_QUARTERS picks the same four
+// floats of each quarter of a and b (4 to 7 name those of b).
+#define LOL_PICK(i, q) ((i) < 4 ? 4 * (q) + (i) : LOL_LANES + 4 * (q) + (i) - 4)
+#define LOL_PICK4(a, b, c, d, q) LOL_PICK(a, q), LOL_PICK(b, q), LOL_PICK(c, q), LOL_PICK(d, q)
+#if LOL_LANES == 16
+#define LOL_IN_QUARTERS(x, y, a, b, c, d)                                           \
+  __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0), LOL_PICK4(a, b, c, d, 1), \
+                          LOL_PICK4(a, b, c, d, 2), LOL_PICK4(a, b, c, d, 3))
+#elif LOL_LANES == 8
+#define LOL_IN_QUARTERS(x, y, a, b, c, d) \
+  __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0), LOL_PICK4(a, b, c, d, 1))
+#else
+#define LOL_IN_QUARTERS(x, y, a, b, c, d) __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0))
+#endif
+
+// Transposes the 4 x 4 floats that each quarter has in four vectors.
+static inline void transpose4(const Vec* in, Vec* out) {
+  const Vec ab0 = LOL_IN_QUARTERS(in[0], in[1], 0, 4, 1, 5),
+            ab1 = LOL_IN_QUARTERS(in[0], in[1], 2, 6, 3, 7);
+  const Vec cd0 = LOL_IN_QUARTERS(in[2], in[3], 0, 4, 1, 5),
+            cd1 = LOL_IN_QUARTERS(in[2], in[3], 2, 6, 3, 7);
+  out[0] = LOL_IN_QUARTERS(ab0, cd0, 0, 1, 4, 5);
+  out[1] = LOL_IN_QUARTERS(ab0, cd0, 2, 3, 6, 7);
+  out[2] = LOL_IN_QUARTERS(ab1, cd1, 0, 1, 4, 5);
+  out[3] = LOL_IN_QUARTERS(ab1, cd1, 2, 3, 6, 7);
+}
+#if LOL_LANES > 4
 static inline void transpose4(const Vec4* in, Vec4* out) {
   const Vec4 ab0 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5),
              ab1 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
@@ -226,19 +254,45 @@ static inline void transpose4(const Vec4* in, Vec4* out) {
   out[2] = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
   out[3] = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
 }
+#endif
 
-// dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller.
-// 4 x 4 blocks in 128-bit registers: 8 shuffles for 16 elements on every instruction set.
-static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows,
-                             int cols) {
-  for (int i = 0; i < rows; i += 4) {
-    for (int j = 0; j < cols; j += 4) {
-      const float* s = src + i * lds + j;
-      float* d = dst + j * ldd + i;
-      Vec4 in[4], out[4];
-      for (int r = 0; r < 4; r++) in[r] = load_as<Vec4>(s + r * lds);
-      transpose4(in, out);
-      for (int r = 0; r < 4; r++) memcpy(d + r * ldd, &out[r], sizeof(Vec4));
+// The vector whose quarter q is at p[4 * q].
+static inline Vec load_quarters(const float* const* p, int64_t at) {
+#if LOL_LANES == 16
+  typedef float Vec8 __attribute__((vector_size(32)));
+  const Vec8 low = __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1,
+                                           2, 3, 4, 5, 6, 7);
+  const Vec8 high = __builtin_shufflevector(load_as<Vec4>(p[8] + at), load_as<Vec4>(p[12] + at), 0,
+                                            1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LOL_LANES == 8
+  return __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1, 2, 3, 4,
+                                 5, 6, 7);
+#else
+  return load_as<Vec4>(p[0] + at);
+#endif
+}
+
+// dst[cols x LANES] = the transpose of LANES rows, wherever they are; cols is padded to a multiple
+// of 4. Every quarter of a vector takes four rows, so that stores are whole vectors.
+static inline void transpose_rows(float* dst, int64_t ldd, const float* const* row, int cols) {
+  for (int j = 0; j < cols; j += 4, dst += 4 * ldd) {
+    Vec in[4], out[4];
+    for (int r = 0; r < 4; r++) in[r] = load_quarters(row + r, j);
+    transpose4(in, out);
+    for (int r = 0; r < 4; r++) store(dst + r * ldd, out[r]);
+  }
+}
+// LANES rows of dst = the transpose of src[cols x LANES], likewise.
+static inline void transpose_columns(float* dst, int64_t ldd, const float* src, int64_t lds,
+                                     int cols) {
+  for (int j = 0; j < cols; j += 4, src += 4 * lds) {
+    Vec in[4], out[4];
+    for (int r = 0; r < 4; r++) in[r] = load(src + r * lds);
+    transpose4(in, out);
+    for (int r = 0; r < 4; r++) {
+      for (int q = 0; q < LANES / 4; q++)
+        memcpy(dst + (4 * q + r) * ldd + j, (const char*)&out[r] + 16 * q, 16);
     }
   }
 }
