@@ -53,8 +53,8 @@ int backward(const BackwardProblem& b, const Batch& batch, const ParameterPartia
                                partials,
                                head,
                                w,
-                               dk.data + at * padded(p.D()),
-                               dv.data + at * padded(p.V()),
+                               rows ? dk.data + at * padded(p.D()) : nullptr,
+                               rows ? dv.data + at * padded(p.V()) : nullptr,
                                b.delta ? b.delta : delta.data,
                                b.delta || !p.normalize ? nullptr : delta.data};
       if (run.wants_inputs()) {

@@ -91,8 +91,7 @@ void KeyGradients::load_queries(int64_t h, int64_t first) {
     }
   }
   if (format_ == Format::f32) return;
-  pair_rows(q_words_, block_.phi, F_, BLOCK);
-  pair_columns(q_by_token_, block_.phi, F_);
+  pair_both_ways(q_words_, q_by_token_, block_.phi, F_, BLOCK);
 }
 
 // Loads n keys, with dphi_k and dv from the queries whose gradient is in (dkv, dksum).
@@ -169,8 +168,7 @@ void KeyGradients::absorb_queries() {
 void KeyGradients::dstate_changed() {
   has_dstate_ = true;
   if (format_ == Format::f32) return;
-  pair_rows(dkv_words_, dkv_, F_, padded(V_));
-  pair_columns(dkv_by_value_, dkv_, F_, padded(V_));
+  pair_both_ways(dkv_words_, dkv_by_value_, dkv_, F_, padded(V_));
 }
 
 // The keys [begin, end), which the block of queries at `first` and earlier ones see by softmax or
@@ -185,7 +183,7 @@ void KeyGradients::step(int64_t first, int64_t begin, int64_t end) {
     // A block is loaded once for its last tile of keys, usually the only one, and for (dkv, dksum).
     for (int64_t h = h0; first >= 0 && (mixed || at_end) && h < h0 + p_.group(); h++) {
       load_queries(h, first);
-      if (mixed) mixed_part(linear_band(p_.window, start, n_, first, last - first + 1));
+      if (mixed) mixed_part(linear_band({p_.window, first, last - first + 1}, start, n_));
       if (at_end) absorb_queries();
     }
     if (keys) finish_tile();

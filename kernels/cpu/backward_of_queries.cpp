@@ -54,6 +54,14 @@ class QueryGradients {
 
   void softmax_part();
   void raise_maximum(const WeightTile* piece, int count);
+  void score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum) {
+    if (format_ == Format::f32) {
+      score_gradients<Format::f32>(piece, count, g, sum);
+    } else {
+      score_gradients<Format::bf16_pairs>(piece, count, g, sum);
+    }
+  }
+  template <Format format>
   void score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum);
   void apply_score_gradients(WeightTile* piece, int count, float g, const AtMaximum& sum);
   void linear_part();
@@ -102,9 +110,8 @@ void QueryGradients::raise_maximum(const WeightTile* piece, int count) {
 
 // u into each tile's weights and u dp into its dp; sums R and counts the keys at the maximum, where
 // u is exactly g.
+template <Format format>
 void QueryGradients::score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum) {
-  const auto exponential =
-      format_ == Format::f32 ? exp_for<Format::f32> : exp_for<Format::bf16_pairs>;
   for (int t = 0; t < count; t++) {
     const int64_t n = piece[t].tile->n;
     const Band& band = piece[t].softmax;
@@ -118,7 +125,7 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, AtMa
       for_band(band, c, [&](int j, auto keep) {
         const int at = j * BLOCK + c;
         const Vec s = p_.scale * load(piece[t].weights + at);
-        const Vec u = keep(select(s == m, splat(g), g * exponential(s - m)));
+        const Vec u = keep(select(s == m, splat(g), g * exp_for<format>(s - m)));
         const Vec du = keep(u * (by_den * load(dp_at(t) + at) - shift));
         r += du;
         ties += select(u == splat(g), splat(1.0f), Vec{});
@@ -212,11 +219,12 @@ void QueryGradients::linear_part() {
       }
     }
   }
+  const Starts starts(p_.window, block_.first, block_.n);
   const int64_t linear_end = p_.window.start(block_.first + block_.n - 1);
   for (int64_t start = c_.state.folded; start < linear_end; start += BLOCK) {
     KeyTile& tile = c_.tiles.at(start);
     const int n = (int)tile.n;
-    const Band band = linear_band(p_.window, start, n, block_.first, block_.n);
+    const Band band = linear_band(starts, start, n);
     value_products(tile, band, dp_);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec times = load(factor + c), less = load(shift + c);

@@ -112,8 +112,7 @@ const float* KeyTiles::phi(KeyTile& tile) {
     features_forward(map_, tile.keys, tile.phi);
   } else {
     features_forward(map_, tile.keys, phi_);
-    pair_rows(tile.phi, phi_, map_.F, BLOCK);
-    pair_columns(tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F);
+    pair_both_ways(tile.phi, tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F, BLOCK);
   }
   return tile.phi;
 }
@@ -129,7 +128,7 @@ Operand KeyTiles::values(const KeyTile& tile) const {
 }
 
 Pieces::Pieces(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from)
-    : tiles_(tiles), window_(window), block_(block), from_(from) {
+    : tiles_(tiles), starts_(window, block.first, block.n), block_(block), from_(from) {
   sinks_ = at_most(window.sink, block.first + block.n);
   restart();
 }
@@ -147,9 +146,8 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
     int64_t& position = sink ? sink_ : position_;
     WeightTile& w = piece[count];
     w.tile = sink ? &tiles_.sinks_at(position) : &tiles_.at(position);
-    w.softmax = sink ? causal_band(position, w.tile->n, block_.first, block_.n)
-                     : softmax_band(window_, position, w.tile->n, block_.first, block_.n);
-    w.linear = sink ? Band{} : linear_band(window_, position, w.tile->n, block_.first, block_.n);
+    w.softmax = (sink ? causal_band : softmax_band)(starts_, position, w.tile->n);
+    w.linear = sink ? Band{} : linear_band(starts_, position, w.tile->n);
     w.weights = weights + count * BLOCK * BLOCK;
     position += sink ? BLOCK : -BLOCK;
     count++;

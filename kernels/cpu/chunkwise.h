@@ -152,7 +152,7 @@ class Pieces {
 
  private:
   KeyTiles& tiles_;
-  const Window& window_;
+  const Starts starts_;
   const Queries& block_;
   int64_t sink_, sinks_, from_, position_;
 };

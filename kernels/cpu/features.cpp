@@ -14,22 +14,29 @@ namespace {
 // so wide that e could leave the normal floats, each side takes its own exponential.
 template <Format format>
 inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
-  Vec top = load(z), bottom = top;
-  for (int i = 1; i < f; i++) {
-    top = max(top, load(z + i * BLOCK));
-    bottom = min(bottom, load(z + i * BLOCK));
+  // Two chains each, which wait for one another half as long.
+  const Vec first = load(z), last = load(z + (f - 1) * BLOCK);
+  Vec tops[2] = {first, last}, bottoms[2] = {first, last};
+  for (int i = 1; i + 1 < f; i += 2) {
+    for (int r = 0; r < 2; r++) {
+      const Vec x = load(z + (i + r) * BLOCK);
+      tops[r] = max(tops[r], x);
+      bottoms[r] = min(bottoms[r], x);
+    }
   }
+  const Vec top = max(tops[0], tops[1]), bottom = min(bottoms[0], bottoms[1]);
   constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
   const Vec half = 0.5f * (top - bottom);
   const bool shared = two_sided && normalize && all(half <= splat(0.5f * WIDE));
   const Vec shift = shared ? bottom + half : top;
   Vec sum = {}, upper_sum = {};
   for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - shift);
+    const Vec x = load(z + i * BLOCK);
+    const Vec e = shared ? exp_within_for<format>(x - shift) : exp_for<format>(x - shift);
     sum += e;
     store(z + i * BLOCK, e);
     if (!two_sided) continue;
-    const Vec u = shared ? reciprocal(e) : exp_for<format>(bottom - x);
+    const Vec u = shared ? reciprocal_for<format>(e) : exp_for<format>(bottom - x);
     upper_sum += u;
     store(upper + i * BLOCK, u);
   }
@@ -46,24 +53,38 @@ inline Vec through_clamp(Vec dphi, Vec phi, float eps) {
   return select(phi > splat(eps), dphi, Vec{});
 }
 
-// dz = sign * d(exponentials)/dz applied to dphi, added to `dz`.
-inline void exponentials_backward(const float* phi, const float* dphi, float* dz, int f, float sign,
-                                  bool normalize, float eps, Into into) {
+// One side of a map of exponentials, going backward. softmax: dz = p (dphi - dot). exp(z - max z):
+// dz = p dphi, less dot at the maximum, shared by ties. `less` is dot, or each tie's share of it.
+struct Side {
+  const float *phi, *dphi;
+  Vec less;
+};
+inline Side side_backward(const float* phi, const float* dphi, int f, bool normalize, float eps) {
   Vec dot = {}, ties = {};
   for (int i = 0; i < f; i++) {
     const Vec p = load(phi + i * BLOCK);
     dot += p * through_clamp(load(dphi + i * BLOCK), p, eps);
     ties += select(p == splat(1.0f), splat(1.0f), Vec{});
   }
-  // softmax: dz = p (dphi - dot). exp(z - max z): dz = p dphi, less dot at the maximum, shared by
-  // ties.
-  const Vec share = normalize ? Vec{} : dot / ties;
+  return {phi, dphi, normalize ? dot : dot / ties};
+}
+inline Vec dz_of(const Side& side, int i, bool normalize, float eps) {
+  const Vec p = load(side.phi + i * BLOCK);
+  const Vec d = through_clamp(load(side.dphi + i * BLOCK), p, eps);
+  if (normalize) return p * (d - side.less);
+  return p * d - select(p == splat(1.0f), side.less, Vec{});
+}
+// dz[f] of LANES tokens in the place of dphi; the upper side, of -z, counts against the lower one.
+inline void exponentials_backward(const float* phi, float* dphi, int f, bool two_sided,
+                                  bool normalize, float eps) {
+  const Side lower = side_backward(phi, dphi, f, normalize, eps);
+  if (!two_sided) {
+    for (int i = 0; i < f; i++) store(dphi + i * BLOCK, dz_of(lower, i, normalize, eps));
+    return;
+  }
+  const Side upper = side_backward(phi + f * BLOCK, dphi + f * BLOCK, f, normalize, eps);
   for (int i = 0; i < f; i++) {
-    const Vec p = load(phi + i * BLOCK);
-    const Vec d = through_clamp(load(dphi + i * BLOCK), p, eps);
-    Vec g = normalize ? p * (d - dot) : p * d - select(p == splat(1.0f), share, Vec{});
-    g = sign * g;
-    store(dz + i * BLOCK, into == Into::add ? load(dz + i * BLOCK) + g : g);
+    store(dphi + i * BLOCK, dz_of(lower, i, normalize, eps) - dz_of(upper, i, normalize, eps));
   }
 }
 
@@ -221,11 +242,7 @@ void activation_backward(const FeatureMap& map, const float* phi, float* dphi, f
     const float* p = phi + t;
     float* d = dphi + t;
     if (is_exponential(map.activation)) {
-      exponentials_backward(p, d, d, map.f, 1.0f, normalize, map.eps, Into::set);
-      if (map.two_sided) {
-        const int upper = map.f * BLOCK;
-        exponentials_backward(p + upper, d + upper, d, map.f, -1.0f, normalize, map.eps, Into::add);
-      }
+      exponentials_backward(p, d, map.f, map.two_sided, normalize, map.eps);
       continue;
     }
     Vec sum = {};

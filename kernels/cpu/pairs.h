@@ -24,6 +24,24 @@ static inline void pair_columns(float* dst, const float* src, int rows, int cols
   uint16_t* to = (uint16_t*)dst;
   for (int64_t i = 0; i < (int64_t)rows * cols; i += LANES) to_bf16(to + i, load(src + i));
 }
+// Both of src[rows x cols], which is read once.
+static inline void pair_both_ways(float* by_rows, float* by_columns, const float* src, int rows,
+                                  int cols) {
+#ifdef LOL_PAIRS
+  uint16_t* to = (uint16_t*)by_columns;
+  for (int i = 0; i < rows; i += 2, src += 2 * cols, by_rows += cols, to += 2 * cols) {
+    const bool both = i + 1 < rows;
+    for (int c = 0; c < cols; c += LANES) {
+      const Vec a = load(src + c), b = both ? load(src + cols + c) : Vec{};
+      store(by_rows + c, pair(a, b));
+      to_bf16(to + c, a);
+      if (both) to_bf16(to + cols + c, b);
+    }
+  }
+#else
+  (void)by_rows, (void)by_columns, (void)src, (void)rows, (void)cols;
+#endif
+}
 
 // Rows as they are, in words: [n x padded(words)], the rest of the BLOCK rows zero.
 static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink) {

@@ -65,15 +65,19 @@ static inline bool all(VecI mask) {
   }
   return true;
 }
-// 1 / x: to 2 ulp by an estimate and a Newton step where the estimate has 14 bits, a third of what
-// dividing 16 floats costs. x is normal and so is 1 / x.
-static inline Vec reciprocal(Vec x) {
+// 1 / x, to 14 bits where an instruction estimates that: enough for what is then rounded to bf16. x
+// is normal and so is 1 / x.
+static inline Vec reciprocal_for_bf16(Vec x) {
 #ifdef __AVX512F__
-  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
-  return r + r * (1.0f - x * r);
+  return (Vec)_mm512_rcp14_ps((__m512)x);
 #else
   return 1.0f / x;
 #endif
+}
+// 1 / x: to 2 ulp by the estimate and a Newton step, a third of what dividing 16 floats costs.
+static inline Vec reciprocal(Vec x) {
+  const Vec r = reciprocal_for_bf16(x);
+  return r + r * (1.0f - x * r);
 }
 // The sum of the lanes, in quarters.
 static inline Vec4 quarter_sums(Vec v) {
@@ -106,8 +110,8 @@ constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
 // e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r
 // - 1 - r) / r^2, 1e-8). Below -87.3 the result stays at 2^-126 instead of leaving the normal
 // range; above 88.3 it stays at e^88.3; NaN stays NaN.
-static inline Vec exp(Vec x) {
-  x = min(max(x, splat(-87.33f)), splat(88.37f));
+// exp_within is for x that are known to lie between.
+static inline Vec exp_within(Vec x) {
   const Vec t = x * 1.44269504f + ROUND_MAGIC;
   const Vec n = t - ROUND_MAGIC;
   // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
@@ -120,12 +124,14 @@ static inline Vec exp(Vec x) {
   p = (p * r) * r + (r + 1.0f);
   return (Vec)((VecI)p + ((VecI)t << 23));
 }
+static inline Vec within_exp(Vec x) { return min(max(x, splat(-87.33f)), splat(88.37f)); }
+static inline Vec exp(Vec x) { return exp_within(within_exp(x)); }
 
 // e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax with
 // p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by equality), half of exp's
 // multiplications. Ends like exp, at 2^-126 and e^88.3.
-static inline Vec exp_for_bf16(Vec x) {
-  const Vec t = min(max(x, splat(-87.33f)), splat(88.37f)) * 1.44269504f;
+static inline Vec exp_for_bf16_within(Vec x) {
+  const Vec t = x * 1.44269504f;
   const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
   Vec p = splat(9.5828557e-3f);
   p = p * r + 5.590643e-2f;
@@ -134,6 +140,7 @@ static inline Vec exp_for_bf16(Vec x) {
   p = p * r + 1.0f;
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 }
+static inline Vec exp_for_bf16(Vec x) { return exp_for_bf16_within(within_exp(x)); }
 
 // ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2),
 // sqrt(2)).
