@@ -250,18 +250,12 @@ static inline void transpose4(const Vec* in, Vec* out) {
   out[2] = LOL_IN_QUARTERS(ab1, cd1, 0, 1, 4, 5);
   out[3] = LOL_IN_QUARTERS(ab1, cd1, 2, 3, 6, 7);
 }
-#if LOL_LANES > 4
-static inline void transpose4(const Vec4* in, Vec4* out) {
-  const Vec4 ab0 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5),
-             ab1 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
-  const Vec4 cd0 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5),
-             cd1 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
-  out[0] = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
-  out[1] = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
-  out[2] = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
-  out[3] = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+// The sums of the lanes of four vectors.
+static inline Vec4 sums_of_4(const Vec* v) {
+  Vec columns[4];
+  transpose4(v, columns);
+  return quarter_sums((columns[0] + columns[2]) + (columns[1] + columns[3]));
 }
-#endif
 
 // The vector whose quarter q is at p[4 * q].
 static inline Vec load_quarters(const float* const* p, int64_t at) {

@@ -4,14 +4,13 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// to[i] (+)= the sum of the quarters that row(i) returns, four rows at a time.
+// to[i] (+)= the sum of the lanes of row(i), for four i at a time.
 template <class Row>
-void sum_quarters(float* to, int F, Into into, Row row) {
+void sum_lanes(float* to, int F, Into into, Row row) {
   for (int i = 0; i < F; i += 4) {
-    Vec4 quarters[4] = {}, columns[4];
-    for (int r = 0; r < 4 && i + r < F; r++) quarters[r] = row(i + r);
-    transpose4(quarters, columns);
-    const Vec4 sums = (columns[0] + columns[2]) + (columns[1] + columns[3]);
+    Vec lanes[4];
+    for (int r = 0; r < 4; r++) lanes[r] = row(i + r < F ? i + r : F - 1);
+    const Vec4 sums = sums_of_4(lanes);
     for (int r = 0; r < 4 && i + r < F; r++)
       to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
   }
@@ -19,14 +18,13 @@ void sum_quarters(float* to, int F, Into into, Row row) {
 
 // to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
 void sum_rows(float* to, const float* tile, int F, int n, Into into) {
-  sum_quarters(to, F, into, [&](int i) {
+  sum_lanes(to, F, into, [&](int i) {
     const float* row = tile + i * BLOCK;
     Vec sum = {};
     int j = 0;
     for (; j + LANES <= n; j += LANES) sum += load(row + j);
-    Vec4 quarters = quarter_sums(sum);
-    for (; j < n; j++) quarters[0] += row[j];
-    return quarters;
+    for (; j < n; j++) sum[0] += row[j];
+    return sum;
   });
 }
 
@@ -39,12 +37,12 @@ void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* k
   static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
   const Vec ones = pair(splat(1.0f), splat(1.0f));
   const VecI key = 2 * lane_index();
-  sum_quarters(ksum, F, into, [&](int i) {
+  sum_lanes(ksum, F, into, [&](int i) {
     const Vec row = load(phi + i * LANES);
     // An odd last key comes without the second half of its word.
     const Vec counted =
         select(key + 1 < splat_int(n), row, select(key < splat_int(n), without_second(row), Vec{}));
-    return quarter_sums(add_dot(Vec{}, counted, ones));
+    return add_dot(Vec{}, counted, ones);
   });
   for (int i = 0; n % 2 && i < F; i++) {
     const uint16_t* row = (const uint16_t*)(phi + i * LANES);
@@ -99,10 +97,10 @@ void add_products(Format format, float* to, const float* a, const float* tile, i
 }
 
 void add_weighted_rows(float* to, const float* tile, const float* weights, int F) {
-  sum_quarters(to, F, Into::add, [&](int i) {
+  sum_lanes(to, F, Into::add, [&](int i) {
     Vec sum = {};
     for (int c = 0; c < BLOCK; c += LANES) sum += load(tile + i * BLOCK + c) * load(weights + c);
-    return quarter_sums(sum);
+    return sum;
   });
 }
 
