@@ -23,31 +23,34 @@ class Layout {
   Layout(const lol_tensor& q, const lol_tensor& cu_seqlens, const lol_tensor& mask,
          const lol_tensor& slots = {}) {
     const int64_t B = q.shape[0], T = q.shape[2];
-    if (cu_seqlens.data) {
-      for (int64_t n = 0; n + 1 < cu_seqlens.shape[0]; n++) {
+    const int64_t count = cu_seqlens.data ? cu_seqlens.shape[0] - 1 : B;
+    if (count > FEW) many_.resize((size_t)count);
+    Sequence* sequences = count > FEW ? many_.data() : few_;
+    if (mask.data) rows_.resize((size_t)(B * T));
+    int64_t real = 0;
+    for (int64_t n = 0; n < count; n++) {
+      Sequence& s = sequences[n];
+      if (cu_seqlens.data) {
         const int64_t first = index_at(cu_seqlens, n);
-        add({0, index_at(cu_seqlens, n + 1) - first, first, nullptr, n});
+        s = {0, index_at(cu_seqlens, n + 1) - first, first, nullptr, n};
+      } else if (mask.data) {
+        s = masked(n, (const uint8_t*)mask.data + n * mask.stride[0], T);
+      } else {
+        s = {n, T, 0, nullptr, n};
       }
-    } else if (mask.data) {
-      rows_.resize((size_t)(B * T));
-      for (int64_t b = 0; b < B; b++)
-        add(masked(b, (const uint8_t*)mask.data + b * mask.stride[0], T));
-    } else {
-      for (int64_t b = 0; b < B; b++) add({b, T, 0, nullptr, b});
+      if (slots.data) s.slot = index_at(slots, n);
+      real += s.tokens;
     }
-    if (slots.data) {
-      for (size_t i = 0; i < sequences_.size(); i++)
-        sequences_[i].slot = index_at(slots, (int64_t)i);
-    }
-    batch_ = {sequences_.data(), (int64_t)sequences_.size(), real_, real_ < B * T};
+    batch_ = {sequences, count, real, real < B * T};
   }
+  Layout(const Layout&) = delete;
+  Layout& operator=(const Layout&) = delete;
   const Batch& batch() const { return batch_; }
 
  private:
-  void add(const Sequence& s) {
-    sequences_.push_back(s);
-    real_ += s.tokens;
-  }
+  // As many as a decode step for one user has, and more: those take no memory from the heap.
+  static constexpr int64_t FEW = 16;
+
   Sequence masked(int64_t b, const uint8_t* real, int64_t T) {
     int32_t* rows = rows_.data() + b * T;
     int64_t n = 0;
@@ -59,9 +62,9 @@ class Layout {
     return {b, n, first, run ? nullptr : rows, b};
   }
 
-  std::vector<Sequence> sequences_;
+  Sequence few_[FEW];
+  std::vector<Sequence> many_;
   std::vector<int32_t> rows_;
-  int64_t real_ = 0;
   Batch batch_;
 };
 

@@ -32,6 +32,13 @@ inline int64_t numel(const lol_tensor& t) {
 
 using Shape = std::initializer_list<int64_t>;
 
+// An argument, or a member of one: messages put them together, so that no check takes memory.
+struct Name {
+  const char* argument;
+  const char* member;
+  Name(const char* of, const char* part = "") : argument(of), member(part) {}
+};
+
 #define LOL_TRY(...)                               \
   do {                                             \
     if (int status = (__VA_ARGS__)) return status; \
@@ -41,42 +48,44 @@ class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
 
-  int shape(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+  int shape(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     bool same = t.ndim == (int)expected.size() && t.ndim <= 4;
     for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == expected.begin()[i];
     if (!same) {
-      return fail("%s: %s has shape %s, needs %s", op_, name,
+      return fail("%s: %s%s has shape %s, needs %s", op_, name.argument, name.member,
                   shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
                   shape_text(expected.begin(), (int)expected.size()).c_str());
     }
     if (t.dtype != dtype)
-      return fail("%s: %s is %s, needs %s", op_, name, name_of(t.dtype), name_of(dtype));
-    if (!t.data && numel(t) > 0) return fail("%s: %s has no data", op_, name);
+      return fail("%s: %s%s is %s, needs %s", op_, name.argument, name.member, name_of(t.dtype),
+                  name_of(dtype));
+    if (!t.data && numel(t) > 0)
+      return fail("%s: %s%s has no data", op_, name.argument, name.member);
     return LOL_OK;
   }
 
   // A sequence tensor: any strides, last dimension contiguous.
-  int strided(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+  int strided(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(shape(name, t, dtype, expected));
     if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1) {
-      return fail("%s: %s has stride %lld in its last dimension, which must be contiguous", op_,
-                  name, (long long)t.stride[t.ndim - 1]);
+      return fail("%s: %s%s has stride %lld in its last dimension, which must be contiguous", op_,
+                  name.argument, name.member, (long long)t.stride[t.ndim - 1]);
     }
     return LOL_OK;
   }
 
-  int contiguous(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+  int contiguous(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(shape(name, t, dtype, expected));
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; i--) {
       if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride)
-        return fail("%s: %s must be contiguous", op_, name);
+        return fail("%s: %s%s must be contiguous", op_, name.argument, name.member);
       stride *= t.shape[i];
     }
     return LOL_OK;
   }
 
-  int optional(const char* name, const lol_tensor& t, int dtype, Shape expected) const {
+  int optional(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     return present(t) ? contiguous(name, t, dtype, expected) : LOL_OK;
   }
 
@@ -115,21 +124,19 @@ class Checker {
   }
 
   int features(const char* name, const lol_features& f, int64_t D, int64_t H, int64_t Hk) const {
-    const std::string weight = std::string(name) + ".weight", bias = std::string(name) + ".bias";
     if (f.weight.ndim != 3)
-      return fail("%s: %s has %d dimensions, needs 3: [Hf, D, f]", op_, weight.c_str(),
-                  f.weight.ndim);
+      return fail("%s: %s.weight has %d dimensions, needs 3: [Hf, D, f]", op_, name, f.weight.ndim);
     const int64_t Hf = f.weight.shape[0], width = f.weight.shape[2];
     if (Hf != H && Hf != Hk) {
-      return fail("%s: %s has %lld heads, needs %lld or %lld", op_, weight.c_str(), (long long)Hf,
+      return fail("%s: %s.weight has %lld heads, needs %lld or %lld", op_, name, (long long)Hf,
                   (long long)H, (long long)Hk);
     }
     if (width < 1 || width > MAX_DIM) {
-      return fail("%s: %s has width %lld, needs 1 to %lld", op_, weight.c_str(), (long long)width,
+      return fail("%s: %s.weight has width %lld, needs 1 to %lld", op_, name, (long long)width,
                   (long long)MAX_DIM);
     }
-    LOL_TRY(contiguous(weight.c_str(), f.weight, LOL_F32, {Hf, D, width}));
-    LOL_TRY(optional(bias.c_str(), f.bias, LOL_F32, {Hf, width}));
+    LOL_TRY(contiguous({name, ".weight"}, f.weight, LOL_F32, {Hf, D, width}));
+    LOL_TRY(optional({name, ".bias"}, f.bias, LOL_F32, {Hf, width}));
     if (f.activation < LOL_SOFTMAX || f.activation > LOL_FAVOR) {
       return fail("%s: %s.activation is %d, needs 0 to %d", op_, name, f.activation, LOL_FAVOR);
     }

@@ -123,7 +123,7 @@ class HybridState:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by name, in the order of the operator's schema."""
-        return {name: getattr(self, name) for name in _TENSORS}
+        return {name: getattr(self, name) for name in STATE_TENSORS}
 
     @property
     def batch(self) -> int:
@@ -205,4 +205,4 @@ class HybridState:
         return self
 
 
-_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))
+STATE_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))

@@ -1,7 +1,7 @@
 // The chunkwise backward shared by linear attention, hybrid attention and attention transfer.
 //
-// With G_i = dy_i / den_i, delta_i = (dy_i . y_i) / den_i and dp_ij = G_i . v_j - delta_i, the
-// gradient of the unnormalised weight of key j in query i is dp_ij, so that
+// With delta_i = dy_i . y_i, the gradient of the unnormalised weight of key j in query i is dp_ij =
+// (dy_i . v_j - delta_i) / den_i, so that
 //   softmax keys  ds_ij = u_ij dp_ij, u_ij = g e^{s_ij - m_i}, less R_i = sum_W u_ij dp_ij at the
 //   maximum (m_i moves with it:
 //                 the linear part is not rescaled), shared by ties
@@ -9,9 +9,11 @@
 //   gate          R_i (1 - g), or R_i when affine, since sum_W u dp + lambda sum_N (phi_q . phi_k)
 //   dp = 0
 // A pass forward in time rebuilds the state (kv, ksum) and yields dq, the softmax parts of dk and
-// dv, and dgate. A pass backward in time carries dkv = lambda sum_i phi_q,i (x) G_i and dksum =
-// -lambda sum_i delta_i phi_q,i over the queries later than the keys at hand, and yields the rest.
-// Features and states are recomputed, never stored: memory O(T (D + V)).
+// dv, and dgate. A pass backward in time carries dkv = lambda sum_i phi_q,i (x) dy_i / den_i and
+// dksum = -lambda sum_i delta_i phi_q,i / den_i over the queries later than the keys at hand, and
+// yields the rest. Features and states are recomputed, never stored: memory O(T (D + V)).
+//
+// dy stays as it came, so that its products by pairs are exact: 1 / den goes into what they meet.
 #pragma once
 #include "partials.h"
 
@@ -19,7 +21,7 @@ namespace lol {
 namespace LOL_ISA {
 
 struct BackwardProblem {
-  explicit BackwardProblem(const Problem& problem) : p(problem) {}
+  explicit BackwardProblem(const Problem& problem) : p(problem) { p.both_ways = true; }
   Problem p;
   lol_tensor dy = {};            // [B, H, T, V]
   float dy_factor = 1.0f;        // multiplies dy

@@ -36,9 +36,20 @@ int64_t KeyTiles::floats(const Problem& p, int count) {
          lanes_size(p.F() + 1) + p.D() * p.f() + LANES;
 }
 
+int64_t KeyTiles::tile_floats(const Problem& p) {
+  return lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F() + 1) +
+         (p.both_ways ? rows_size(p.D()) + lanes_size(p.V()) : 0);
+}
+
 KeyTile KeyTiles::make_tile(const Problem& p, Arena& arena) {
-  float *keys = arena.take(lanes_size(p.D())), *v = arena.take(rows_size(p.V()));
-  return {-1, 0, false, keys, v, arena.take(lanes_size(p.F() + 1)), false, 0};
+  KeyTile tile = {};
+  tile.start = -1;
+  tile.keys = arena.take(lanes_size(p.D()));
+  tile.v = arena.take(rows_size(p.V()));
+  tile.phi = arena.take(lanes_size(p.F() + 1));
+  if (p.both_ways) tile.k_rows = arena.take(rows_size(p.D()));
+  if (p.both_ways && p.format != Format::f32) tile.v_lanes = arena.take(lanes_size(p.V()));
+  return tile;
 }
 
 KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v,
@@ -82,8 +93,13 @@ void KeyTiles::load(KeyTile& tile, int64_t start, int64_t end, bool sink) {
   tile.n = at_most(BLOCK, end - start);
   tile.sink = sink;
   tile.has_phi = false;
-  load_lanes(tile.keys, k_, start, tile.n, format_, row_tile_, sink);
-  load_values(tile.v, v_, start, tile.n, format_, row_tile_, sink);
+  load_values(tile.v, v_, start, tile.n, format_, sink);
+  if (!tile.k_rows) {
+    load_lanes(tile.keys, k_, start, tile.n, format_, row_tile_, sink);
+  } else {
+    load_both_ways(tile.keys, tile.k_rows, k_, start, tile.n, format_, row_tile_, sink);
+    if (tile.v_lanes) load_lanes(tile.v_lanes, v_, start, tile.n, format_, row_tile_, sink);
+  }
   const int64_t ahead = at_most(BLOCK, end - start - tile.n);
   prefetch_rows(k_, start + tile.n, ahead);
   prefetch_rows(v_, start + tile.n, ahead);
@@ -96,8 +112,7 @@ const float* KeyTiles::phi(KeyTile& tile) {
     features_forward(map_, tile.keys, tile.phi);
   } else {
     features_forward(map_, tile.keys, phi_);
-    pair_rows(tile.phi, phi_, map_.F, BLOCK);
-    pair_columns(tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F);
+    pair_both_ways(tile.phi, tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F, BLOCK);
   }
   return tile.phi;
 }
@@ -108,8 +123,12 @@ Operand KeyTiles::phi_by_keys(KeyTile& tile) {
   return rows(of + words(format_, map_.F) * BLOCK, BLOCK / 2);
 }
 
+Operand KeyTiles::values(const KeyTile& tile) const {
+  return tile.v_lanes ? transposed(tile.v_lanes, BLOCK) : rows(tile.v, padded(v_.width));
+}
+
 Pieces::Pieces(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from)
-    : tiles_(tiles), window_(window), block_(block), from_(from) {
+    : tiles_(tiles), starts_(window, block.first, block.n), block_(block), from_(from) {
   sinks_ = at_most(window.sink, block.first + block.n);
   restart();
 }
@@ -127,9 +146,8 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
     int64_t& position = sink ? sink_ : position_;
     WeightTile& w = piece[count];
     w.tile = sink ? &tiles_.sinks_at(position) : &tiles_.at(position);
-    w.softmax = sink ? causal_band(position, w.tile->n, block_.first, block_.n)
-                     : softmax_band(window_, position, w.tile->n, block_.first, block_.n);
-    w.linear = sink ? Band{} : linear_band(window_, position, w.tile->n, block_.first, block_.n);
+    w.softmax = (sink ? causal_band : softmax_band)(starts_, position, w.tile->n);
+    w.linear = sink ? Band{} : linear_band(starts_, position, w.tile->n);
     w.weights = weights + count * BLOCK * BLOCK;
     position += sink ? BLOCK : -BLOCK;
     count++;
@@ -244,103 +262,8 @@ void normalize(Sums& sums, int64_t n, int V) {
   }
 }
 
-void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
-                   float* scores) {
-  gemm((int)tile.n, BLOCK, F, transposed(tiles.phi(tile), BLOCK), block.phi, BLOCK, scores, BLOCK,
-       Into::set, Skip::outputs, &band);
-  keep_band(scores, band, tile.n);
-}
-
-namespace {
-
-// to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
-void sum_rows(float* to, const float* tile, int F, int n, Into into) {
-  for (int i = 0; i < F; i += 4) {
-    Vec4 quarters[4] = {}, columns[4];
-    for (int r = 0; r < 4 && i + r < F; r++) {
-      const float* row = tile + (i + r) * BLOCK;
-      Vec sum = {};
-      int j = 0;
-      for (; j + LANES <= n; j += LANES) sum += load(row + j);
-      quarters[r] = quarter_sums(sum);
-      for (; j < n; j++) quarters[r][0] += row[j];
-    }
-    transpose4(quarters, columns);
-    const Vec4 sums = (columns[0] + columns[2]) + (columns[1] + columns[3]);
-    for (int r = 0; r < 4 && i + r < F; r++)
-      to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
-  }
-}
-
-// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd
-// number shares its words with a key that stays out: it comes in by itself.
-void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
-                Into into) {
-#ifdef LOL_PAIRS
-  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into);
-  static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
-  const Vec ones = pair(splat(1.0f), splat(1.0f));
-  for (int i = 0; i < F; i += 4) {
-    Vec4 quarters[4] = {}, columns[4];
-    for (int r = 0; r < 4 && i + r < F; r++) {
-      // An odd last key comes without the second half of its word.
-      const VecI key = 2 * lane_index();
-      Vec row = load(phi + (i + r) * LANES);
-      row = select(key + 1 < splat_int(n), row,
-                   select(key < splat_int(n), without_second(row), Vec{}));
-      quarters[r] = quarter_sums(add_dot(Vec{}, row, ones));
-    }
-    transpose4(quarters, columns);
-    const Vec4 sums = (columns[0] + columns[2]) + (columns[1] + columns[3]);
-    for (int r = 0; r < 4 && i + r < F; r++)
-      ksum[i + r] = into == Into::add ? ksum[i + r] + sums[r] : sums[r];
-  }
-  for (int i = 0; n % 2 && i < F; i++) {
-    const uint16_t* row = (const uint16_t*)(phi + i * LANES);
-    const float* last = v + n / 2 * ld;
-    const Vec weight = splat(bf16_value(row[n - 1]));
-    for (int j = 0; j < ld; j += LANES)
-      store(kv + i * ld + j, load(kv + i * ld + j) + weight * first_of(load(last + j)));
-  }
-#else
-  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into;
-#endif
-}
-
-// to += a[F] tile[F x BLOCK], the tile in pairs along F.
-void add_products_of_pairs(float* to, const float* a, const float* tile, int F) {
-#ifdef LOL_PAIRS
-  for (int c = 0; c < BLOCK; c += LANES) {
-    Vec first = load(to + c), second = {};
-    for (int i = 0; i < F; i += 2) {
-      const Vec word = load(tile + i / 2 * BLOCK + c);
-      first += a[i] * first_of(word);
-      if (i + 1 < F) second += a[i + 1] * second_of(word);
-    }
-    store(to + c, first + second);
-  }
-#else
-  (void)to, (void)a, (void)tile, (void)F;
-#endif
-}
-
-// to += a[F] tile[F x BLOCK], in four chains that hide the latency of an FMA.
-void add_products(float* to, const float* a, const float* tile, int F) {
-  for (int c = 0; c < BLOCK; c += LANES) {
-    Vec sum[4] = {load(to + c)};
-    int i = 0;
-    for (; i + 4 <= F; i += 4) {
-      for (int r = 0; r < 4; r++) sum[r] += a[i + r] * load(tile + (i + r) * BLOCK + c);
-    }
-    for (; i < F; i++) sum[0] += a[i] * load(tile + i * BLOCK + c);
-    store(to + c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-}
-
-}  // namespace
-
 int64_t Chunkwise::floats(const Problem& p) {
-  return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p) + WEIGHTS +
+  return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
          rows_size(p.V()) + p.group() * p.D() * p.f() + (p.F() + 1) * padded(p.V()) + 64;
 }
@@ -399,25 +322,25 @@ void Chunkwise::fold(int64_t end, Features part) {
     Operand phi = tiles.phi_by_keys(tile);
     phi.data += part.begin * phi.row;
     const Into into = state.empty ? Into::set : Into::add;
-    if (p_.format == Format::f32) {
-      gemm(F, ld, n, phi, tile.v, ld, kv, ld, into);
-      sum_rows(ksum, phi.data, F, n, into);
-    } else {
-      fold_pairs(phi.data, tile.v, n, F, ld, kv, ksum, into);
-    }
+    fold_tile(p_.format, phi, tile.v, n, F, ld, kv, ksum, into);
     state.empty = false;
     state.folded += n;
   }
 }
 
-Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q,
-                                float factor) {
-  load_lanes(q_, q, first, n, p_.format, row_tile);
+FeatureMap Chunkwise::map_q(int64_t h) const {
   FeatureMap map = p_.map_q(h);
   if (p_.format != Format::f32) {
     map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.D() * p_.f();
     map.format = p_.format;
   }
+  return map;
+}
+
+Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q,
+                                float factor) {
+  load_lanes(q_, q, first, n, p_.format, row_tile);
+  const FeatureMap map = map_q(h);
   features_forward(map, q_, phi_);
   for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
     store(phi_ + i, factor * load(phi_ + i));
@@ -439,11 +362,7 @@ Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   if (!state.empty) {
     gemm(p_.format, (int)block.n, ld, F, transposed(block.phi, BLOCK), readable_kv(), ld, sums_.y,
          ld, Into::add);
-    if (p_.format == Format::f32) {
-      add_products(sums_.den, state.ksum, block.phi, F);
-    } else {
-      add_products_of_pairs(sums_.den, state.ksum, block.phi, F);
-    }
+    add_products(p_.format, sums_.den, state.ksum, block.phi, F);
   }
   for (int c = 0; c < BLOCK; c += LANES) {
     const Vec m = load(sums_.m + c);

@@ -13,6 +13,7 @@
 // or T x F exists.
 #pragma once
 #include "features.h"
+#include "state.h"
 #include "window.h"
 
 namespace lol {
@@ -28,6 +29,7 @@ struct Problem {
   bool affine, normalize;
   float eps;                    // added to den
   Format format = Format::f32;  // of tiles
+  bool both_ways = false;       // tiles have their keys as rows and can be summed over V as well
 
   // Products of bf16 by pairs, where the instruction set has them.
   Problem by_pairs() const {
@@ -77,7 +79,9 @@ struct KeyTile {
   float* v;     // [BLOCK x padded(V)]
   float* phi;   // [F x BLOCK], computed on demand
   bool has_phi;
-  int64_t used;  // when, for replacing the tile used longest ago
+  int64_t used;    // when, for replacing the tile used longest ago
+  float* k_rows;   // [BLOCK x padded(D)] or pairs of keys, for the backward pass; else null
+  float* v_lanes;  // pairs along V [ceil(V / 2) x BLOCK], for the backward pass by pairs; else null
 };
 
 constexpr int MOST_TILES = 16;
@@ -85,9 +89,7 @@ constexpr int MOST_TILES = 16;
 class KeyTiles {
  public:
   static int64_t floats(const Problem& p, int count);
-  static int64_t tile_floats(const Problem& p) {
-    return lanes_size(p.D()) + rows_size(p.V()) + lanes_size(p.F() + 1);
-  }
+  static int64_t tile_floats(const Problem& p);
   static KeyTile make_tile(const Problem& p, Arena& arena);
   static int for_window(const Problem& p);  // how many tiles serve its window
   // `total` keys exist; positions below k.past are in the ring or among the sinks.
@@ -98,6 +100,8 @@ class KeyTiles {
   const float* phi(KeyTile& tile);
   // phi as the left side of a sum over keys.
   Operand phi_by_keys(KeyTile& tile);
+  // The values as the left side of a sum over V, of tiles both ways.
+  Operand values(const KeyTile& tile) const;
   // Loads a tile that others may read; and serves `count` such tiles, from key `first` on, in place
   // of own ones.
   void load(KeyTile& tile, int64_t start, int64_t end, bool sink = false);
@@ -148,7 +152,7 @@ class Pieces {
 
  private:
   KeyTiles& tiles_;
-  const Window& window_;
+  const Starts starts_;
   const Queries& block_;
   int64_t sink_, sinks_, from_, position_;
 };
@@ -167,23 +171,6 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
 // y / den, rows [0, n).
 void normalize(Sums& sums, int64_t n, int V);
 
-// Feature scores of one tile: L = phi_k phi_q, zero outside the band.
-void linear_scores(KeyTiles& tiles, KeyTile& tile, const Queries& block, int F, const Band& band,
-                   float* scores);
-
-// The sums over the keys [sinks, folded).
-struct State {
-  float *kv, *ksum;  // [F x padded(V)], [F]; without meaning while `empty`
-  int64_t folded;
-  bool empty;
-
-  static int64_t floats(const Problem& p) { return p.F() * padded(p.V()) + p.F() + 16; }
-};
-// Rows [begin, end) of a state, which threads can share among them.
-struct Features {
-  int64_t begin, end;
-};
-
 class Chunkwise {
  public:
   static int64_t floats(const Problem& p);
@@ -194,6 +181,7 @@ class Chunkwise {
   void store_state(float* kv, float* ksum, Features part) const;
   void fold(int64_t end, Features part);  // takes the keys before `end` into the state
   void fold(int64_t end) { fold(end, {0, p_.F()}); }
+  FeatureMap map_q(int64_t h) const;  // in the problem's format
   // q and factor * phi_q.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
   // The outputs y of queries loaded with lambda as their factor, and their m and den.

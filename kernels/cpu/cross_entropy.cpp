@@ -20,9 +20,8 @@ void load_statistics(const lol_tensor& from, const Problem& p, const Sequence& s
 class EntropyBackwardWorker {
  public:
   static int64_t floats(const Problem& p, int64_t most_tokens) {
-    const int64_t f_rows = has_map(p.feature_k) ? rows_size(p.feature_k.weight.shape[2]) : 0;
-    return Pairs::floats(p) + Chunkwise::floats(p) + 2 * lanes_size(p.F()) +
-           at_least(f_rows, BLOCK * BLOCK) + p.group() * most_tokens;
+    return Pairs::floats(p) + Chunkwise::floats(p) + lanes_size(p.F()) + rows_size(p.D()) +
+           scratch_size(p) + p.group() * most_tokens;
   }
   EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
                         int64_t state_head, float factor, const ParameterPartials& partials,
@@ -38,8 +37,8 @@ class EntropyBackwardWorker {
         queries_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena) {
     dphi_ = arena.take(lanes_size(p.F()));
-    const int64_t f_rows = has_map(p.feature_k) ? rows_size(p.feature_k.weight.shape[2]) : 0;
-    scratch_ = arena.take(at_least(f_rows, BLOCK * BLOCK));
+    x_rows_ = arena.take(rows_size(p.D()));
+    scratch_ = arena.take(scratch_size(p));
     above_ = arena.take(p.group() * s.tokens);
   }
 
@@ -52,6 +51,9 @@ class EntropyBackwardWorker {
   }
 
  private:
+  static int64_t scratch_size(const Problem& p) {
+    return at_least(MapBackward::scratch_size(p.D(), p.f()), BLOCK * BLOCK);
+  }
   float* above(int64_t h, int64_t first) const {
     return above_ + (h - state_head_ * p_.group()) * s_.tokens + first;
   }
@@ -97,6 +99,12 @@ class EntropyBackwardWorker {
     }
   }
 
+  // dphi into the gradient of a map's parameters.
+  void spread(const FeatureMap& map, const float* x, const float* phi, const WeightGradient& to) {
+    to_rows(x_rows_, x, map.D);
+    features_backward(map, {x_rows_, phi, nullptr, to, nullptr, 0, scratch_}, dphi_);
+  }
+
   void queries_part(int64_t h, int64_t first) {
     load_block(h, first);
     const int F = (int)p_.F();
@@ -121,9 +129,7 @@ class EntropyBackwardWorker {
       gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
            dphi_, BLOCK, Into::add, Skip::keys_of_n, &pairs_.w.linear);
     }
-    const FeatureMap map = p_.map_q(h);
-    features_backward(map, block_.q, block_.phi, dphi_, nullptr, Into::set);
-    features_backward_weight(map, block_.q, dphi_, partials_.q(worker_, h), scratch_);
+    spread(p_.map_q(h), block_.q, block_.phi, partials_.q(worker_, h));
     const float g = p_.g(h);
     for (int64_t i = 0; i < block_.n; i++)
       partials_.gate(worker_, h) += r[i] * (p_.affine ? 1.0f : 1.0f - g);
@@ -142,15 +148,13 @@ class EntropyBackwardWorker {
         weight_gradients(tile, nullptr);
         keep_linear(tile, h);
         memset(pairs_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
-        transpose(scratch_, BLOCK, pairs_.w.student, BLOCK, BLOCK, BLOCK);
+        to_lanes(scratch_, pairs_.w.student, BLOCK);
         gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
              Skip::queries_of_n, &pairs_.w.linear);
       }
     }
     KeyTile& tile = pairs_.tiles.at(start);
-    const FeatureMap map = p_.map_k(state_head_);
-    features_backward(map, tile.keys, pairs_.tiles.phi(tile), dphi_, nullptr, Into::set);
-    features_backward_weight(map, tile.keys, dphi_, partials_.k(worker_), scratch_);
+    spread(p_.map_k(state_head_), tile.keys, pairs_.tiles.phi(tile), partials_.k(worker_));
   }
 
   const lol_attention_transfer_args& a_;
@@ -163,7 +167,7 @@ class EntropyBackwardWorker {
   Chunkwise queries_;
   Queries block_;
   float m_[BLOCK], den_[BLOCK], lse_[BLOCK], c_[BLOCK];
-  float *dphi_, *scratch_, *above_;
+  float *dphi_, *x_rows_, *scratch_, *above_;
 };
 
 }  // namespace

@@ -34,14 +34,13 @@ class Pairs {
   KeyTile& weigh(int64_t start, const Queries& block, int64_t h, float lambda, const float* m,
                  const float* den, const float* lse) {
     KeyTile& tile = tiles.at(start);
-    const int64_t sink = p_.window.sink;
-    w.causal = causal_band(start, tile.n, block.first, block.n);
-    w.linear = make_band(
-        start, tile.n, block.first, block.n, [&](int64_t) { return sink; },
-        [&](int64_t i) { return p_.window.start(i); });
+    const Starts starts(p_.window, block.first, block.n);
+    w.causal = causal_band(starts, start, tile.n);
+    w.linear = linear_band(starts, start, tile.n, p_.window.sink);
     gemm((int)tile.n, BLOCK, (int)p_.D(), transposed(tile.keys, BLOCK), block.q, BLOCK, w.teacher,
          BLOCK, Into::set);
-    linear_scores(tiles, tile, block, (int)p_.F(), w.linear, w.student);
+    gemm((int)tile.n, BLOCK, (int)p_.F(), transposed(tiles.phi(tile), BLOCK), block.phi, BLOCK,
+         w.student, BLOCK, Into::set, Skip::outputs, &w.linear);
     const float g = p_.g(h);
     for (int j = 0; j < tile.n; j++) {
       for (int c = 0; c < BLOCK; c += LANES) {

@@ -32,8 +32,7 @@ int feature_map(const lol_feature_map_args& a) {
     const Sequence s = whole(a.x, bh / H);
     float *row_tile = arena.take(rows_size(D)), *x = arena.take(lanes_size(D));
     float *phi = arena.take(lanes_size(F)), *y = arena.take(rows_size(F));
-    load_rows(row_tile, tokens_of(a.x, s, bh % H), first, n);
-    to_lanes(x, row_tile, (int)D);
+    load_lanes(x, tokens_of(a.x, s, bh % H), first, n, Format::f32, row_tile);
     features_forward(map_of(a.features, bh % H, H, D), x, phi);
     to_rows(y, phi, (int)F);
     store_rows(tokens_of(a.y, s, bh % H), first, n, y);
@@ -50,27 +49,33 @@ int feature_map_backward(const lol_feature_map_backward_args& a) {
   Buffer partials(B * H * partial);
   if (!partials.ok()) return LOL_ENOMEM;
   fill(partials.data, B * H * partial, 0.0f);
-  const int64_t floats =
-      rows_size(D) + rows_size(F) + 2 * lanes_size(D) + 2 * lanes_size(F) + rows_size(f);
+  const int64_t floats = 2 * rows_size(D) + rows_size(F) + lanes_size(D) + 2 * lanes_size(F) +
+                         transposed_weight_size(D, f) + MapBackward::scratch_size(D, f);
   const int status = run_workers(B * H, floats, 2 * B * H * T * D * F, [&](int64_t w, Arena arena) {
     const Sequence s = whole(a.x, w / H);
     const FeatureMap map = map_of(a.features, w % H, H, D);
-    const WeightGradient gradient = WeightGradient::at(partials.data + w * partial, D, f);
-    float *row_tile = arena.take(at_least(rows_size(D), rows_size(F))),
-          *scratch = arena.take(rows_size(f));
-    float *x = arena.take(lanes_size(D)), *dx = arena.take(lanes_size(D));
+    float *x_rows = arena.take(rows_size(D)), *x = arena.take(lanes_size(D));
+    float *dy_rows = arena.take(rows_size(F)), *dx = arena.take(rows_size(D));
     float *phi = arena.take(lanes_size(F)), *dphi = arena.take(lanes_size(F));
+    float* weight_t = arena.take(transposed_weight_size(D, f));
+    transpose_weight(map, Format::f32, weight_t);
+    MapBackward at = {x_rows,
+                      phi,
+                      weight_t,
+                      WeightGradient::at(partials.data + w * partial, D, f),
+                      dx,
+                      0,
+                      arena.take(MapBackward::scratch_size(D, f))};
     for (int64_t first = 0; first < T; first += BLOCK) {
-      const int64_t n = at_most(BLOCK, T - first);
-      load_rows(row_tile, tokens_of(a.x, s, w % H), first, n);
-      to_lanes(x, row_tile, (int)D);
-      load_rows(row_tile, tokens_of(a.dy, s, w % H), first, n);
-      to_lanes(dphi, row_tile, (int)F);
+      at.n = at_most(BLOCK, T - first);
+      load_rows(x_rows, tokens_of(a.x, s, w % H), first, at.n);
+      to_lanes(x, x_rows, (int)D);
+      load_rows(dy_rows, tokens_of(a.dy, s, w % H), first, at.n);
+      to_lanes(dphi, dy_rows, (int)F);
       features_forward(map, x, phi);
-      features_backward(map, x, phi, dphi, dx, Into::set);
-      features_backward_weight(map, x, dphi, gradient, scratch);
-      to_rows(row_tile, dx, (int)D);
-      store_rows(tokens_of(a.dx, s, w % H), first, n, row_tile);
+      memset(dx, 0, sizeof(float) * (size_t)rows_size(D));
+      features_backward(map, at, dphi);
+      store_rows(tokens_of(a.dx, s, w % H), first, at.n, dx);
     }
   });
   if (status == LOL_OK)

@@ -14,22 +14,29 @@ namespace {
 // so wide that e could leave the normal floats, each side takes its own exponential.
 template <Format format>
 inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
-  Vec top = load(z), bottom = top;
-  for (int i = 1; i < f; i++) {
-    top = max(top, load(z + i * BLOCK));
-    bottom = min(bottom, load(z + i * BLOCK));
+  // Two chains each, which wait for one another half as long.
+  const Vec first = load(z), last = load(z + (f - 1) * BLOCK);
+  Vec tops[2] = {first, last}, bottoms[2] = {first, last};
+  for (int i = 1; i + 1 < f; i += 2) {
+    for (int r = 0; r < 2; r++) {
+      const Vec x = load(z + (i + r) * BLOCK);
+      tops[r] = max(tops[r], x);
+      bottoms[r] = min(bottoms[r], x);
+    }
   }
+  const Vec top = max(tops[0], tops[1]), bottom = min(bottoms[0], bottoms[1]);
   constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
   const Vec half = 0.5f * (top - bottom);
   const bool shared = two_sided && normalize && all(half <= splat(0.5f * WIDE));
   const Vec shift = shared ? bottom + half : top;
   Vec sum = {}, upper_sum = {};
   for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - shift);
+    const Vec x = load(z + i * BLOCK);
+    const Vec e = shared ? exp_within_for<format>(x - shift) : exp_for<format>(x - shift);
     sum += e;
     store(z + i * BLOCK, e);
     if (!two_sided) continue;
-    const Vec u = shared ? reciprocal(e) : exp_for<format>(bottom - x);
+    const Vec u = shared ? reciprocal_for<format>(e) : exp_for<format>(bottom - x);
     upper_sum += u;
     store(upper + i * BLOCK, u);
   }
@@ -46,24 +53,38 @@ inline Vec through_clamp(Vec dphi, Vec phi, float eps) {
   return select(phi > splat(eps), dphi, Vec{});
 }
 
-// dz = sign * d(exponentials)/dz applied to dphi, added to `dz`.
-inline void exponentials_backward(const float* phi, const float* dphi, float* dz, int f, float sign,
-                                  bool normalize, float eps, Into into) {
+// One side of a map of exponentials, going backward. softmax: dz = p (dphi - dot). exp(z - max z):
+// dz = p dphi, less dot at the maximum, shared by ties. `less` is dot, or each tie's share of it.
+struct Side {
+  const float *phi, *dphi;
+  Vec less;
+};
+inline Side side_backward(const float* phi, const float* dphi, int f, bool normalize, float eps) {
   Vec dot = {}, ties = {};
   for (int i = 0; i < f; i++) {
     const Vec p = load(phi + i * BLOCK);
     dot += p * through_clamp(load(dphi + i * BLOCK), p, eps);
     ties += select(p == splat(1.0f), splat(1.0f), Vec{});
   }
-  // softmax: dz = p (dphi - dot). exp(z - max z): dz = p dphi, less dot at the maximum, shared by
-  // ties.
-  const Vec share = normalize ? Vec{} : dot / ties;
+  return {phi, dphi, normalize ? dot : dot / ties};
+}
+inline Vec dz_of(const Side& side, int i, bool normalize, float eps) {
+  const Vec p = load(side.phi + i * BLOCK);
+  const Vec d = through_clamp(load(side.dphi + i * BLOCK), p, eps);
+  if (normalize) return p * (d - side.less);
+  return p * d - select(p == splat(1.0f), side.less, Vec{});
+}
+// dz[f] of LANES tokens in the place of dphi; the upper side, of -z, counts against the lower one.
+inline void exponentials_backward(const float* phi, float* dphi, int f, bool two_sided,
+                                  bool normalize, float eps) {
+  const Side lower = side_backward(phi, dphi, f, normalize, eps);
+  if (!two_sided) {
+    for (int i = 0; i < f; i++) store(dphi + i * BLOCK, dz_of(lower, i, normalize, eps));
+    return;
+  }
+  const Side upper = side_backward(phi + f * BLOCK, dphi + f * BLOCK, f, normalize, eps);
   for (int i = 0; i < f; i++) {
-    const Vec p = load(phi + i * BLOCK);
-    const Vec d = through_clamp(load(dphi + i * BLOCK), p, eps);
-    Vec g = normalize ? p * (d - dot) : p * d - select(p == splat(1.0f), share, Vec{});
-    g = sign * g;
-    store(dz + i * BLOCK, into == Into::add ? load(dz + i * BLOCK) + g : g);
+    store(dphi + i * BLOCK, dz_of(lower, i, normalize, eps) - dz_of(upper, i, normalize, eps));
   }
 }
 
@@ -212,27 +233,16 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   }
 }
 
-void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi,
-                       float* dx, Into into) {
-  if (!map.weight) {
-    for (int i = 0; dx && i < map.D * BLOCK; i += LANES) {
-      store(dx + i, into == Into::add ? load(dx + i) + load(dphi + i) : load(dphi + i));
-    }
-    return;
-  }
-  const bool exponential = is_exponential(map.activation),
-             normalize = map.activation == LOL_SOFTMAX;
-  const bool favor = map.activation == LOL_FAVOR;
-  float norm_gradient[BLOCK] = {};  // favor: d(-|x|^2 / 2) collects the sum of dz
+namespace {
+
+// dz[f x BLOCK] of dphi in place; favor's gradient of -|x|^2 / 2, the sum of dz, into `norm`.
+void activation_backward(const FeatureMap& map, const float* phi, float* dphi, float* norm) {
+  const bool normalize = map.activation == LOL_SOFTMAX, favor = map.activation == LOL_FAVOR;
   for (int t = 0; t < BLOCK; t += LANES) {
     const float* p = phi + t;
     float* d = dphi + t;
-    if (exponential) {
-      exponentials_backward(p, d, d, map.f, 1.0f, normalize, map.eps, Into::set);
-      if (map.two_sided) {
-        const int upper = map.f * BLOCK;
-        exponentials_backward(p + upper, d + upper, d, map.f, -1.0f, normalize, map.eps, Into::add);
-      }
+    if (is_exponential(map.activation)) {
+      exponentials_backward(p, d, map.f, map.two_sided, normalize, map.eps);
       continue;
     }
     Vec sum = {};
@@ -245,29 +255,49 @@ void features_backward(const FeatureMap& map, const float* x, const float* phi, 
       sum += g;
       store(d + i * BLOCK, g);
     }
-    if (favor) store(norm_gradient + t, sum);
-  }
-  if (!dx) return;
-  gemm(map.D, BLOCK, map.f, rows(map.weight, map.f), dphi, BLOCK, dx, BLOCK, into);
-  if (!map.skip && !favor) return;
-  for (int i = 0; i < map.D; i++) {
-    for (int t = 0; t < BLOCK; t += LANES) {
-      const int at = i * BLOCK + t;
-      Vec extra = map.skip ? load(dphi + at) : Vec{};
-      if (favor) extra -= load(x + at) * load(norm_gradient + t);
-      store(dx + at, load(dx + at) + extra);
-    }
+    store(norm + t, sum);
   }
 }
 
-void features_backward_weight(const FeatureMap& map, const float* x, const float* dz,
-                              const WeightGradient& gradient, float* scratch) {
+}  // namespace
+
+void transpose_weight(const FeatureMap& map, Format format, float* to) {
   if (!map.weight) return;
-  to_rows(scratch, dz, map.f);
-  const int ld = padded(map.f);
-  gemm(map.D, ld, BLOCK, rows(x, BLOCK), scratch, ld, gradient.weight, ld, Into::add);
+  const int ld = padded(map.D);
+  memset(to, 0, sizeof(float) * (size_t)(map.f * ld));
+  for (int d = 0; d < map.D; d++) {
+    for (int j = 0; j < map.f; j++)
+      to[j * ld + d] = map.weight[d * map.f + j] + (map.skip && d == j ? 1.0f : 0.0f);
+  }
+  if (format != Format::f32) pair_rows(to, to, map.f, ld);
+}
+
+void features_backward(const FeatureMap& map, const MapBackward& at, float* dphi) {
+  const int ld = padded(map.D), n = (int)at.n;
+  if (!map.weight) {
+    if (!at.dx) return;
+    to_rows(at.scratch, dphi, map.D);
+    for (int i = 0; i < n * ld; i += LANES)
+      store(at.dx + i, load(at.dx + i) + load(at.scratch + i));
+    return;
+  }
+  float norm[BLOCK] = {};
+  activation_backward(map, at.phi, dphi, norm);
   for (int i = 0; map.bias && i < map.f; i++) {
-    for (int t = 0; t < BLOCK; t++) gradient.bias[i] += dz[i * BLOCK + t];
+    Vec sum = {};
+    for (int t = 0; t < BLOCK; t += LANES) sum += load(dphi + i * BLOCK + t);
+    at.gradient.bias[i] += horizontal_sum(sum);
+  }
+  const bool pairs = map.format != Format::f32;
+  if (pairs) pair_columns(at.scratch, dphi, map.f);
+  gemm(map.format, map.f, ld, BLOCK, pairs ? rows(at.scratch, BLOCK / 2) : rows(dphi, BLOCK),
+       at.x_rows, ld, at.gradient.weight, ld, Into::add);
+  if (!at.dx) return;
+  if (pairs) pair_rows(dphi, dphi, map.f, BLOCK);
+  gemm(map.format, n, ld, map.f, transposed(dphi, BLOCK), at.weight_t, ld, at.dx, ld, Into::add);
+  for (int i = 0; map.activation == LOL_FAVOR && i < n; i++) {
+    for (int j = i * ld; j < (i + 1) * ld; j += LANES)
+      store(at.dx + j, load(at.dx + j) - norm[i] * load(at.x_rows + j));
   }
 }
 
@@ -284,9 +314,9 @@ void WeightGradient::reduce(const float* partials, int64_t groups, int64_t heads
     const float* from = partials + i * floats(D, f);
     const int64_t map = i % heads / shared;
     for (int64_t d = 0; d < D; d++) {
-      for (int64_t j = 0; j < f; j++) dw[(map * D + d) * f + j] += from[d * padded(f) + j];
+      for (int64_t j = 0; j < f; j++) dw[(map * D + d) * f + j] += from[j * padded(D) + d];
     }
-    for (int64_t j = 0; db && j < f; j++) db[map * f + j] += from[D * padded(f) + j];
+    for (int64_t j = 0; db && j < f; j++) db[map * f + j] += from[f * padded(D) + j];
   }
 }
 

@@ -2,7 +2,7 @@
 // lanes. FLOPs per token: 2 D f forward, 4 D f backward (dx and dW). Backward needs x and phi
 // alone, never z.
 #pragma once
-#include "tokens.h"
+#include "pairs.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -55,16 +55,11 @@ void features_forward(const FeatureMap& map, const float* x, float* phi);
 void features_of_token(const FeatureMap& map, const float* x, float* phi);
 constexpr int MAX_FEATURES = 512;
 
-// Turns dphi[F x BLOCK] into dz[f x BLOCK] in place (in the first f rows), then sets or adds dx[D x
-// BLOCK] unless it is null.
-void features_backward(const FeatureMap& map, const float* x, const float* phi, float* dphi,
-                       float* dx, Into into);
-
 // Partial gradients of one map's parameters, as one worker sums them.
 struct WeightGradient {
-  float *weight, *bias;  // [D x padded(f)], [f]
-  static int64_t floats(int64_t D, int64_t f) { return D * padded(f) + padded(f); }
-  static WeightGradient at(float* p, int64_t D, int64_t f) { return {p, p + D * padded(f)}; }
+  float *weight, *bias;  // [f x padded(D)], transposed; [f]
+  static int64_t floats(int64_t D, int64_t f) { return f * padded(D) + padded(f); }
+  static WeightGradient at(float* p, int64_t D, int64_t f) { return {p, p + f * padded(D)}; }
   // Adds partials [groups x heads] of the heads that share a map, in order, into dweight [Hf, D, f]
   // and dbias [Hf, f].
   static void reduce(const float* partials, int64_t groups, int64_t heads,
@@ -72,9 +67,26 @@ struct WeightGradient {
                      const lol_tensor& dbias);
 };
 
-// Adds x dz^T and the sum of dz; `scratch` holds rows_size(f) floats.
-void features_backward_weight(const FeatureMap& map, const float* x, const float* dz,
-                              const WeightGradient& gradient, float* scratch);
+// The transposed weight, from which dx is computed: [f x padded(D)] or pairs along f, the identity
+// added where the map has a skip. `map` holds its weight in fp32.
+void transpose_weight(const FeatureMap& map, Format format, float* to);
+static inline int64_t transposed_weight_size(int64_t D, int64_t f) { return (f + 1) * padded(D); }
+
+// What the gradients of one tile of tokens are computed from and added to.
+struct MapBackward {
+  const float* x_rows;      // as load_values gives it in the map's format
+  const float* phi;         // [F x BLOCK], fp32
+  const float* weight_t;    // transposed
+  WeightGradient gradient;  // += x^T dz
+  float* dx;                // [n x padded(D)] += dz W^T, or null
+  int64_t n;
+  float* scratch;  // scratch_size(D, f) floats
+  static int64_t scratch_size(int64_t D, int64_t f) {
+    return at_least(lanes_size(f + 1), rows_size(D));
+  }
+};
+// Turns dphi[F x BLOCK] into dz[f x BLOCK] and spreads it; dphi is lost.
+void features_backward(const FeatureMap& map, const MapBackward& at, float* dphi);
 
 }  // namespace LOL_ISA
 }  // namespace lol

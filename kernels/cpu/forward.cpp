@@ -100,7 +100,7 @@ Team::Team(const Problem& p, int threads)
       tiles_(blocks_ + KeyTiles::for_window(p)),
       own_((Chunkwise::floats(p) + 1023) / 1024 * 1024 + 1024),
       memory_(threads * own_ + tiles_ * (KeyTiles::tile_floats(p) + 64) +
-              blocks_ * (State::floats(p) + 32) +
+              blocks_ * (State::floats(p.F(), p.V()) + 32) +
               (tiles_ * sizeof(KeyTile) + blocks_ * sizeof(State)) / sizeof(float) + 64) {}
 
 void Team::forward(const Run& run, const Outputs& out) {

@@ -56,12 +56,15 @@ struct Range {
   int begin, end;
 };
 
-// Queries whose rows meet [m0, m1).
+// Queries whose rows meet [m0, m1): both ends of a band never decrease, so counting finds them
+// without a branch.
 inline Range queries_of(const Band& band, int m0, int m1) {
-  int first = 0, last = BLOCK;
-  while (first < BLOCK && band.hi[first] <= m0) first++;
-  while (last > first && band.lo[last - 1] >= m1) last--;
-  return {first, last};
+  int first = 0, last = 0;
+  for (int c = 0; c < BLOCK; c++) {
+    first += band.hi[c] <= m0;
+    last += band.lo[c] < m1;
+  }
+  return {first, last > first ? last : first};
 }
 
 // Keys that some query of [n0, n1) sees.

@@ -49,6 +49,14 @@ template <Format format>
 static inline Vec exp_for(Vec x) {
   return format == Format::f32 ? exp(x) : exp_for_bf16(x);
 }
+template <Format format>
+static inline Vec exp_within_for(Vec x) {
+  return format == Format::f32 ? exp_within(x) : exp_for_bf16_within(x);
+}
+template <Format format>
+static inline Vec reciprocal_for(Vec x) {
+  return format == Format::f32 ? reciprocal(x) : reciprocal_for_bf16(x);
+}
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,

@@ -22,7 +22,7 @@ int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
 
 int hybrid_attention_backward(const lol_hybrid_attention_backward_args& a, const Batch& batch) {
   const lol_hybrid_attention_args& fwd = a.forward;
-  BackwardProblem b(problem_of(fwd));
+  BackwardProblem b(problem_of(fwd).by_pairs());
   b.dy = a.do_;
   b.y = fwd.o;
   b.den = (const float*)fwd.den.data;

@@ -259,26 +259,31 @@ class OneToken {
   void finish(int g) {
     load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
     const int64_t keys = keys_in_window_;
-    float m = keys ? -INFINITY : 0.0f, sum = 0.0f;
     const int ld = padded(D_);
     for (int64_t i = 0; i < keys; i += 4) {
-      Vec4 quarters[4] = {}, columns[4];
-      for (int r = 0; r < 4 && i + r < keys; r++) {
-        const float* k = row_in_fp32(k_, key_rows_[i + r], D_, keys_.dtype);
-        Vec dot = {};
-        for (int d = 0; d < ld; d += LANES) dot += load(q_ + d) * load(k + d);
-        quarters[r] = quarter_sums(dot);
+      Vec dots[4];
+      for (int r = 0; r < 4; r++) {  // past the end the last key again
+        const char* row = key_rows_[at_most(i + r, keys - 1)];
+        const float* k = row_in_fp32(k_, row, D_, keys_.dtype);
+        dots[r] = Vec{};
+        for (int d = 0; d < ld; d += LANES) dots[r] += load(q_ + d) * load(k + d);
       }
-      transpose4(quarters, columns);
-      const Vec4 dots = p_.scale * ((columns[0] + columns[2]) + (columns[1] + columns[3]));
-      memcpy(scores_ + i, &dots, sizeof(dots));
+      const Vec4 scores = p_.scale * sums_of_4(dots);
+      memcpy(scores_ + i, &scores, sizeof(scores));
     }
-    for (int64_t i = 0; i < keys; i++) m = scores_[i] > m ? scores_[i] : m;
-    for (int64_t i = 0; i < keys; i += LANES) store(scores_ + i, exp(load(scores_ + i) - m));
+    for (int64_t i = keys; i % LANES; i++) scores_[i] = -INFINITY;
+    Vec tops = splat(keys ? -INFINITY : 0.0f), sums = {};
+    for (int64_t i = 0; i < keys; i += LANES) tops = max(tops, load(scores_ + i));
+    const float m = horizontal_max(tops);
+    for (int64_t i = 0; i < keys; i += LANES) {
+      const Vec s = load(scores_ + i), e = select(s == splat(-INFINITY), Vec{}, exp(s - m));
+      sums += e;
+      store(scores_ + i, e);
+    }
+    const float sum = horizontal_sum(sums);
     const float gate = p_.g(head(g)), lambda = p_.lambda(head(g));
     float* o = o_ + g * padded(V_);
     for (int j = 0; j < V_; j++) o[j] *= lambda;
-    for (int64_t i = 0; i < keys; i++) sum += scores_[i];
     // Sums of up to four vectors of V stay in registers while the keys pass.
     int j = 0;
     for (; j + 4 * LANES <= V_; j += 4 * LANES) add_values<4>(o, j, gate);

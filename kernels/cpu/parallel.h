@@ -30,19 +30,27 @@ static inline int thread_index() {
 #endif
 }
 
-// Memory that is freed with the call. `ok` is false if there was none.
+// Memory that is freed with the call. `ok` is false if some was asked for and there was none.
 class Buffer {
  public:
-  explicit Buffer(int64_t floats) : data(nullptr) {
+  explicit Buffer(int64_t floats) : data(nullptr), wanted_(floats > 0) {
     void* p = nullptr;
-    if (posix_memalign(&p, 64, sizeof(float) * (size_t)at_least(floats, 16)) == 0) data = (float*)p;
+    if (wanted_ && posix_memalign(&p, 64, sizeof(float) * (size_t)floats) == 0) data = (float*)p;
   }
   ~Buffer() { free(data); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  bool ok() const { return data != nullptr; }
+  bool ok() const { return data || !wanted_; }
   float* data;
+
+ private:
+  bool wanted_;
 };
+
+// Scratch of a worker that lives on its thread's stack, in floats: enough for a decode step with
+// heads of 64, a window of 128 and groups of 8. Where a worker needs more, threads share a block of
+// the heap.
+constexpr int64_t ON_STACK = 4096;
 
 // First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from
 // its arena.
@@ -50,15 +58,23 @@ template <class Body, class Prepare>
 static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body,
                               Prepare prepare) {
   const int threads = thread_count(workers, work);
-  const int64_t size =
-      (floats + 1023) / 1024 * 1024 + 16 * 64;  // take() rounds each piece up to a cache line
-  Buffer memory(size * threads);
+  const int64_t size = floats + 16 * 64;  // take() rounds each piece up to a cache line
+  const bool on_stack = size <= ON_STACK;
+  const int64_t shared = (size + 1023) / 1024 * 1024;
+  Buffer memory(on_stack ? 0 : shared * threads);
   if (!memory.ok()) return LOL_ENOMEM;
   prepare();
 #ifdef _OPENMP
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
+#pragma omp parallel num_threads(threads)
 #endif
-  for (int64_t w = 0; w < workers; w++) body(w, Arena{memory.data + size * thread_index()});
+  {
+    alignas(64) float own[ON_STACK];
+    float* scratch = on_stack ? own : memory.data + shared * thread_index();
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1) nowait
+#endif
+    for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
+  }
   return LOL_OK;
 }
 template <class Body>

@@ -65,15 +65,19 @@ static inline bool all(VecI mask) {
   }
   return true;
 }
-// 1 / x: to 2 ulp by an estimate and a Newton step where the estimate has 14 bits, a third of what
-// dividing 16 floats costs. x is normal and so is 1 / x.
-static inline Vec reciprocal(Vec x) {
+// 1 / x, to 14 bits where an instruction estimates that: enough for what is then rounded to bf16. x
+// is normal and so is 1 / x.
+static inline Vec reciprocal_for_bf16(Vec x) {
 #ifdef __AVX512F__
-  const Vec r = (Vec)_mm512_rcp14_ps((__m512)x);
-  return r + r * (1.0f - x * r);
+  return (Vec)_mm512_rcp14_ps((__m512)x);
 #else
   return 1.0f / x;
 #endif
+}
+// 1 / x: to 2 ulp by the estimate and a Newton step, a third of what dividing 16 floats costs.
+static inline Vec reciprocal(Vec x) {
+  const Vec r = reciprocal_for_bf16(x);
+  return r + r * (1.0f - x * r);
 }
 // The sum of the lanes, in quarters.
 static inline Vec4 quarter_sums(Vec v) {
@@ -106,8 +110,8 @@ constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
 // e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r
 // - 1 - r) / r^2, 1e-8). Below -87.3 the result stays at 2^-126 instead of leaving the normal
 // range; above 88.3 it stays at e^88.3; NaN stays NaN.
-static inline Vec exp(Vec x) {
-  x = min(max(x, splat(-87.33f)), splat(88.37f));
+// exp_within is for x that are known to lie between.
+static inline Vec exp_within(Vec x) {
   const Vec t = x * 1.44269504f + ROUND_MAGIC;
   const Vec n = t - ROUND_MAGIC;
   // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
@@ -120,19 +124,23 @@ static inline Vec exp(Vec x) {
   p = (p * r) * r + (r + 1.0f);
   return (Vec)((VecI)p + ((VecI)t << 23));
 }
+static inline Vec within_exp(Vec x) { return min(max(x, splat(-87.33f)), splat(88.37f)); }
+static inline Vec exp(Vec x) { return exp_within(within_exp(x)); }
 
-// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax), half
-// of exp's multiplications. Ends like exp, at 2^-126 and e^88.3.
-static inline Vec exp_for_bf16(Vec x) {
-  const Vec t = min(max(x, splat(-87.33f)), splat(88.37f)) * 1.44269504f;
+// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax with
+// p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by equality), half of exp's
+// multiplications. Ends like exp, at 2^-126 and e^88.3.
+static inline Vec exp_for_bf16_within(Vec x) {
+  const Vec t = x * 1.44269504f;
   const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
-  Vec p = splat(9.5701e-3f);
-  p = p * r + 5.591786e-2f;
-  p = p * r + 0.24024745f;
-  p = p * r + 0.69312181f;
-  p = p * r + 0.99999926f;
+  Vec p = splat(9.5828557e-3f);
+  p = p * r + 5.590643e-2f;
+  p = p * r + 0.24024099f;
+  p = p * r + 0.69312418f;
+  p = p * r + 1.0f;
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 }
+static inline Vec exp_for_bf16(Vec x) { return exp_for_bf16_within(within_exp(x)); }
 
 // ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2),
 // sqrt(2)).
@@ -216,29 +224,76 @@ static inline void to_fp16(uint16_t* p, Vec v) {
   memcpy(p, &out, sizeof(out));
 }
 
-static inline void transpose4(const Vec4* in, Vec4* out) {
-  const Vec4 ab0 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5),
-             ab1 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
-  const Vec4 cd0 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5),
-             cd1 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
-  out[0] = __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5);
-  out[1] = __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7);
-  out[2] = __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5);
-  out[3] = __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7);
+// Quarters are the 128 bits within which shuffles are cheapest. LOL_IN_QUARTERS picks the same four
+// floats of each quarter of a and b (4 to 7 name those of b).
+#define LOL_PICK(i, q) ((i) < 4 ? 4 * (q) + (i) : LOL_LANES + 4 * (q) + (i) - 4)
+#define LOL_PICK4(a, b, c, d, q) LOL_PICK(a, q), LOL_PICK(b, q), LOL_PICK(c, q), LOL_PICK(d, q)
+#if LOL_LANES == 16
+#define LOL_IN_QUARTERS(x, y, a, b, c, d)                                           \
+  __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0), LOL_PICK4(a, b, c, d, 1), \
+                          LOL_PICK4(a, b, c, d, 2), LOL_PICK4(a, b, c, d, 3))
+#elif LOL_LANES == 8
+#define LOL_IN_QUARTERS(x, y, a, b, c, d) \
+  __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0), LOL_PICK4(a, b, c, d, 1))
+#else
+#define LOL_IN_QUARTERS(x, y, a, b, c, d) __builtin_shufflevector(x, y, LOL_PICK4(a, b, c, d, 0))
+#endif
+
+// Transposes the 4 x 4 floats that each quarter has in four vectors.
+static inline void transpose4(const Vec* in, Vec* out) {
+  const Vec ab0 = LOL_IN_QUARTERS(in[0], in[1], 0, 4, 1, 5),
+            ab1 = LOL_IN_QUARTERS(in[0], in[1], 2, 6, 3, 7);
+  const Vec cd0 = LOL_IN_QUARTERS(in[2], in[3], 0, 4, 1, 5),
+            cd1 = LOL_IN_QUARTERS(in[2], in[3], 2, 6, 3, 7);
+  out[0] = LOL_IN_QUARTERS(ab0, cd0, 0, 1, 4, 5);
+  out[1] = LOL_IN_QUARTERS(ab0, cd0, 2, 3, 6, 7);
+  out[2] = LOL_IN_QUARTERS(ab1, cd1, 0, 1, 4, 5);
+  out[3] = LOL_IN_QUARTERS(ab1, cd1, 2, 3, 6, 7);
+}
+// The sums of the lanes of four vectors.
+static inline Vec4 sums_of_4(const Vec* v) {
+  Vec columns[4];
+  transpose4(v, columns);
+  return quarter_sums((columns[0] + columns[2]) + (columns[1] + columns[3]));
 }
 
-// dst[cols x rows] = src[rows x cols]^T; rows and cols are padded to multiples of 4 by the caller.
-// 4 x 4 blocks in 128-bit registers: 8 shuffles for 16 elements on every instruction set.
-static inline void transpose(float* dst, int64_t ldd, const float* src, int64_t lds, int rows,
-                             int cols) {
-  for (int i = 0; i < rows; i += 4) {
-    for (int j = 0; j < cols; j += 4) {
-      const float* s = src + i * lds + j;
-      float* d = dst + j * ldd + i;
-      Vec4 in[4], out[4];
-      for (int r = 0; r < 4; r++) in[r] = load_as<Vec4>(s + r * lds);
-      transpose4(in, out);
-      for (int r = 0; r < 4; r++) memcpy(d + r * ldd, &out[r], sizeof(Vec4));
+// The vector whose quarter q is at p[4 * q].
+static inline Vec load_quarters(const float* const* p, int64_t at) {
+#if LOL_LANES == 16
+  typedef float Vec8 __attribute__((vector_size(32)));
+  const Vec8 low = __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1,
+                                           2, 3, 4, 5, 6, 7);
+  const Vec8 high = __builtin_shufflevector(load_as<Vec4>(p[8] + at), load_as<Vec4>(p[12] + at), 0,
+                                            1, 2, 3, 4, 5, 6, 7);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LOL_LANES == 8
+  return __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1, 2, 3, 4,
+                                 5, 6, 7);
+#else
+  return load_as<Vec4>(p[0] + at);
+#endif
+}
+
+// dst[cols x LANES] = the transpose of LANES rows, wherever they are; cols is padded to a multiple
+// of 4. Every quarter of a vector takes four rows, so that stores are whole vectors.
+static inline void transpose_rows(float* dst, int64_t ldd, const float* const* row, int cols) {
+  for (int j = 0; j < cols; j += 4, dst += 4 * ldd) {
+    Vec in[4], out[4];
+    for (int r = 0; r < 4; r++) in[r] = load_quarters(row + r, j);
+    transpose4(in, out);
+    for (int r = 0; r < 4; r++) store(dst + r * ldd, out[r]);
+  }
+}
+// LANES rows of dst = the transpose of src[cols x LANES], likewise.
+static inline void transpose_columns(float* dst, int64_t ldd, const float* src, int64_t lds,
+                                     int cols) {
+  for (int j = 0; j < cols; j += 4, src += 4 * lds) {
+    Vec in[4], out[4];
+    for (int r = 0; r < 4; r++) in[r] = load(src + r * lds);
+    transpose4(in, out);
+    for (int r = 0; r < 4; r++) {
+      for (int q = 0; q < LANES / 4; q++)
+        memcpy(dst + (4 * q + r) * ldd + j, (const char*)&out[r] + 16 * q, 16);
     }
   }
 }

@@ -117,69 +117,24 @@ static inline void store_rows(const Tokens& t, int64_t position, int64_t n, cons
   for (int64_t i = 0; i < n; i++) store_row(t.row(position + i), src + i * ld, t.width, t.dtype);
 }
 
-// [X x BLOCK] from a row tile and back. Transposing works on multiples of 4, so tiles have up to 3
-// spare rows.
+// [X x BLOCK] from BLOCK rows, wherever they are, and back. Transposing works on multiples of 4, so
+// tiles have up to 3 spare rows.
+static inline void to_lanes(float* dst, const float* const* row, int width) {
+  for (int c = 0; c < BLOCK; c += LANES)
+    transpose_rows(dst + c, BLOCK, row + c, (width + 3) / 4 * 4);
+}
 static inline void to_lanes(float* dst, const float* row_tile, int width) {
-  transpose(dst, BLOCK, row_tile, padded(width), BLOCK, (width + 3) / 4 * 4);
+  const float* row[BLOCK];
+  for (int i = 0; i < BLOCK; i++) row[i] = row_tile + i * padded(width);
+  to_lanes(dst, row, width);
 }
 static inline void to_rows(float* row_tile, const float* src, int width) {
-  transpose(row_tile, padded(width), src, BLOCK, (width + 3) / 4 * 4, BLOCK);
+  for (int c = 0; c < BLOCK; c += LANES)
+    transpose_columns(row_tile + c * padded(width), padded(width), src + c, BLOCK,
+                      (width + 3) / 4 * 4);
 }
 static inline int64_t lanes_size(int64_t width) { return (width + 3) / 4 * 4 * BLOCK; }
 static inline int64_t rows_size(int64_t width) { return (int64_t)padded(width) * BLOCK; }
-
-// Pairs of bf16 instead of floats (Format::bf16_pairs): words of two neighbours along the dimension
-// that products sum over.
-// dst[ceil(rows / 2) x cols] = pairs of rows of src[rows x cols], possibly in place.
-static inline void pair_rows(float* dst, const float* src, int rows, int cols) {
-#ifdef LOL_PAIRS
-  for (int i = 0; i < rows; i += 2) {
-    const float *a = src + i * (int64_t)cols, *b = a + cols;
-    float* to = dst + i / 2 * (int64_t)cols;
-    for (int c = 0; c < cols; c += LANES)
-      store(to + c, pair(load(a + c), i + 1 < rows ? load(b + c) : Vec{}));
-  }
-#else
-  (void)dst, (void)src, (void)rows, (void)cols;
-#endif
-}
-// dst[rows x BLOCK / 2] = pairs along the rows of src[rows x BLOCK].
-static inline void pair_columns(float* dst, const float* src, int rows) {
-  uint16_t* to = (uint16_t*)dst;
-  for (int64_t i = 0; i < rows * BLOCK; i += LANES) to_bf16(to + i, load(src + i));
-}
-
-// Rows as they are, in words: [n x padded(words)], the rest of the BLOCK rows zero.
-static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink) {
-  const int64_t bytes = t.row_bytes(), ld = padded((bytes + 3) / 4);
-  for (int64_t i = 0; i < n; i++) {
-    char* to = (char*)(dst + i * ld);
-    memcpy(to, sink ? t.sink_row(position + i) : t.row(position + i), (size_t)bytes);
-    memset(to + bytes, 0, (size_t)(4 * ld - bytes));
-  }
-  memset(dst + n * ld, 0, 4 * (size_t)((BLOCK - n) * ld));
-}
-
-// The n tokens from `position` on as [X x BLOCK], or pairs along X; `scratch` holds a row tile.
-static inline void load_lanes(float* dst, const Tokens& t, int64_t position, int64_t n,
-                              Format format, float* scratch, bool sink = false) {
-  if (format == Format::f32) {
-    load_rows(scratch, t, position, n, sink);
-    to_lanes(dst, scratch, t.width);
-  } else {
-    load_words(scratch, t, position, n, sink);
-    to_lanes(dst, scratch, (t.width + 1) / 2);
-  }
-}
-
-// The n tokens from `position` on as rows [BLOCK x padded(X)], or pairs of them; `scratch` holds a
-// row tile.
-static inline void load_values(float* dst, const Tokens& t, int64_t position, int64_t n,
-                               Format format, float* scratch, bool sink = false) {
-  if (format == Format::f32) return load_rows(dst, t, position, n, sink);
-  load_rows(scratch, t, position, n, sink);
-  pair_rows(dst, scratch, BLOCK, padded(t.width));
-}
 
 // Clears every row of [B, H, T, X], for outputs with rows that belong to no sequence.
 static inline void clear(const lol_tensor& t) {

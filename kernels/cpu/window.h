@@ -19,35 +19,55 @@ struct Window {
   }
 };
 
-// Band of the keys [key, key + keys) for the queries [query, query + queries): rows first(i) <= key
-// < last(i).
-template <class First, class Last>
-static inline Band make_band(int64_t key, int64_t keys, int64_t query, int64_t queries, First first,
-                             Last last) {
-  Band band;
-  for (int64_t c = 0; c < BLOCK; c++) {
-    const int64_t i = query + at_most(c, queries - 1);
-    band.hi[c] = (int32_t)at_most(at_least(last(i) - key, 0), keys);
-    band.lo[c] =
-        c < queries ? (int32_t)at_most(at_least(first(i) - key, 0), band.hi[c]) : band.hi[c];
+// A block of queries: where the window of each starts, counted from the first query. All bands of
+// the block are made from it, in vectors, for divisions and 64 bits to be done with.
+struct Starts {
+  int64_t first, n;
+  int32_t at[BLOCK];
+  Starts(const Window& window, int64_t first_query, int64_t queries)
+      : first(first_query), n(queries) {
+    for (int64_t c = 0; c < BLOCK; c++)
+      at[c] = (int32_t)at_most(window.start(first + at_most(c, n - 1)) - first, 1 << 30);
   }
+};
+
+static inline int32_t within(int32_t x, int32_t least, int32_t most) {
+  return x < least ? least : x > most ? most : x;
+}
+// Columns past the last query see nothing.
+static inline Band band_of(int64_t n, Band band) {
+  for (int64_t c = n; c < BLOCK; c++) band.lo[c] = band.hi[c];
   return band;
 }
 
-static inline Band softmax_band(const Window& w, int64_t key, int64_t keys, int64_t query,
-                                int64_t queries) {
-  return make_band(
-      key, keys, query, queries, [&](int64_t i) { return w.start(i); },
-      [](int64_t i) { return i + 1; });
+// Which of the keys [key, key + keys) a block sees by softmax, as linear, and at all.
+static inline Band softmax_band(const Starts& s, int64_t key, int64_t keys) {
+  const int32_t offset = (int32_t)(s.first - key), last = (int32_t)s.n - 1;
+  Band band;
+  for (int c = 0; c < BLOCK; c++) {
+    band.hi[c] = within((c < last ? c : last) + 1 + offset, 0, (int32_t)keys);
+    band.lo[c] = within(s.at[c] + offset, 0, band.hi[c]);
+  }
+  return band_of(s.n, band);
 }
-static inline Band linear_band(const Window& w, int64_t key, int64_t keys, int64_t query,
-                               int64_t queries) {
-  return make_band(
-      key, keys, query, queries, [](int64_t) { return 0; }, [&](int64_t i) { return w.start(i); });
+static inline Band linear_band(const Starts& s, int64_t key, int64_t keys, int64_t sink = 0) {
+  const int32_t offset = (int32_t)(s.first - key);
+  const int32_t lo = within((int32_t)(at_least(sink - key, 0)), 0, (int32_t)keys);
+  Band band;
+  for (int c = 0; c < BLOCK; c++) {
+    band.hi[c] = within(s.at[c] + offset, 0, (int32_t)keys);
+    band.lo[c] = lo < band.hi[c] ? lo : band.hi[c];
+  }
+  return band_of(s.n, band);
 }
-static inline Band causal_band(int64_t key, int64_t keys, int64_t query, int64_t queries) {
-  return make_band(
-      key, keys, query, queries, [](int64_t) { return 0; }, [](int64_t i) { return i + 1; });
+static inline Band causal_band(const Starts& s, int64_t key, int64_t keys) {
+  const int32_t offset = (int32_t)(s.first - key), last = (int32_t)s.n - 1;
+  Band band;
+  for (int c = 0; c < BLOCK; c++) {
+    band.hi[c] = within((c < last ? c : last) + 1 + offset, 0, (int32_t)keys);
+    band.lo[c] = 0;
+  }
+  return band_of(s.n, band);
 }
 
 // Lanes of columns [c, c + LANES) that see row j.

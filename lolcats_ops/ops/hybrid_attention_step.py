@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import select
 from ..features import Features
-from ..state import HybridState
+from ..state import STATE_TENSORS, HybridState
 from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
 from .native import autocast, operators, register_autocast, register_fake, register_vmap
 from .validation import (
@@ -21,6 +21,9 @@ from .validation import (
     check_state,
     check_state_indices,
 )
+
+_operator = torch.ops.lolcats_ops.hybrid_attention_step_.default
+_state_tensors = attrgetter(*STATE_TENSORS)  # without the dict of HybridState.tensors
 
 
 def hybrid_attention_step_(
@@ -66,44 +69,74 @@ def hybrid_attention_step_(
     >>> hybrid_attention_step_(q, k, v, phi, phi, torch.zeros(4), state).shape, state.length.item()
     (torch.Size([1, 4, 1, 16]), 1)
     """
+    if backend is None:
+        try:
+            out = _by_library(
+                q, k, v, feature_q, feature_k, gate, state, state_indices, scale, affine
+            )
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError):
+            pass  # the checks below name the Python argument that it refused
+        else:
+            if out is not None:
+                return out
     op = "hybrid_attention_step_"
     q, k, v = autocast(q, k, v)
-    inputs = (q, k, v, feature_q, feature_k, gate, state)
-    options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
-    if backend is None and _library_checks(*inputs):
-        # The C library makes the checks below in a microsecond, before it writes; here they take as
-        # long as the step, so they run only to name the Python argument that it refused.
-        with suppress(AttributeError, RuntimeError, TypeError):
-            check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
-            return step_("cpu", *inputs, **options)
     check_attention(op, q, k, v, feature_q, feature_k)
     check_gate(op, gate, q)
     check_state(op, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
     if state_indices is not None:
         check_state_indices(op, state_indices, q)
     check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+    inputs = (q, k, v, feature_q, feature_k, gate, state)
+    options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
     chosen = select(op, backend, q, v)
     if chosen == "reference":
         return reference.hybrid_attention_step_(*inputs, **options)
     return step_(chosen, *inputs, **options)
 
 
-def _library_checks(
-    q: Any, k: Any, v: Any, feature_q: Any, feature_k: Any, gate: Any, state: Any
-) -> bool:
-    """Whether the C library would see all that Python checks: real tensors on the CPU, one kind of
-    feature map."""
-    if not (
-        type(q) is Tensor
-        and isinstance(state, HybridState)
-        and isinstance(feature_q, Features)
-        and isinstance(feature_k, Features)
-        and feature_q.kind == feature_k.kind
-        and not torch.compiler.is_compiling()
+def _by_library(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    state: HybridState,
+    state_indices: Tensor | None,
+    scale: float | None,
+    affine: bool,
+) -> Tensor | None:
+    """The operator on arguments that it takes as they are; None where something has to be converted
+    or could be wrong in a way that the C library does not see.
+
+    It makes the other checks in a microsecond, before it writes; in Python they would take as long
+    as the step.
+    """
+    if (
+        type(q) is not Tensor
+        or type(state) is not HybridState
+        or type(feature_q) is not Features
+        or type(feature_k) is not Features
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or not feature_q.weight.dtype is feature_k.weight.dtype is gate.dtype is torch.float32
     ):
-        return False
-    tensors = [q, k, v, gate, feature_q.weight, feature_k.weight, *state.tensors.values()]
-    return all(isinstance(x, Tensor) and x.is_cpu for x in tensors)
+        return None
+    codes = feature_q.codes
+    if feature_k is not feature_q and feature_k.codes != codes:
+        return None
+    inputs = (q, k, v, *feature_q.tensors, *feature_k.tensors, gate)
+    pool = _state_tensors(state)
+    for x in (*inputs, *pool, state_indices):
+        # On mixed devices torch may choose one that writes nothing, such as meta.
+        if x is not None and not x.is_cpu:
+            return None
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return None
+    window = (state.window, window_code(state.window_kind))
+    settings = (*window, scale_or_default(scale, q), affine, *codes)
+    return _operator(*inputs, *pool, state_indices, None, None, *settings)
 
 
 def step_(

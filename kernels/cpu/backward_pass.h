@@ -1,0 +1,71 @@
+// What the two passes of backward.h share, and the passes: each takes one sequence and state head.
+#pragma once
+#include "backward.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+// One sequence and state head, and where its gradients go.
+struct BackwardRun {
+  const BackwardProblem& b;
+  const Problem& p;
+  const Sequence& s;
+  const ParameterPartials& partials;
+  int64_t state_head, worker;
+  float *dk,
+      *dv;  // [T x padded(D | V)], by rows of the batch entry; unless wants_inputs() is false
+  const float* delta;  // dy . y [B, H, T]
+  float* new_delta;    // the same, for the pass forward in time to compute; or null: it is given
+
+  bool wants_inputs() const { return b.dq.data != nullptr; }
+  int64_t row(int64_t position) const { return (s.index ? 0 : s.first) + position; }
+  float* dk_at(int64_t position) const { return dk + row(position) * padded(p.D()); }
+  float* dv_at(int64_t position) const { return dv + row(position) * padded(p.V()); }
+  Tokens keys() const { return tokens_of(p.k, s, p.kv_head_of(state_head)); }
+  Tokens values() const { return tokens_of(p.v, s, p.kv_head_of(state_head)); }
+  int64_t first_head() const { return state_head * p.group(); }
+};
+
+// A feature map in the problem's format, and its transposed weight.
+struct BackwardMap {
+  FeatureMap map;
+  const float* weight_t;
+  static int64_t floats(const Problem& p) {
+    return p.D() * p.f() + transposed_weight_size(p.D(), p.f()) + 32;
+  }
+  static BackwardMap of(const Problem& p, const FeatureMap& map, Arena& arena);
+};
+
+// A block of queries of one head.
+class QueryBlock {
+ public:
+  static int64_t floats(const Problem& p);
+  // With `new_delta` delta is computed, not read.
+  QueryBlock(const BackwardRun& run, float* new_delta, Arena& arena);
+  void load(int64_t head, int64_t position);
+  void prefetch(int64_t head, int64_t position) const;
+  const BackwardMap& map() const { return maps_[h - run_.first_head()]; }
+
+  int64_t h, first, n;
+  float *q, *q_rows, *dy, *dy_rows;  // both ways
+  float* phi;                        // [F x BLOCK], fp32
+  float by_den[BLOCK];               // 1 / den, with dy_factor; 0 past n
+  float delta[BLOCK];                // dy . y
+
+ private:
+  const BackwardRun& run_;
+  float* new_delta_;
+  BackwardMap* maps_;  // of the heads of the group
+  float* scratch_;
+};
+
+// Forward in time: dq, the softmax parts of dk and dv, dgate, and the parameters of phi_q.
+void backward_of_queries(const BackwardRun& run, Arena arena);
+int64_t backward_of_queries_floats(const Problem& p);
+
+// Backward in time: the linear parts of dk and dv, the parameters of phi_k, the initial state.
+void backward_of_keys(const BackwardRun& run, Arena arena);
+int64_t backward_of_keys_floats(const Problem& p);
+
+}  // namespace LOL_ISA
+}  // namespace lol

@@ -1,0 +1,113 @@
+// Tiles in either format (gemm.h): of floats, or of pairs of bf16, words of two neighbours along
+// the dimension that a product sums over. Tokens of bf16 become pairs without being converted.
+#pragma once
+#include "tokens.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+// dst[ceil(rows / 2) x cols] = pairs of rows of src[rows x cols], possibly in place.
+static inline void pair_rows(float* dst, const float* src, int rows, int cols) {
+#ifdef LOL_PAIRS
+  for (int i = 0; i < rows; i += 2) {
+    const float *a = src + i * (int64_t)cols, *b = a + cols;
+    float* to = dst + i / 2 * (int64_t)cols;
+    for (int c = 0; c < cols; c += LANES)
+      store(to + c, pair(load(a + c), i + 1 < rows ? load(b + c) : Vec{}));
+  }
+#else
+  (void)dst, (void)src, (void)rows, (void)cols;
+#endif
+}
+// dst[rows x cols / 2] = pairs along the rows of src[rows x cols].
+static inline void pair_columns(float* dst, const float* src, int rows, int cols = BLOCK) {
+  uint16_t* to = (uint16_t*)dst;
+  for (int64_t i = 0; i < (int64_t)rows * cols; i += LANES) to_bf16(to + i, load(src + i));
+}
+// Both of src[rows x cols], which is read once.
+static inline void pair_both_ways(float* by_rows, float* by_columns, const float* src, int rows,
+                                  int cols) {
+#ifdef LOL_PAIRS
+  uint16_t* to = (uint16_t*)by_columns;
+  for (int i = 0; i < rows; i += 2, src += 2 * cols, by_rows += cols, to += 2 * cols) {
+    const bool both = i + 1 < rows;
+    for (int c = 0; c < cols; c += LANES) {
+      const Vec a = load(src + c), b = both ? load(src + cols + c) : Vec{};
+      store(by_rows + c, pair(a, b));
+      to_bf16(to + c, a);
+      if (both) to_bf16(to + cols + c, b);
+    }
+  }
+#else
+  (void)by_rows, (void)by_columns, (void)src, (void)rows, (void)cols;
+#endif
+}
+
+// Rows as they are, in words: [n x padded(words)], the rest of the BLOCK rows zero.
+static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink) {
+  const int64_t bytes = t.row_bytes(), ld = padded((bytes + 3) / 4);
+  for (int64_t i = 0; i < n; i++) {
+    char* to = (char*)(dst + i * ld);
+    memcpy(to, sink ? t.sink_row(position + i) : t.row(position + i), (size_t)bytes);
+    memset(to + bytes, 0, (size_t)(4 * ld - bytes));
+  }
+  memset(dst + n * ld, 0, 4 * (size_t)((BLOCK - n) * ld));
+}
+
+// The n tokens from `position` on as [X x BLOCK], or pairs along X; `scratch` holds a row tile.
+static inline void load_lanes(float* dst, const Tokens& t, int64_t position, int64_t n,
+                              Format format, float* scratch, bool sink = false) {
+  const int width = words(format, t.width);
+  const bool readable = format == Format::f32 ? t.dtype == LOL_F32 : t.width % 2 == 0;
+  if (readable && width % 4 == 0 && n == BLOCK) {
+    const float* row[BLOCK];
+    for (int64_t i = 0; i < n; i++)
+      row[i] = (const float*)(sink ? t.sink_row(position + i) : t.row(position + i));
+    return to_lanes(dst, row, width);
+  }
+  if (format == Format::f32) {
+    load_rows(scratch, t, position, n, sink);
+  } else {
+    load_words(scratch, t, position, n, sink);
+  }
+  to_lanes(dst, scratch, width);
+}
+
+// LANES bf16, or the first `count` and zeros, as the lower halves of words.
+static inline VecU load_halves(const uint16_t* p, int64_t count) {
+  if (count >= LANES) return __builtin_convertvector(load_as<VecH>(p), VecU);
+  uint16_t tail[LANES] = {};
+  memcpy(tail, p, sizeof(uint16_t) * (size_t)count);
+  return __builtin_convertvector(load_as<VecH>(tail), VecU);
+}
+
+// The n tokens from `position` on as rows [BLOCK x padded(X)], or pairs of tokens [BLOCK / 2 x
+// padded(X)].
+static inline void load_values(float* dst, const Tokens& t, int64_t position, int64_t n,
+                               Format format, bool sink = false) {
+  if (format == Format::f32) return load_rows(dst, t, position, n, sink);
+  const auto row = [&](int64_t i) {
+    return (const uint16_t*)(sink ? t.sink_row(position + i) : t.row(position + i));
+  };
+  const int ld = padded(t.width);
+  for (int64_t i = 0; i < n; i += 2, dst += ld) {
+    const uint16_t *a = row(i), *b = i + 1 < n ? row(i + 1) : nullptr;
+    for (int j = 0; j < t.width; j += LANES) {
+      const VecU first = load_halves(a + j, t.width - j);
+      const VecU second = b ? load_halves(b + j, t.width - j) : VecU{};
+      store(dst + j, (Vec)(first | second << 16));
+    }
+  }
+  memset(dst, 0, sizeof(float) * (size_t)((BLOCK / 2 - (n + 1) / 2) * ld));
+}
+
+// Both: [X x BLOCK] and rows.
+static inline void load_both_ways(float* lanes, float* rows, const Tokens& t, int64_t position,
+                                  int64_t n, Format format, float* scratch, bool sink = false) {
+  load_values(rows, t, position, n, format, sink);
+  if (format == Format::f32) return to_lanes(lanes, rows, t.width);
+  load_lanes(lanes, t, position, n, format, scratch, sink);
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

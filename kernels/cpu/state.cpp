@@ -1,0 +1,108 @@
+#include "state.h"
+
+namespace lol {
+namespace LOL_ISA {
+namespace {
+
+// to[i] (+)= the sum of the lanes of row(i), for four i at a time.
+template <class Row>
+void sum_lanes(float* to, int F, Into into, Row row) {
+  for (int i = 0; i < F; i += 4) {
+    Vec lanes[4];
+    for (int r = 0; r < 4; r++) lanes[r] = row(i + r < F ? i + r : F - 1);
+    const Vec4 sums = sums_of_4(lanes);
+    for (int r = 0; r < 4 && i + r < F; r++)
+      to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
+  }
+}
+
+// to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
+void sum_rows(float* to, const float* tile, int F, int n, Into into) {
+  sum_lanes(to, F, into, [&](int i) {
+    const float* row = tile + i * BLOCK;
+    Vec sum = {};
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) sum += load(row + j);
+    for (; j < n; j++) sum[0] += row[j];
+    return sum;
+  });
+}
+
+// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd
+// number shares its words with a key that stays out: it comes in by itself.
+void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
+                Into into) {
+#ifdef LOL_PAIRS
+  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into);
+  static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
+  const Vec ones = pair(splat(1.0f), splat(1.0f));
+  const VecI key = 2 * lane_index();
+  sum_lanes(ksum, F, into, [&](int i) {
+    const Vec row = load(phi + i * LANES);
+    // An odd last key comes without the second half of its word.
+    const Vec counted =
+        select(key + 1 < splat_int(n), row, select(key < splat_int(n), without_second(row), Vec{}));
+    return add_dot(Vec{}, counted, ones);
+  });
+  for (int i = 0; n % 2 && i < F; i++) {
+    const uint16_t* row = (const uint16_t*)(phi + i * LANES);
+    const float* last = v + n / 2 * ld;
+    const Vec weight = splat(bf16_value(row[n - 1]));
+    for (int j = 0; j < ld; j += LANES)
+      store(kv + i * ld + j, load(kv + i * ld + j) + weight * first_of(load(last + j)));
+  }
+#else
+  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into;
+#endif
+}
+
+// to += a[F] tile[F x BLOCK], the tile in pairs along F.
+void add_products_of_pairs(float* to, const float* a, const float* tile, int F) {
+#ifdef LOL_PAIRS
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec first = load(to + c), second = {};
+    for (int i = 0; i < F; i += 2) {
+      const Vec word = load(tile + i / 2 * BLOCK + c);
+      first += a[i] * first_of(word);
+      if (i + 1 < F) second += a[i + 1] * second_of(word);
+    }
+    store(to + c, first + second);
+  }
+#else
+  (void)to, (void)a, (void)tile, (void)F;
+#endif
+}
+
+}  // namespace
+
+void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
+               float* ksum, Into into) {
+  if (format != Format::f32) return fold_pairs(phi.data, v, n, F, ld, kv, ksum, into);
+  gemm(F, ld, n, phi, v, ld, kv, ld, into);
+  sum_rows(ksum, phi.data, F, n, into);
+}
+
+void add_products(Format format, float* to, const float* a, const float* tile, int F) {
+  if (format != Format::f32) return add_products_of_pairs(to, a, tile, F);
+  // Four chains hide the latency of an FMA.
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec sum[4] = {load(to + c)};
+    int i = 0;
+    for (; i + 4 <= F; i += 4) {
+      for (int r = 0; r < 4; r++) sum[r] += a[i + r] * load(tile + (i + r) * BLOCK + c);
+    }
+    for (; i < F; i++) sum[0] += a[i] * load(tile + i * BLOCK + c);
+    store(to + c, (sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+}
+
+void add_weighted_rows(float* to, const float* tile, const float* weights, int F) {
+  sum_lanes(to, F, Into::add, [&](int i) {
+    Vec sum = {};
+    for (int c = 0; c < BLOCK; c += LANES) sum += load(tile + i * BLOCK + c) * load(weights + c);
+    return sum;
+  });
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol

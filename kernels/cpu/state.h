@@ -1,0 +1,33 @@
+// The recurrent state: sums over keys that every later query sees as linear.
+#pragma once
+#include "pairs.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+// The sums over the keys [sinks, folded).
+struct State {
+  float *kv, *ksum;  // [F x padded(V)], [F]; without meaning while `empty`
+  int64_t folded;
+  bool empty;
+
+  static int64_t floats(int64_t F, int64_t V) { return F * padded(V) + F + 16; }
+};
+// Rows [begin, end) of a state, which threads can share among them.
+struct Features {
+  int64_t begin, end;
+};
+
+// kv (+)= phi v and ksum (+)= phi over the first n keys of a tile: phi has F rows, along keys, and
+// v [BLOCK x ld], both in `format`.
+void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
+               float* ksum, Into into);
+
+// to[BLOCK] += a[F] tile[F x BLOCK].
+void add_products(Format format, float* to, const float* a, const float* tile, int F);
+
+// to[i] += the sum of row i of tile[F x BLOCK] times weights[BLOCK].
+void add_weighted_rows(float* to, const float* tile, const float* weights, int F);
+
+}  // namespace LOL_ISA
+}  // namespace lol
