@@ -257,9 +257,9 @@ def row_maximum(p, at, q, k, k_old, i, c):
     m = tl.full((p.chunk,), -INF, tl.float32)
     count = tl.zeros((p.chunk,), tl.float32)
     if p.window.sink > 0:
-        tokens = tokens_at(p, at, 0, p.window.sink_block)
-        s = scores(p, q, load_k(p, at, tokens))
-        m, count = largest_score(m, count, s, sink_mask(p, at, i, tokens.position))
+        first = tokens_at(p, at, 0, p.window.sink_block)
+        s_first = scores(p, q, load_k(p, at, first))
+        m, count = largest_score(m, count, s_first, sink_mask(p, at, i, first.position))
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
         m, count = largest_score(m, count, scores(p, q, k), inside)

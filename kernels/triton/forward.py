@@ -140,9 +140,9 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
     )
     if p.window.sink > 0:
         first = tokens_at(p, at, 0, p.window.sink_block)
-        s, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
-        inside = sink_mask(p, at, i, first.position)
-        sums = add_softmax(sums, s, inside, v_first, p.arithmetic)
+        s_first, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
+        sinks = sink_mask(p, at, i, first.position)
+        sums = add_softmax(sums, s_first, sinks, v_first, p.arithmetic)
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
         sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)

@@ -53,7 +53,8 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
     resident = head_dim * width <= 128 * 64
     if kernel in ("forward", "backward"):
         chunk = 32 if max(head_dim, width) <= 128 else 16
-        return Tiles(chunk, min(value_dim, 64), 4, 1, resident)
+        # Backward, twice the warps spill a quarter of the registers that four do.
+        return Tiles(chunk, min(value_dim, 64), 8 if kernel == "backward" else 4, 1, resident)
     block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
     if q.element_size() == 2 and max(head_dim, width) <= 128 and resident:
         # Of what a tile of 64 costs in registers, most is the features' and their gradients'.

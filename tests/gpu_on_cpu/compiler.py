@@ -82,10 +82,15 @@ def _value(argument: Argument) -> Any:
     raise ValueError(f"unknown kind of argument {argument!r}; see Job")
 
 
+def driver_for(target: str) -> _Driver:
+    """A driver to make Triton's active one, so that launches can be compiled for ``target``."""
+    return _Driver(_TARGETS[target])
+
+
 def _compile(job: Job) -> Any:
     kernel = getattr(importlib.import_module(job.module), job.kernel)
     arguments = {name: _value(argument) for name, argument in job.arguments.items()}
-    triton.runtime.driver.set_active(_Driver(_TARGETS[job.target]))
+    triton.runtime.driver.set_active(driver_for(job.target))
     return kernel.warmup(grid=(1,), num_warps=job.num_warps, num_stages=job.num_stages, **arguments)
 
 
