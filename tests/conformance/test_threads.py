@@ -27,7 +27,11 @@ def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv
         stateful, state = lo.hybrid_attention(q, k, v, *maps, gate, **windows, return_state=True)
         options = {"feature_q": maps[0], "feature_k": maps[1], "return_state": True}
         linear, sums = lo.linear_attention(q, k, v, **options, backend=backend)
-        return [out, stateful, state.kv, state.ksum, linear, sums.kv, sums.ksum]
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, gate, *(m.weight for m in maps))]
+        trained = [lo.Features(weight) for weight in leaves[4:]]
+        y = lo.hybrid_attention(*leaves[:3], *trained, leaves[3], **windows)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        return [out, stateful, state.kv, state.ksum, linear, sums.kv, sums.ksum, *gradients]
 
     before = torch.get_num_threads()
     try:
