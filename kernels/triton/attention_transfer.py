@@ -119,7 +119,10 @@ def compare_tile(
     step = softmax_step(sums.m, s)
     if student is not None:
         phi_k = key_features(p, at, keys, k, weight_k)
-        a = feature_products(student.phi, phi_k, p.arithmetic) * student.inverse[:, None]
+        a = feature_products(student.phi, phi_k, p.arithmetic)
+        if MASKED:  # as den sums the pairs near a chunk
+            a = a.to(p.arithmetic.dtype).to(tl.float32)
+        a *= student.inverse[:, None]
         log2_a = tl.log2(tl.maximum(a, LEAST))
         if MASKED:
             near = tl.maximum(s - student.offset[:, None], LOG2_LEAST)

@@ -56,11 +56,16 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
         # Backward, twice the warps spill a quarter of the registers that four do.
         return Tiles(chunk, min(value_dim, 64), 8 if kernel == "backward" else 4, 1, resident)
     block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
-    if q.element_size() == 2 and max(head_dim, width) <= 128 and resident:
-        # Of what a tile of 64 costs in registers, most is the features' and their gradients'.
-        wide = kernel == "teacher" or (kernel == "teacher_entropy" and head_dim <= 64)
-        return Tiles(128, block_v, 8, 2, resident, other=64 if wide else 32)
-    return Tiles(32, block_v, 4, 1, resident, other=32)
+    # fp16 is only fast without features, whose products are fp32 (arguments.arithmetic_of).
+    narrow = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and kernel == "teacher")
+    if narrow and max(head_dim, width) <= 128 and resident:
+        # Features and their gradients leave few registers for a tile of 64.
+        large = kernel == "teacher" or (kernel == "teacher_entropy" and head_dim <= 64)
+        return Tiles(128, block_v, 8, 2, resident, other=64 if large else 32)
+    tile = 32 if max(head_dim, width) <= 128 else 16
+    if not narrow:  # the parts of resident fp32 weights would fill shared memory
+        resident = head_dim * width <= 64 * 64
+    return Tiles(tile, block_v, 4, 1, resident, other=tile)
 
 
 # The quadratic backward kernels: every program leaves a share of the parameters' gradients.

@@ -50,6 +50,7 @@ def map_gradient(p, tile, phi, f, head, d_phi, dx, d_weight, slices):
 @triton.jit
 def add_weight_slices(p, tile, dz, f, d_weight):
     """d_weight += x^T dz in memory, f.slice rows at a time."""
+    tl.debug_barrier()  # what the tile before left may be another thread's
     column = tl.arange(0, f.block)
     for first in range(0, f.head_dim, f.slice):
         row = first + tl.arange(0, f.slice)
