@@ -75,14 +75,14 @@ def _triton(case: Case) -> str | None:
         return "triton is not installed (pip install triton)"
     if case.device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
-    if case.device == "cpu" and not triton_is_interpreted():
+    if case.device == "cpu" and not _is_interpreted():
         return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly"
     if case.device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {case.device}"
     return _kernel_limits(case)
 
 
-def triton_is_interpreted() -> bool:
+def _is_interpreted() -> bool:
     """Whether Triton's kernels run on CPU tensors, in its interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 

@@ -1,8 +1,8 @@
 """Triton kernels of the operators, with the schemas of torch.ops.lolcats_ops.
 
 One file per operator. What they share: problem.py (the kernels' arguments), tokens.py, window.py,
-features.py, state.py (device functions), forward.py and backward.py (attention), arguments.py and
-launch.py (tensors to programs).
+features.py, map_gradient.py, state.py, past.py (device functions), forward.py and backward_*.py
+(attention), attention.py, arguments.py and launch.py (tensors to programs).
 """
 
 from .attention_transfer import attention_transfer, attention_transfer_backward

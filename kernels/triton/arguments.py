@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .launch import next_power_of_2
 from .problem import (
     IDENTITY,
     SLIDING,
@@ -48,11 +49,6 @@ class Plan:
         """Launches a kernel whose first argument is the problem, a program for each place."""
         options = {"num_warps": self.tiles.num_warps, "num_stages": self.tiles.num_stages}
         launch.launch(kernel, (self.programs,), self.problem, *args, **options)
-
-
-def next_power_of_2(n: int, least: int = 16) -> int:
-    """The tile that holds n columns; products need tiles of at least 16."""
-    return max(least, 1 << (n - 1).bit_length())
 
 
 def rows(x: Tensor) -> Rows:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import launch
 from .arguments import Plan, empty_like_rows, rows
-from .backward import Incoming, Parts, RowGradients, backward_keys, backward_queries
-from .backward import segment_gradients as segment_gradients_kernel
+from .backward_of_keys import backward_keys, segment_gradients
+from .backward_of_queries import backward_queries
+from .backward_pass import Incoming, Parts, RowGradients
 from .forward import attention_forward, exclusive_sums, segment_sums
 
 BLOCK = 1024  # words of a state that a program of exclusive_sums adds up
@@ -26,28 +27,38 @@ def state_shape(plan: Plan, v: Tensor) -> tuple[int, int]:
     return f.width.value * (2 if f.two_sided.value else 1), v.shape[3]
 
 
-def scan(
-    plan: Plan, kv: Tensor, ksum: Tensor, kv0: Tensor | None, ksum0: Tensor | None, reverse: bool
-) -> None:
-    """States [N, H, segments, F, V] of each segment alone become those before (after) each."""
-    for x, initial in ((kv, kv0), (ksum, ksum0)):
+State = tuple[Tensor | None, Tensor | None]  # kv, ksum
+
+
+def segment_states(
+    plan: Plan,
+    v: Tensor,
+    kernel: Any,
+    args: tuple,
+    initial: State,
+    *,
+    reverse: bool = False,
+    by_slice: bool = False,
+) -> State:
+    """What precedes (in reverse follows) every segment, on top of ``initial``: [N, H, segments, F,
+    V] and [N, H, segments, (slices,) F]. ``kernel`` finds what each segment adds."""
+    shape = plan.sequences, plan.heads, plan.segments
+    width, value_dim = state_shape(plan, v)
+    kv = fp32(v, *shape, width, value_dim)
+    ksum = fp32(v, *shape, *((plan.slices,) if by_slice else ()), width)
+    plan.run(kernel, *args, kv, ksum)
+    for x, start in zip((kv, ksum), initial, strict=True):
         size = x[0, 0, 0].numel()
         grid = (-(-size // BLOCK), plan.sequences * plan.heads)
-        launch.launch(exclusive_sums, grid, x, initial, size, plan.segments, reverse, BLOCK)
+        launch.launch(exclusive_sums, grid, x, start, size, plan.segments, reverse, BLOCK)
+    return kv, ksum
 
 
-def initial_states(
-    plan: Plan, v: Tensor, kv0: Tensor | None, ksum0: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def initial_states(plan: Plan, v: Tensor, kv0: Tensor | None, ksum0: Tensor | None) -> State:
     """The states at the start of every segment, [N, H, segments, F, V] and [N, H, segments, F]."""
     if plan.segments == 1:
         return kv0, ksum0
-    shape = plan.sequences, plan.heads, plan.segments
-    width, value_dim = state_shape(plan, v)
-    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, width)
-    plan.run(segment_sums, kv, ksum)
-    scan(plan, kv, ksum, kv0, ksum0, False)
-    return kv, ksum
+    return segment_states(plan, v, segment_sums, (), (kv0, ksum0))
 
 
 def per_query_head(plan: Plan, x: Tensor | None) -> Tensor | None:
@@ -66,10 +77,10 @@ def of_first_head(plan: Plan, x: Tensor | None) -> Tensor | None:
     return y
 
 
-def group_sum(x: Tensor | None, initial: Tensor | None) -> Tensor:
+def group_sum(x: Tensor | None, initial: Tensor | None, like: Tensor) -> Tensor:
     """The gradient [N, Hs, ...] of an initial state from those of the query heads; else empty."""
     if x is None or initial is None:
-        return torch.empty(0)
+        return fp32(like, 0)
     return x.unflatten(1, (initial.shape[1], -1)).sum(2)
 
 
@@ -153,8 +164,7 @@ def shares(plan: Plan, parameter: Tensor | None, resident: bool = True) -> Tenso
 
 def of_programs(plan: Plan, x: Tensor) -> Tensor:
     """Sums of what every program left, [programs, ...], by head: [H, ...]."""
-    shares = x.unflatten(0, (plan.sequences, plan.heads, plan.segments * plan.slices))
-    return shares.sum((0, 2))
+    return x.unflatten(0, (plan.sequences, plan.heads, -1)).sum((0, 2))
 
 
 def of_maps(plan: Plan, x: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -238,19 +248,17 @@ def final_gradients(
     left: RowGradients,
     dkv: Tensor | None,
     dksum: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> State:
     """The state's gradient at the end of every segment, [N, H, segments, F, V] and [N, H, segments,
     slices, F]: the slices' shares of ksum's, that of what follows being the first's."""
     if dksum is not None:
         dksum = torch.nn.functional.pad(dksum.unsqueeze(2), (0, 0, 0, plan.slices - 1))
     if plan.segments == 1:
         return dkv, dksum
-    shape = plan.sequences, plan.heads, plan.segments
-    width, value_dim = state_shape(plan, v)
-    kv, ksum = fp32(v, *shape, width, value_dim), fp32(v, *shape, plan.slices, width)
-    plan.run(segment_gradients_kernel, incoming, left, kv, ksum)
-    scan(plan, kv, ksum, dkv, dksum, True)
-    return kv, ksum
+    follows = (dkv, dksum)
+    return segment_states(
+        plan, v, segment_gradients, (incoming, left), follows, reverse=True, by_slice=True
+    )
 
 
 def map_gradients(gradients: Gradients) -> tuple[Tensor, ...]:

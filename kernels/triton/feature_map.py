@@ -17,14 +17,20 @@ from .arguments import (
     constant,
     empty_like_rows,
     feature_map_of,
-    next_power_of_2,
     rows,
 )
-from .features import activate, clamp, load_weight, project
-from .launch import launch, tiles_for
-from .map_gradient import MapTile, map_gradient, store_map_gradients
+from .features import activate, clamp, load_weight
+from .launch import launch, next_power_of_2, tiles_for
+from .map_gradient import (
+    map_gradient,
+    map_tile,
+    share_of,
+    store_map_gradients,
+    zero_bias,
+    zero_weight,
+)
 from .problem import Map, Rows, Sides
-from .tokens import load_tile, store_tile
+from .tokens import Tokens, load_tile, rows_of, store_tile
 
 
 class Maps(NamedTuple):
@@ -48,18 +54,18 @@ def program_rows(p):
 
 
 @triton.jit
-def tile_rows(x, batch, head, tokens):
-    """Pointers to the rows of a tile."""
-    base = x.pointer + batch.to(tl.int64) * x.batch + head.to(tl.int64) * x.head
-    return base + tokens.to(tl.int64) * x.token
+def tokens_of(p, start, step):
+    """A tile of tokens."""
+    token = start + step * p.chunk + tl.arange(0, p.chunk)
+    return Tokens(tl.full((), 0, tl.int64), token.to(tl.int64), token, token < p.tokens)
 
 
 @triton.jit
-def map_of_rows(p, rows, valid, weight, head):
-    """The tile of x at ``rows``, projected."""
-    x = load_tile(rows, valid, 0, p.x.width, p.block_d)
-    z = project(x, rows, valid, weight, p.map, head, p.arithmetic)
-    return MapTile(x, rows, valid, z, weight)
+def projected(p, batch, head, tokens, weight):
+    """The MapTile of a tile of tokens."""
+    rows = rows_of(p.x, batch, head, tokens)
+    x = load_tile(rows, tokens.valid, 0, p.x.width, p.block_d)
+    return map_tile(p, x, rows, tokens.valid, weight, p.map, head)
 
 
 @triton.jit
@@ -68,11 +74,11 @@ def feature_map_forward(p, y):
     head, batch, start = program_rows(p)
     weight = load_weight(p.map, head, p.arithmetic, p.block_d)
     for step in range(p.steps):
-        tokens = start + step * p.chunk + tl.arange(0, p.chunk)
-        valid = tokens < p.tokens
-        tile = map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head)
+        tokens = tokens_of(p, start, step)
+        valid = tokens.valid
+        tile = projected(p, batch, head, tokens, weight)
         phi = clamp(activate(tile.z, p.map), p.map)
-        y_rows = tile_rows(y, batch, head, tokens)
+        y_rows = rows_of(y, batch, head, tokens)
         store_tile(y_rows, phi.plus, valid, 0, p.map.width, p.map.block)
         if p.map.two_sided:
             store_tile(y_rows + p.map.width, phi.minus, valid, 0, p.map.width, p.map.block)
@@ -84,17 +90,13 @@ def feature_map_gradients(p, dy, dx, d_weight, d_bias):
     head, batch, start = program_rows(p)
     program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     weight = load_weight(p.map, head, p.arithmetic, p.block_d)
-    own = d_weight + program * (p.map.head_dim * p.map.width)
-    dw, db = None, None
-    if p.map.resident:
-        dw = tl.zeros((p.block_d, p.map.block), tl.float32)
-    if d_bias is not None:
-        db = tl.zeros((p.map.block,), tl.float32)
+    own = share_of(p.map, d_weight, program)
+    dw, db = zero_weight(p, p.map, d_weight), zero_bias(p.map, d_bias)
     for step in range(p.steps):
-        tokens = start + step * p.chunk + tl.arange(0, p.chunk)
-        valid = tokens < p.tokens
-        tile = map_of_rows(p, tile_rows(p.x, batch, head, tokens), valid, weight, head)
-        dy_rows = tile_rows(dy, batch, head, tokens)
+        tokens = tokens_of(p, start, step)
+        valid = tokens.valid
+        tile = projected(p, batch, head, tokens, weight)
+        dy_rows = rows_of(dy, batch, head, tokens)
         plus = load_tile(dy_rows, valid, 0, p.map.width, p.map.block).to(tl.float32)
         if p.map.two_sided:
             minus = load_tile(dy_rows + p.map.width, valid, 0, p.map.width, p.map.block)
@@ -106,7 +108,7 @@ def feature_map_gradients(p, dy, dx, d_weight, d_bias):
         grad, dw, dz = map_gradient(p, tile, phi, p.map, head, d_phi, grad, dw, own)
         if d_bias is not None:
             db += tl.sum(dz, 0)
-        store_tile(tile_rows(dx, batch, head, tokens), grad, valid, 0, p.x.width, p.block_d)
+        store_tile(rows_of(dx, batch, head, tokens), grad, valid, 0, p.x.width, p.block_d)
     store_map_gradients(p, p.map, dw, db, own, d_bias, program)
 
 

@@ -166,6 +166,24 @@ def clamp(phi, f):
 
 
 @triton.jit
+def operand_side(z, f, factor, arithmetic):
+    return scaled(clamp_side(activate_side(z, f), f), factor).to(arithmetic.dtype)
+
+
+@triton.jit
+def operand(z, f, factor, arithmetic):
+    """factor * phi of projected tokens, as an operand of products; a factor of None is 1.
+
+    A side is rounded before the next is made, so that one at a time takes fp32 registers.
+    """
+    plus = operand_side(z, f, factor, arithmetic)
+    if f.two_sided:
+        return Sides(plus, operand_side(-z, f, factor, arithmetic))
+    else:
+        return Sides(plus, None)
+
+
+@triton.jit
 def clamp_backward(y, dy, f):
     """torch.clamp lets the gradient pass where y >= eps."""
     if f.activation == IDENTITY:
@@ -243,12 +261,3 @@ def keep_rows(phi, keep):
         return Sides(
             tl.where(keep[:, None], phi.plus, 0.0), tl.where(keep[:, None], phi.minus, 0.0)
         )
-
-
-@triton.jit
-def rounded(phi, arithmetic):
-    """phi as an operand of products."""
-    if phi.minus is None:
-        return Sides(phi.plus.to(arithmetic.dtype), None)
-    else:
-        return Sides(phi.plus.to(arithmetic.dtype), phi.minus.to(arithmetic.dtype))

@@ -27,6 +27,7 @@ from .state import (
     empty_state,
     key_features,
     load_state,
+    query_features,
     read_state,
     store_state,
 )
@@ -83,6 +84,14 @@ def scores(p, q, k):
 
 
 @triton.jit
+def empty_sums(p, lowest):
+    """Sums over no keys, whose maximum is ``lowest``."""
+    den = tl.zeros((p.chunk,), tl.float32)
+    acc = tl.zeros((p.chunk, p.block_v), tl.float32)
+    return Sums(tl.full((p.chunk,), lowest, tl.float32), den, acc)
+
+
+@triton.jit
 def softmax_step(m_before, s):
     """A tile of scores under the maximum of all so far."""
     m = tl.maximum(m_before, tl.max(s, 1))
@@ -133,11 +142,7 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
 
     The gate comes last: the largest weight of a query is then 1, which bf16 holds exactly.
     """
-    sums = Sums(
-        tl.full((p.chunk,), -INF, tl.float32),
-        tl.zeros((p.chunk,), tl.float32),
-        tl.zeros((p.chunk, p.block_v), tl.float32),
-    )
+    sums = empty_sums(p, -INF)
     if p.window.sink > 0:
         first = tokens_at(p, at, 0, p.window.sink_block)
         s_first, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
@@ -163,7 +168,7 @@ def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
 
 
 @triton.jit
-def add_far_linear(p, at, sums, phi_q, i, c, weight_k):
+def add_far_linear(p, at, sums, phi_q, c, weight_k):
     """sums with the tiles before c that hold keys weighed by features, where lag is 2."""
     near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
     for t in tl.range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
@@ -198,20 +203,21 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         i = tokens.position
         q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
         sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c)
-        read = read_state(p, at, state, tokens, q, weight_q, factor, sums.den, sums.acc)
-        sums = Sums(sums.m, read.den, read.acc)
+        phi_q = query_features(p, at, tokens, q, weight_q, factor)
+        den, acc = read_state(p, state, phi_q, sums.den, sums.acc)
+        sums = Sums(sums.m, den, acc)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
             inside, outside = pair_masks(p, c * p.chunk, 0)
-            sums = add_linear(sums, read.phi, phi_k, outside, v, p.arithmetic)
+            sums = add_linear(sums, phi_q, phi_k, outside, v, p.arithmetic)
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
                 inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-                sums = add_linear(sums, read.phi, phi_old, outside, v_old, p.arithmetic)
+                sums = add_linear(sums, phi_q, phi_old, outside, v_old, p.arithmetic)
         elif p.window.lag == 2 and p.window.far_linear:
-            sums = add_far_linear(p, at, sums, read.phi, i, c, weight_k)
+            sums = add_far_linear(p, at, sums, phi_q, c, weight_k)
 
         den, y = sums.den + eps, sums.acc
         if NORMALIZE:

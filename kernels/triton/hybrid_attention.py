@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import attention
 from .arguments import plan, rows
-from .backward import Incoming
+from .backward_pass import Incoming
 from .launch import tiles_for
 
 

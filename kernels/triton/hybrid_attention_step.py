@@ -8,7 +8,7 @@ forward.py, wherever they lie.
 
 A few tokens are chunks of one. The state is then read once and written once, 8 F V bytes for every
 head of the state, beside 2 w (D + V) bytes of 16-bit keys and values for every query head.
-Everything is one launch.
+That is one launch; of many tokens of few states, the segments' states are summed up before.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention, launch
-from .arguments import Plan, constant, empty_like_rows, next_power_of_2, plan, rows
-from .features import load_weight, project
-from .forward import add_linear, add_softmax, linear_factor, log2_gate, scores
+from .arguments import Plan, constant, empty_like_rows, plan, rows
+from .features import load_weight, operand, project
+from .forward import add_linear, add_softmax, empty_sums, linear_factor, log2_gate, scores
+from .launch import next_power_of_2
 from .past import (
     folded_before,
     is_last,
@@ -41,7 +42,7 @@ from .state import (
     empty_state,
     features_at,
     load_state,
-    read_projected,
+    read_state,
     store_ksum,
     store_kv,
     store_state,
@@ -70,11 +71,7 @@ def fold(p, pool, group, at, new, past, state, begin, end, weight_k):
 @triton.jit
 def softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end):
     """Sums over the sinks and the keys at [begin, end) that a chunk attends by softmax."""
-    sums = Sums(
-        tl.full((p.chunk,), LOWEST, tl.float32),
-        tl.zeros((p.chunk,), tl.float32),
-        tl.zeros((p.chunk, p.block_v), tl.float32),
-    )
+    sums = empty_sums(p, LOWEST)
     if p.window.sink > 0:
         first = sinks_at(p, pool, new, past)
         s_first, v_first = scores(p, q, load_keys(p, first)), load_values(p, at, first)
@@ -116,13 +113,12 @@ def attend(p, pool, group, at, new, past, state, out, c, head, folded, weight_q,
     begin = tl.maximum(folded, window_start(p.window, first))
     sums = softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end)
     z = project(q, rows, queries.valid, weight_q, p.map_q, head, p.arithmetic)
-    read = read_projected(p, state, z, factor, sums.den, sums.acc)
-    sums = Sums(sums.m, read.den, read.acc)
+    phi_q = operand(z, p.map_q, factor, p.arithmetic)
+    den, acc = read_state(p, state, phi_q, sums.den, sums.acc)
+    sums = Sums(sums.m, den, acc)
     if p.chunk > 1 or pool.slack > 0:  # else all keys that left the only query's window are folded
         far = tl.minimum(window_start(p.window, end - 1), end)
-        sums = add_linear_keys(
-            p, pool, group, at, new, past, sums, read.phi, i, folded, far, weight_k
-        )
+        sums = add_linear_keys(p, pool, group, at, new, past, sums, phi_q, i, folded, far, weight_k)
     y = sums.acc * (1.0 / sums.den)[:, None]
     rows = rows_of(out, at.batch, head, queries)
     store_tile(rows, y, queries.valid, at.column, out.width, p.block_v)
@@ -232,13 +228,9 @@ def initial_states(
     """The states at the start of every segment, or None where there is one."""
     if problem.segments == 1:
         return None, None
-    width, value_dim = attention.state_shape(problem, v)
-    shape = problem.sequences, problem.heads, problem.segments
-    kv, ksum = attention.fp32(v, *shape, width, value_dim), attention.fp32(v, *shape, width)
-    problem.run(step_segment_sums, pool, group, kv, ksum)
     slots = slice(None) if pool.slots is None else pool.slots.long()
-    attention.scan(problem, kv, ksum, pool.kv[slots], pool.ksum[slots], False)
-    return kv, ksum
+    initial = pool.kv[slots], pool.ksum[slots]
+    return attention.segment_states(problem, v, step_segment_sums, (pool, group), initial)
 
 
 def hybrid_attention_step_(

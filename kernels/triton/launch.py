@@ -48,8 +48,8 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
 
     Or of a quadratic one: "teacher", "teacher_entropy" or "entropy" (its backward).
     """
-    head_dim, value_dim = _tile(q.shape[3]), _tile(v.shape[3])
-    width = head_dim if weight is None else _tile(weight.shape[2])
+    head_dim, value_dim = next_power_of_2(q.shape[3]), next_power_of_2(v.shape[3])
+    width = head_dim if weight is None else next_power_of_2(weight.shape[2])
     resident = head_dim * width <= 128 * 64
     if kernel in ("forward", "backward"):
         chunk = 32 if max(head_dim, width) <= 128 else 16
@@ -84,7 +84,7 @@ def shares(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
 def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
     """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
     tiles = tiles_for("forward", q, weight, v)
-    if _tile(q.shape[3]) * _tile(weight.shape[2]) > 64 * 64:
+    if next_power_of_2(q.shape[3]) * next_power_of_2(weight.shape[2]) > 64 * 64:
         tiles = replace(tiles, num_warps=8)  # four would spill the weights of the two maps
     if not decoded:
         if q.dtype == torch.bfloat16:
@@ -99,7 +99,8 @@ def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: boo
     return replace(tiles, chunk=1, block_v=block_v)
 
 
-def _tile(n: int) -> int:
+def next_power_of_2(n: int) -> int:
+    """The tile that holds n columns; products need tiles of at least 16."""
     return max(16, 1 << (n - 1).bit_length())
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import attention
 from .arguments import plan, rows
-from .backward import Incoming
+from .backward_pass import Incoming
 from .launch import tiles_for
 
 
@@ -83,5 +83,8 @@ def linear_attention_backward(
         dkv=attention.of_first_head(problem, dkv), dksum=attention.of_first_head(problem, dksum),
     )  # fmt: skip
     inputs = gradients.dq, gradients.dk, gradients.dv
-    states = attention.group_sum(gradients.kv0, kv0), attention.group_sum(gradients.ksum0, ksum0)
+    states = (
+        attention.group_sum(gradients.kv0, kv0, q),
+        attention.group_sum(gradients.ksum0, ksum0, q),
+    )
     return *inputs, *attention.map_gradients(gradients), *states

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import activate_backward, product
+from .features import activate_backward, product, project
 from .problem import FAVOR
 
 
@@ -19,6 +19,41 @@ class MapTile(NamedTuple):
     valid: Any
     z: Any
     weight: Any
+
+
+@triton.jit
+def map_tile(p, x, rows, valid, weight, f, head):
+    """A tile of x, projected."""
+    return MapTile(x, rows, valid, project(x, rows, valid, weight, f, head, p.arithmetic), weight)
+
+
+@triton.jit
+def share_of(f, d_weight, program):
+    """A program's share of the weight's gradient in memory; None without one."""
+    if d_weight is None:
+        return None
+    else:
+        return d_weight + program * (f.head_dim * f.width)
+
+
+@triton.jit
+def zero_weight(p, f, d_weight):
+    """The gradient of a resident weight, to be added to; None for others, added up in memory."""
+    if d_weight is None:
+        return None
+    elif f.resident:
+        return tl.zeros((p.block_d, f.block), tl.float32)
+    else:
+        return None
+
+
+@triton.jit
+def zero_bias(f, d_bias):
+    """The gradient of a bias, to be added to; None without one."""
+    if d_bias is None:
+        return None
+    else:
+        return tl.zeros((f.block,), tl.float32)
 
 
 @triton.jit

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .features import activate_side, clamp_side, outer_product, product, project, scaled
+from .features import operand, outer_product, product, project
 from .problem import Sides, State
 from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
@@ -127,17 +125,9 @@ def key_features(p, at, tokens, k, weight_k):
 
 @triton.jit
 def features_at(p, at, k, rows, valid, weight_k):
-    """The same, of keys at ``rows``.
-
-    A side is rounded before the next is made, so that one at a time takes fp32 registers.
-    """
+    """The same, of keys at ``rows``."""
     z = project(k, rows, valid, weight_k, p.map_k, at.head, p.arithmetic)
-    plus = clamp_side(activate_side(z, p.map_k), p.map_k).to(p.arithmetic.dtype)
-    if p.map_k.two_sided:
-        minus = clamp_side(activate_side(-z, p.map_k), p.map_k)
-        return Sides(plus, minus.to(p.arithmetic.dtype))
-    else:
-        return Sides(plus, None)
+    return operand(z, p.map_k, None, p.arithmetic)
 
 
 @triton.jit
@@ -181,35 +171,22 @@ def absorb_tiles(p, at, state, begin, end, weight_k):
     return state
 
 
-class Reading(NamedTuple):
-    """What a chunk of queries reads from the state."""
-
-    phi: Sides  # lambda phi_q as an operand of products, [C, f]
-    den: Any  # [C]
-    acc: Any  # [C, BLOCK_V]
-
-
 @triton.jit
-def read_state(p, at, state, tokens, q, weight_q, factor, den, acc):
-    """phi_q of a chunk, and den and acc with what it reads."""
+def query_features(p, at, tokens, q, weight_q, factor):
+    """factor * phi_q of a chunk as an operand of products, [C, f] for each side."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
     z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
-    return read_projected(p, state, z, factor, den, acc)
+    return operand(z, p.map_q, factor, p.arithmetic)
 
 
 @triton.jit
-def read_projected(p, state, z, factor, den, acc):
-    """The same, from the projected queries."""
-    plus = scaled(clamp_side(activate_side(z, p.map_q), p.map_q), factor).to(p.arithmetic.dtype)
-    acc = product(plus, state.kv.plus, acc, p.arithmetic)
+def read_state(p, state, phi, den, acc):
+    """den and acc with what queries of features phi read from the state."""
+    acc = product(phi.plus, state.kv.plus, acc, p.arithmetic)
     ksum = columns(p, tl.sum(state.ksum.plus, 1), 0b01, 0b10)
-    total = product(plus, ksum, None, p.arithmetic)
-    if p.map_q.two_sided:
-        minus = scaled(clamp_side(activate_side(-z, p.map_q), p.map_q), factor)
-        minus = minus.to(p.arithmetic.dtype)
-        acc = product(minus, state.kv.minus, acc, p.arithmetic)
+    total = product(phi.plus, ksum, None, p.arithmetic)
+    if phi.minus is not None:
+        acc = product(phi.minus, state.kv.minus, acc, p.arithmetic)
         ksum = columns(p, tl.sum(state.ksum.minus, 1), 0b01, 0b10)
-        total = product(minus, ksum, total, p.arithmetic)
-        return Reading(Sides(plus, minus), den + tl.sum(total, 1), acc)
-    else:
-        return Reading(Sides(plus, None), den + tl.sum(total, 1), acc)
+        total = product(phi.minus, ksum, total, p.arithmetic)
+    return den + tl.sum(total, 1), acc

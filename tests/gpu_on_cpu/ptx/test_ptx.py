@@ -4,8 +4,8 @@ import re
 
 import pytest
 
+from gpu_on_cpu.ahead_of_time import Job, build_all
 from gpu_on_cpu.ptx import Fault, Hazard, PtxKernel
-from gpu_on_cpu.ptx.triton_ptx import Build, build_all
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -23,16 +23,20 @@ DOTS = {
 }
 
 
-def _matmul(dot: str, arch: int, **options: int) -> Build:
+def _job(kernel: str, arguments: dict, arch: int = 80, **options: int) -> Job:
+    return Job("gpu_on_cpu.ptx.triton_kernels", kernel, arguments, f"sm_{arch}", **options)
+
+
+def _matmul(dot: str, arch: int, **options: int) -> Job:
     dtype, precision, _ = DOTS[dot]
     tensors = dict.fromkeys(("a_ptr", "b_ptr", "c_ptr"), f"*{dtype}")
-    sizes = {"M": 96, "N": 80, "K": 112, "BLOCK": 64, "BK": 32, "P": precision}
-    return Build("matmul", {**tensors, **sizes}, arch, {"num_stages": 3, **options})
+    sizes = {"M": 96, "N": 80, "K": 112, "BLOCK": 64, "BK": 32, "P": f"={precision}"}
+    return _job("matmul", {**tensors, **sizes}, arch, **{"num_stages": 3, **options})
 
 
-def _attention(arch: int) -> Build:
+def _attention(arch: int) -> Job:
     tensors = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), "*bf16")
-    return Build("attention", {**tensors, "T": 7, "scale": 0.5, "D": 64, "C": 64}, arch)
+    return _job("attention", {**tensors, "T": 7, "scale": 0.5, "D": 64, "C": 64}, arch)
 
 
 _FEATURES = {
@@ -45,18 +49,16 @@ _FEATURES = {
     "twice": 7,
     "N": 512,
 }
-BUILDS = {
+JOBS = {
     **{f"matmul {dot} {arch}": _matmul(dot, arch) for dot in DOTS for arch in ARCHS},
     "matmul narrow": _matmul("tf32x3", 80, num_warps=8, num_stages=1),
     **{f"attention {arch}": _attention(arch) for arch in ARCHS},
-    **{f"features {arch}": Build("features", _FEATURES, arch) for arch in ARCHS},
-    "copy": Build("copy", {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": 7, "BLOCK": 512}),
-    "wide copy": Build("copy", {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": 16, "BLOCK": 512}),
-    "column": Build(
-        "copy_column", {"x_ptr": "*fp32", "y_ptr": "*fp32", "stride": 16, "BLOCK": 128}
-    ),
-    "everywhere": Build("store_everywhere", {"y_ptr": "*fp32", "BLOCK": 128}),
-    "atomics": Build(
+    **{f"features {arch}": _job("features", _FEATURES, arch) for arch in ARCHS},
+    "copy": _job("copy", {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": 7, "BLOCK": 512}),
+    "wide copy": _job("copy", {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": 16, "BLOCK": 512}),
+    "column": _job("copy_column", {"x_ptr": "*fp32", "y_ptr": "*fp32", "stride": 16, "BLOCK": 128}),
+    "everywhere": _job("store_everywhere", {"y_ptr": "*fp32", "BLOCK": 128}),
+    "atomics": _job(
         "atomics",
         {"x_ptr": "*fp32", "sum_ptr": "*fp32", "lock_ptr": "*i32", "count_ptr": "*i32", "N": 128},
     ),
@@ -65,7 +67,7 @@ BUILDS = {
 
 @pytest.fixture(scope="module")
 def builds():
-    return build_all(BUILDS)
+    return dict(zip(JOBS, build_all(list(JOBS.values()), keep_asm=True), strict=True))
 
 
 def relative_error(got, want):
@@ -85,9 +87,11 @@ def run_matmul(built, dot="bf16", ptx=None, shape=(96, 80, 112), **options):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(*s, generator=generator).to(dtype) for s in ((M, K), (K, N)))
     c = torch.full((M, N), float("nan"), dtype=dtype)
-    kernel = PtxKernel(ptx or built.ptx)
+    kernel = PtxKernel(ptx or built.asm["ptx"])
     grid = (-(-M // 64), -(-N // 64))
-    report = kernel(grid, [a, b, c, M, N, K], shared_bytes=built.shared_bytes, **options)
+    report = kernel(
+        grid, [a, b, c, M, N, K], shared_bytes=built.resources["shared_bytes"], **options
+    )
     return report, relative_error(c, a.double() @ b.double())
 
 
@@ -112,8 +116,12 @@ def test_attention_is_right_in_any_order_of_execution(builds, arch, order):
     q, k, v = torch.randn(3, heads, T, 64).to(torch.bfloat16)
     o = torch.full_like(q, float("nan"))
     arguments = [q, k, v, o, T, 64**-0.5 * 1.4426950408889634]
-    report = PtxKernel(built.ptx)(
-        (3, heads), arguments, shared_bytes=built.shared_bytes, order=order, check_blocks=True
+    report = PtxKernel(built.asm["ptx"])(
+        (3, heads),
+        arguments,
+        shared_bytes=built.resources["shared_bytes"],
+        order=order,
+        check_blocks=True,
     )
     report.assert_clean()
     weights = (q.double() @ k.double().mT * 64**-0.5).masked_fill(
@@ -130,9 +138,9 @@ def test_types_scans_layouts_and_branches_are_right(builds, arch, twice):
     flags = torch.randint(0, 2, (2 * N,), dtype=torch.int8)
     y, where = torch.full((2 * N,), float("nan")), torch.zeros(2, dtype=torch.int64)
     expected = _features(x, flags, index, n, twice, N)
-    kernel = PtxKernel(built.ptx)
+    kernel = PtxKernel(built.asm["ptx"])
     arguments = [x, flags, index, y, where, n, twice]
-    kernel((2,), arguments, shared_bytes=built.shared_bytes).assert_clean()
+    kernel((2,), arguments, shared_bytes=built.resources["shared_bytes"]).assert_clean()
     for got, want in zip((y[:n], where, flags[:n]), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert y[n:].isnan().all()
@@ -156,7 +164,7 @@ def _features(x, flags, index, n, twice, N):
 def test_atomics_add_up_and_locks_exclude(builds):
     x = torch.randn(5 * 128)
     total, lock, count = torch.zeros(4), torch.zeros(1).int(), torch.zeros(1).int()
-    report = PtxKernel(builds["atomics"].ptx)((5,), [x, total, lock, count], shared_bytes=64)
+    report = PtxKernel(builds["atomics"].asm["ptx"])((5,), [x, total, lock, count], shared_bytes=64)
     torch.testing.assert_close(total, x.reshape(-1, 4).sum(0), rtol=1e-5, atol=1e-5)
     assert (lock.item(), count.item()) == (0, 5)
     assert report.global_bytes[1].atomic == x.numel() * 4
@@ -169,9 +177,9 @@ def test_atomics_add_up_and_locks_exclude(builds):
 def test_every_deleted_barrier_that_matters_is_a_race(builds, arch):
     """Two stand side by side at the end, and one of them may go."""
     built = builds[f"matmul tf32x3 {arch}"]
-    barriers = built.ptx.count("bar.sync")
+    barriers = built.asm["ptx"].count("bar.sync")
     races = [
-        run_matmul(built, "tf32x3", delete(built.ptx, r"bar\.sync\s+0;", n))[0].races
+        run_matmul(built, "tf32x3", delete(built.asm["ptx"], r"bar\.sync\s+0;", n))[0].races
         for n in range(barriers)
     ]
     noticed = [bool(found) for found in races]
@@ -182,40 +190,40 @@ def test_every_deleted_barrier_that_matters_is_a_race(builds, arch):
 
 def test_a_race_is_found_in_any_order(builds):
     built = builds["matmul bf16 80"]
-    ptx = delete(built.ptx, r"bar\.sync\s+0;")
+    ptx = delete(built.asm["ptx"], r"bar\.sync\s+0;")
     for order in (None, 0, 1, 2):
         assert run_matmul(built, ptx=ptx, order=order)[0].races
 
 
 def test_a_copy_that_nobody_waits_for_is_found(builds):
     built = builds["matmul bf16 80"]
-    first = delete(built.ptx, r"cp\.async\.wait_group\s+2;")
+    first = delete(built.asm["ptx"], r"cp\.async\.wait_group\s+2;")
     report, _ = run_matmul(built, ptx=first)
     assert Hazard.COPY in {f.hazard for f in report.races}
-    last = delete(built.ptx, r"cp\.async\.wait_group\s+0;")
+    last = delete(built.asm["ptx"], r"cp\.async\.wait_group\s+0;")
     report, _ = run_matmul(built, ptx=last)
     assert Hazard.UNFINISHED in {f.hazard for f in report.races}
 
 
 def test_a_wait_for_too_few_copies_is_found(builds):
     built = builds["matmul bf16 80"]
-    ptx = re.sub(r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 4;", built.ptx)
-    assert ptx != built.ptx
+    ptx = re.sub(r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 4;", built.asm["ptx"])
+    assert ptx != built.asm["ptx"]
     report, _ = run_matmul(built, ptx=ptx)
     assert any("has not been waited for" in str(f) for f in report.races)
 
 
 def test_a_wgmma_that_nobody_waits_for_is_found(builds):
     built = builds["matmul bf16 90"]
-    for n in range(built.ptx.count("wgmma.wait_group")):
-        ptx = delete(built.ptx, r"wgmma\.wait_group\.sync\.aligned\s+\d+;", n)
+    for n in range(built.asm["ptx"].count("wgmma.wait_group")):
+        ptx = delete(built.asm["ptx"], r"wgmma\.wait_group\.sync\.aligned\s+\d+;", n)
         report, _ = run_matmul(built, ptx=ptx)
         assert {f.hazard for f in report.races} & {Hazard.ACCUMULATOR, Hazard.OPERAND}, n
 
 
 def test_a_missing_proxy_fence_is_found(builds):
     built = builds["matmul tf32x3 90"]
-    ptx = re.sub(r"fence\.proxy\.async[^;]*;", "", built.ptx)
+    ptx = re.sub(r"fence\.proxy\.async[^;]*;", "", built.asm["ptx"])
     report, _ = run_matmul(built, "tf32x3", ptx)
     assert {f.hazard for f in report.races} == {Hazard.FENCE}
 
@@ -224,14 +232,14 @@ def test_a_truncated_accumulator_shows_in_the_error(builds):
     built = builds["matmul bf16 80"]
     mma = r"(mma\.sync[^{]*\{\s*(%r\d+), (%r\d+), (%r\d+), (%r\d+)\s*\}[^;]*;)"
     truncate = "".join(rf" and.b32 \{n}, \{n}, 0xffff0000;" for n in range(2, 6))
-    ptx = re.sub(mma, r"\1" + truncate, built.ptx)
-    assert ptx != built.ptx
+    ptx = re.sub(mma, r"\1" + truncate, built.asm["ptx"])
+    assert ptx != built.asm["ptx"]
     assert run_matmul(built, ptx=ptx)[1] > DOTS["bf16"][2]
 
 
 def test_reading_past_the_end_names_instruction_argument_and_distance(builds):
     x, y = torch.randn(1001), torch.zeros(1002)
-    kernel = PtxKernel(builds["copy"].ptx.replace("setp.lt.s32", "setp.le.s32"))
+    kernel = PtxKernel(builds["copy"].asm["ptx"].replace("setp.lt.s32", "setp.le.s32"))
     with pytest.raises(Fault, match="4 bytes that end 4 bytes past the end of argument 0") as error:
         kernel((2,), [x, y, 1001])
     where = r"`@%p\d ld\.global.*` \(triton_kernels\.py:\d+\), block \(1, 0, 0\), thread \d+"
@@ -241,14 +249,14 @@ def test_reading_past_the_end_names_instruction_argument_and_distance(builds):
 def test_a_tensor_ends_where_it_ends_even_if_another_one_follows(builds):
     both = torch.randn(2000)
     with pytest.raises(Fault, match="end 4 bytes past the end of argument 1"):
-        PtxKernel(builds["copy"].ptx)((2,), [torch.randn(1000), both[:999], 1000])
-    PtxKernel(builds["copy"].ptx)((2,), [both[:1000], both[1000:], 1000])
+        PtxKernel(builds["copy"].asm["ptx"])((2,), [torch.randn(1000), both[:999], 1000])
+    PtxKernel(builds["copy"].asm["ptx"])((2,), [both[:1000], both[1000:], 1000])
     assert torch.equal(both[:1000], both[1000:])
 
 
 def test_a_misaligned_vector_is_found(builds):
     x, y = torch.randn(1025), torch.zeros(1024)
-    kernel = PtxKernel(builds["wide copy"].ptx)
+    kernel = PtxKernel(builds["wide copy"].asm["ptx"])
     kernel((2,), [x[:1024], y, 1024])
     with pytest.raises(Fault, match=r"misaligned: 16 bytes at an address that is 4 modulo 16"):
         kernel((2,), [x[1:], y, 1024])
@@ -263,7 +271,7 @@ def test_warps_that_do_the_same_work_are_no_race_but_named(builds):
 
 
 def test_blocks_that_store_to_the_same_bytes_conflict(builds):
-    kernel, y = PtxKernel(builds["everywhere"].ptx), torch.zeros(128)
+    kernel, y = PtxKernel(builds["everywhere"].asm["ptx"]), torch.zeros(128)
     assert not kernel((1,), [y], check_blocks=True).block_conflicts
     (conflict,) = kernel((2,), [y], check_blocks=True).block_conflicts
     assert "block (1, 0, 0) writes" in str(conflict)
@@ -274,7 +282,7 @@ def test_blocks_that_store_to_the_same_bytes_conflict(builds):
 
 def test_bytes_of_a_copy_are_exact(builds):
     x, y = torch.randn(1001), torch.zeros(1001)
-    report = PtxKernel(builds["copy"].ptx)((2,), [x, y, 1001])
+    report = PtxKernel(builds["copy"].asm["ptx"])((2,), [x, y, 1001])
     assert torch.equal(x, y)
     assert report.global_bytes[0].loaded == report.global_bytes[1].stored == 4004
     assert report.global_bytes[0].stored == report.global_bytes[1].loaded == 0
@@ -282,7 +290,7 @@ def test_bytes_of_a_copy_are_exact(builds):
 
 def test_coalesced_accesses_move_no_more_than_they_need(builds):
     x, y = torch.empty(1024), torch.empty(1024)
-    report = PtxKernel(builds["wide copy"].ptx)((2,), [x, y, 1024])
+    report = PtxKernel(builds["wide copy"].asm["ptx"])((2,), [x, y, 1024])
     # The allocator aligns tensors to 64 bytes, hence to sectors.
     assert report.global_bytes[0].sectors == report.global_bytes[0].loaded
     assert all(access.sectors == access.ideal_sectors for access in report.accesses)
@@ -290,7 +298,7 @@ def test_coalesced_accesses_move_no_more_than_they_need(builds):
 
 def test_a_strided_access_wastes_sectors(builds):
     x, y = torch.randn(128, 16), torch.zeros(128)
-    report = PtxKernel(builds["column"].ptx)((1,), [x, y, 16])
+    report = PtxKernel(builds["column"].asm["ptx"])((1,), [x, y, 16])
     assert torch.equal(y, x[:, 0])
     assert report.global_bytes[0].loaded == 4 * 128
     assert report.global_bytes[0].sectors == 32 * 128

@@ -1,0 +1,214 @@
+"""The first pass of attention backward, forward in time: dq, the gradients of the queries' map and
+of the gate, and the sinks'. backward_pass.py has the formulas."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .backward_pass import (
+    Queries,
+    add_product,
+    incoming_of,
+    softmax_pairs,
+    state_product,
+    weight_gradients,
+)
+from .features import activate, clamp, dot_rows, load_weight, product, times
+from .forward import linear_factor, log2_gate, scores
+from .map_gradient import (
+    map_gradient,
+    map_tile,
+    share_of,
+    store_map_gradients,
+    zero_bias,
+    zero_weight,
+)
+from .problem import INF
+from .state import absorb, absorb_tiles, key_features, load_state
+from .tokens import (
+    chunk_range,
+    load_k,
+    load_q,
+    load_v,
+    place_of,
+    rows_of,
+    statistic,
+    store_tile,
+    tokens_at,
+)
+from .window import first_tile, pair_masks, sink_mask, window_start
+
+
+@triton.jit
+def largest_score(m, count, s, inside):
+    """(m, count) with a tile of scores: the maximum, and how often it occurs."""
+    s = tl.where(inside, s, -INF)
+    top = tl.maximum(m, tl.max(s, 1))
+    hits = tl.sum(tl.where(inside & (s == top[:, None]), 1.0, 0.0), 1)
+    return top, tl.where(m == top, count, 0.0) + hits
+
+
+@triton.jit
+def linear_pairs(p, row, v, phi_k, outside, d_phi):
+    """d_phi with the pairs of a tile that are weighed by features."""
+    da = tl.where(outside, weight_gradients(p, row, v), 0.0)
+    return add_product(da, phi_k, d_phi, p.arithmetic)
+
+
+@triton.jit
+def far_pairs(p, at, row, c, weight_k, d_phi):
+    """d_phi with the tiles before c, read again."""
+    near = window_start(p.window, c * p.chunk + p.chunk - 1)
+    start = first_tile(p, c)
+    for t in tl.range(start, tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
+        tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+        phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
+        inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+        d_phi = linear_pairs(p, row, load_v(p, at, tokens), phi_k, outside, d_phi)
+    return d_phi
+
+
+@triton.jit
+def row_maximum(p, at, q, k, k_old, i, c):
+    """The largest score of every query's window in units of log2 e (0 if empty), and its count."""
+    m = tl.full((p.chunk,), -INF, tl.float32)
+    count = tl.zeros((p.chunk,), tl.float32)
+    if p.window.sink > 0:
+        first = tokens_at(p, at, 0, p.window.sink_block)
+        s_first = scores(p, q, load_k(p, at, first))
+        m, count = largest_score(m, count, s_first, sink_mask(p, at, i, first.position))
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, c * p.chunk, 0)
+        m, count = largest_score(m, count, scores(p, q, k), inside)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+            m, count = largest_score(m, count, scores(p, q, k_old), inside)
+        elif p.window.lag == 2:
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
+                tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+                s = scores(p, q, load_k(p, at, tokens))
+                m, count = largest_score(m, count, s, inside)
+    return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
+
+
+@triton.jit
+def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, dq):
+    """dq with the pairs in the windows of a chunk."""
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, c * p.chunk, 0)
+        dq, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, dq)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+            dq, weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g, dq)
+        elif p.window.lag == 2:
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
+                far = tokens_at(p, at, t * p.chunk, p.chunk)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+                k_far, v_far = load_k(p, at, far), load_v(p, at, far)
+                dq, weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g, dq)
+    return dq
+
+
+@triton.jit
+def backward_queries(
+    p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate, dk_sink, dv_sink
+):  # fmt: skip
+    """dq, the gradients of map_q, the sums of dm, and the sinks' shares of dk and dv.
+
+    dq: Parts with a part for each slice, or None where only parameters are asked for. d_weight,
+    d_bias, d_gate, dk_sink [sink_block, D] and dv_sink [sink_block, BLOCK_V]: one of each for every
+    program, or None; d_weight must be zero where map_q is not resident.
+    """
+    at = place_of(p)
+    begin, end = chunk_range(p, at)
+    program = tl.program_id(0).to(tl.int64)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
+    log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    state = load_state(p, at, kv0, ksum0, at.slot, False)
+    own_weight = share_of(p.map_q, d_weight, program)
+    dw, db = zero_weight(p, p.map_q, d_weight), zero_bias(p.map_q, d_bias)
+    total_dm = tl.zeros((p.chunk,), tl.float32)
+    if dk_sink is not None:
+        dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
+        dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
+    k_old, v_old = None, None
+    if p.window.lag == 1:
+        old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
+        k_old, v_old = load_k(p, at, old), load_v(p, at, old)
+
+    for c in tl.range(begin, end, disable_licm=True):
+        tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+        i = tokens.position
+        q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
+        q_rows = rows_of(p.q, at.batch, at.head, tokens)
+        row = incoming_of(p, at, incoming, tokens)
+        part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
+        tl.store(left.delta + part, row.delta, mask=tokens.valid)
+
+        d_phi = state_product(p, row.do, row.factor, row.delta, state)
+        if p.window.near_linear:
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, c * p.chunk, 0)
+            d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
+        if p.window.lag == 1:
+            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
+            phi_old = key_features(p, at, old, k_old, weight_k)
+            if p.window.far_linear:
+                inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+                d_phi = linear_pairs(p, row, v_old, phi_old, outside, d_phi)
+        elif p.window.lag == 2 and p.window.far_linear:
+            d_phi = far_pairs(p, at, row, c, weight_k, d_phi)
+        if p.window.lag == 0:
+            state = absorb(p, state, tokens, phi_k, v)
+        elif p.window.lag == 1:
+            state = absorb(p, state, old, phi_old, v_old)
+        else:
+            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
+
+        d_phi = times(d_phi, factor)
+        tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
+        phi = activate(tile.z, p.map_q)
+        dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
+        total_dm += dm
+        grad = None
+        if dq is not None:
+            grad = tl.zeros((p.chunk, p.block_d), tl.float32)
+        grad, dw, dz = map_gradient(p, tile, phi, p.map_q, at.head, d_phi, grad, dw, own_weight)
+        if d_bias is not None:
+            db += tl.sum(dz, 0)
+
+        if dq is not None:
+            if p.window.size > 0 or p.window.sink > 0:
+                m, count = row_maximum(p, at, q, k, k_old, i, c)
+                queries = Queries(q, row, m, dm / count)
+                tl.store(left.tie + part, queries.tie, mask=tokens.valid)
+                if at.part == 0:
+                    tl.store(left.m + statistic(p, at, tokens), m, mask=tokens.valid)
+                if p.window.sink > 0:
+                    first = tokens_at(p, at, 0, p.window.sink_block)
+                    inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
+                    keys_first, v_first = load_k(p, at, first), load_v(p, at, first)
+                    grad, weights, ds = softmax_pairs(
+                        p, queries, keys_first, v_first, inside, log2_g, grad
+                    )
+                    dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
+                    dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
+                grad = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, grad)
+            rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
+            store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
+        if p.window.lag == 1:
+            k_old, v_old = k, v
+
+    store_map_gradients(p, p.map_q, dw, db, own_weight, d_bias, program)
+    if d_gate is not None:
+        tl.store(d_gate + program, tl.sum(total_dm, 0))
+    if dk_sink is not None:
+        r, d = tl.arange(0, p.window.sink_block), tl.arange(0, p.block_d)
+        cells = dk_sink + (program * p.window.sink_block + r)[:, None] * p.block_d + d[None, :]
+        tl.store(cells, dk_first)
+        column = tl.arange(0, p.block_v)
+        cells = dv_sink + (program * p.window.sink_block + r)[:, None] * p.block_v + column[None, :]
+        tl.store(cells, dv_first)
