@@ -53,6 +53,10 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
     resident = head_dim * width <= 128 * 64
     if kernel in ("forward", "backward"):
         chunk = 32 if max(head_dim, width) <= 128 else 16
+        if q.dtype != torch.bfloat16 and max(head_dim, width) > 64:
+            # Three products of TF32 split their operands: larger tiles do not fit an A100.
+            warps = 8 if kernel == "backward" else 4
+            return Tiles(16, min(value_dim, 32), warps, 1, resident=False, slice=32)
         # Backward, twice the warps spill a quarter of the registers that four do.
         return Tiles(chunk, min(value_dim, 64), 8 if kernel == "backward" else 4, 1, resident)
     block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
