@@ -128,8 +128,9 @@ int attention_transfer_backward(const lol_attention_transfer_backward_args& a, c
   b.delta = (const float*)fwd.delta.data;
   b.den = (const float*)fwd.student.den.data;
   b.parameters = {a.dweight_q, a.dbias_q, a.dweight_k, a.dbias_k, (float*)a.dgate.data};
-  const ParameterPartials partials(b.p, batch);
-  int status = backward(b, batch, partials);
+  const Segments segments(b.p, batch);
+  const ParameterPartials partials(b.p, batch, segments);
+  int status = backward(b, batch, segments, partials);
   if (status == LOL_OK && fwd.with_xent) {
     const float factor = (float)(*(const float*)a.d_xent.data / queries);
     status = cross_entropy_backward(fwd, p, batch, factor, partials);

@@ -36,8 +36,9 @@ struct BackwardProblem {
 };
 
 int backward(const BackwardProblem& b, const Batch& batch);
-int backward(const BackwardProblem& b, const Batch& batch,
-             const ParameterPartials& partials);  // without the final sums
+// Without the final sums.
+int backward(const BackwardProblem& b, const Batch& batch, const Segments& segments,
+             const ParameterPartials& partials);
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -13,14 +13,15 @@ class KeyGradients {
            2 * at_least(lanes_size(p.V()), rows_size(p.V())) + 2 * (p.F() + 1) * padded(p.V()) +
            p.F() + 3 * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) + 64;
   }
-  KeyGradients(const BackwardRun& run, Arena& arena)
+  // With `new_delta` delta is computed, not read.
+  KeyGradients(const BackwardRun& run, float* new_delta, Arena& arena)
       : run_(run),
         p_(run.p),
         format_(run.p.format),
         D_((int)run.p.D()),
         V_((int)run.p.V()),
         F_((int)run.p.F()),
-        block_(run, nullptr, arena),
+        block_(run, new_delta, arena),
         map_(BackwardMap::of(p_, p_.map_k(run.state_head), arena)) {
     keys_ = arena.take(lanes_size(D_));
     k_rows_ = arena.take(rows_size(D_));
@@ -45,9 +46,12 @@ class KeyGradients {
     dkv_by_value_ = arena.take(F_ * padded(V_) / 2);
   }
 
-  void run();
+  void run(StateSums after, StateSums before);
+  void borders(const Segments& segments, StateSums final_gradient, const SegmentStates& to);
 
  private:
+  void load_dstate(StateSums from);
+  void store_dstate(StateSums to) const;
   void step(int64_t first, int64_t begin, int64_t end);
   void load_queries(int64_t h, int64_t first);
   void begin_tile(int64_t start, int64_t n);
@@ -151,7 +155,7 @@ void KeyGradients::finish_tile() {
     for (int64_t j = n_; j < BLOCK; j++) dphi_[i * BLOCK + j] = 0.0f;
   }
   features_backward(map_.map,
-                    {k_rows_, phi_, map_.weight_t, run_.partials.k(run_.worker),
+                    {k_rows_, phi_, map_.weight_t, run_.partials.k(run_.slot, run_.state_head),
                      run_.wants_inputs() ? run_.dk_at(start_) : nullptr, n_, scratch_},
                     dphi_);
 }
@@ -191,35 +195,66 @@ void KeyGradients::step(int64_t first, int64_t begin, int64_t end) {
   if (first >= 0) dstate_changed();
 }
 
-void KeyGradients::run() {
-  const int64_t at = run_.s.slot * p_.state_heads() + run_.state_head;
-  const BackwardProblem& b = run_.b;
-  memset(dkv_, 0, sizeof(float) * F_ * padded(V_));
+void KeyGradients::load_dstate(StateSums from) {
+  const int ld = padded(V_);
+  memset(dkv_, 0, sizeof(float) * F_ * ld);
   memset(dksum_, 0, sizeof(float) * F_);
-  for (int i = 0; b.dkv && i < F_; i++)
-    memcpy(dkv_ + i * padded(V_), b.dkv + (at * F_ + i) * V_, sizeof(float) * V_);
-  if (b.dksum) memcpy(dksum_, b.dksum + at * F_, sizeof(float) * F_);
-  if (b.dkv || b.dksum) dstate_changed();
+  for (int i = 0; from.kv && i < F_; i++)
+    memcpy(dkv_ + i * ld, from.kv + i * V_, sizeof(float) * V_);
+  if (from.ksum) memcpy(dksum_, from.ksum, sizeof(float) * F_);
+  if (from.kv || from.ksum) dstate_changed();
+}
+
+void KeyGradients::store_dstate(StateSums to) const {
+  for (int i = 0; i < F_; i++) memcpy(to.kv + i * V_, dkv_ + i * padded(V_), sizeof(float) * V_);
+  memcpy(to.ksum, dksum_, sizeof(float) * F_);
+}
+
+void KeyGradients::run(StateSums after, StateSums before) {
+  load_dstate(after);
+  const int64_t tokens = run_.s.tokens;
+  const Segment& segment = run_.segment;
   // Keys that no later block takes as linear matter to the last block alone, unless the final state
   // has a gradient.
-  const int64_t tokens = run_.s.tokens, blocks = (tokens + BLOCK - 1) / BLOCK;
-  int64_t end = has_dstate_ ? tokens : at_most(p_.window.start(tokens - 1), tokens);
-  for (int64_t block = blocks - 1; block >= 0; block--) {
-    const int64_t begin = at_most(p_.window.start(block * BLOCK), end);
-    step(block * BLOCK, begin, end);
+  int64_t end = tokens;
+  if (!run_.last()) end = at_most(p_.window.start(segment.end), tokens);
+  if (run_.last() && !has_dstate_) end = at_most(p_.window.start(tokens - 1), tokens);
+  for (int64_t first = (segment.end - 1) / BLOCK * BLOCK; first >= segment.begin && first < tokens;
+       first -= BLOCK) {
+    const int64_t begin = at_most(p_.window.start(first), end);
+    step(first, begin, end);
     end = begin;
   }
-  step(-1, p_.window.sink, end);
-  if (!b.dkv0) return;
-  for (int i = 0; i < F_; i++)
-    memcpy(b.dkv0 + (at * F_ + i) * V_, dkv_ + i * padded(V_), sizeof(float) * V_);
-  memcpy(b.dksum0 + at * F_, dksum_, sizeof(float) * F_);
+  if (segment.begin == 0) step(-1, p_.window.sink, end);
+  if (before.kv) store_dstate(before);
+}
+
+void KeyGradients::borders(const Segments& segments, StateSums final_gradient,
+                           const SegmentStates& to) {
+  load_dstate(final_gradient);
+  for (int64_t j = segments.count(run_.s) - 1; j > 0; j--) {
+    const Segment segment = segments.at(run_.s, j);
+    for (int64_t first = (segment.end - 1) / BLOCK * BLOCK; first >= segment.begin;
+         first -= BLOCK) {
+      for (int64_t h = run_.first_head(); h < run_.first_head() + p_.group(); h++) {
+        load_queries(h, first);
+        absorb_queries();
+      }
+    }
+    store_dstate(to.at(run_.s, j - 1, run_.state_head));
+  }
 }
 
 }  // namespace
 
 int64_t backward_of_keys_floats(const Problem& p) { return KeyGradients::floats(p); }
-void backward_of_keys(const BackwardRun& run, Arena arena) { KeyGradients(run, arena).run(); }
+void backward_of_keys(const BackwardRun& run, StateSums after, StateSums before, Arena arena) {
+  KeyGradients(run, nullptr, arena).run(after, before);
+}
+void gradients_after(const BackwardRun& run, const Segments& segments, StateSums final_gradient,
+                     const SegmentStates& to, Arena arena) {
+  KeyGradients(run, run.new_delta, arena).borders(segments, final_gradient, to);
+}
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -29,10 +29,10 @@ class QueryGradients {
     scratch_ = arena.take(MapBackward::scratch_size(D_, p_.f()));
   }
 
-  void run() {
-    const int64_t at = run_.s.slot * p_.state_heads() + run_.state_head, h0 = run_.first_head();
-    if (run_.b.kv0) c_.load_state(run_.b.kv0 + at * F_ * V_, run_.b.ksum0 + at * F_, 0);
-    for (int64_t first = 0; first < run_.s.tokens; first += BLOCK) {
+  void run(StateSums before, StateSums after) {
+    const int64_t h0 = run_.first_head();
+    if (before.kv) c_.load_state(before.kv, before.ksum, folded_before(p_, run_.segment));
+    for (int64_t first = run_.segment.begin; first < run_.segment.end; first += BLOCK) {
       c_.fold(p_.window.start(first));
       if (format_ != Format::f32 && !c_.state.empty) pair_columns(kv_, c_.state.kv, F_, padded(V_));
       for (int64_t h = h0; h < h0 + p_.group(); h++) {
@@ -44,6 +44,7 @@ class QueryGradients {
         if (run_.wants_inputs()) store_rows(tokens_of(run_.b.dq, run_.s, h), first, block_.n, dq_);
       }
     }
+    if (after.kv) c_.store_state(after.kv, after.ksum, {0, F_});
   }
 
  private:
@@ -194,7 +195,7 @@ void QueryGradients::softmax_part() {
   }
   float total = 0.0f;
   for (int c = 0; c < BLOCK; c++) total += sum.r[c];
-  run_.partials.gate(run_.worker, block_.h) += total * (p_.affine ? 1.0f : 1.0f - g);
+  run_.partials.gate(run_.slot, block_.h) += total * (p_.affine ? 1.0f : 1.0f - g);
 }
 
 // dphi_q = lambda sum_N dp phi_k: from the state, and from the linear keys that are not in it.
@@ -239,17 +240,18 @@ void QueryGradients::linear_part() {
          Skip::keys_of_n, &band);
   }
   const BackwardMap& own = block_.map();
-  features_backward(
-      own.map,
-      {block_.q_rows, block_.phi, own.weight_t, run_.partials.q(run_.worker, block_.h),
-       run_.wants_inputs() ? dq_ : nullptr, block_.n, scratch_},
-      dphi_);
+  features_backward(own.map,
+                    {block_.q_rows, block_.phi, own.weight_t, run_.partials.q(run_.slot, block_.h),
+                     run_.wants_inputs() ? dq_ : nullptr, block_.n, scratch_},
+                    dphi_);
 }
 
 }  // namespace
 
 int64_t backward_of_queries_floats(const Problem& p) { return QueryGradients::floats(p); }
-void backward_of_queries(const BackwardRun& run, Arena arena) { QueryGradients(run, arena).run(); }
+void backward_of_queries(const BackwardRun& run, StateSums before, StateSums after, Arena arena) {
+  QueryGradients(run, arena).run(before, after);
+}
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -1,24 +1,30 @@
-// What the two passes of backward.h share, and the passes: each takes one sequence and state head.
+// What the two passes of backward.h share, and the passes: each takes a segment of one sequence and
+// state head.
 #pragma once
 #include "backward.h"
 
 namespace lol {
 namespace LOL_ISA {
 
-// One sequence and state head, and where its gradients go.
+// A segment of one sequence and state head, and where its gradients go.
 struct BackwardRun {
   const BackwardProblem& b;
   const Problem& p;
   const Sequence& s;
   const ParameterPartials& partials;
-  int64_t state_head, worker;
-  float *dk,
-      *dv;  // [T x padded(D | V)], by rows of the batch entry; unless wants_inputs() is false
+  int64_t state_head, slot;
+  Segment segment;
+  int64_t sinks, first_key;
+  // [.. x padded(D | V)], the rows of Segments; unless wants_inputs() is false
+  float *dk, *dv;
   const float* delta;  // dy . y [B, H, T]
   float* new_delta;    // the same, for the pass forward in time to compute; or null: it is given
 
   bool wants_inputs() const { return b.dq.data != nullptr; }
-  int64_t row(int64_t position) const { return (s.index ? 0 : s.first) + position; }
+  bool last() const { return segment.end == s.tokens; }
+  int64_t row(int64_t position) const {
+    return position < sinks ? position : sinks + position - first_key;
+  }
   float* dk_at(int64_t position) const { return dk + row(position) * padded(p.D()); }
   float* dv_at(int64_t position) const { return dv + row(position) * padded(p.V()); }
   Tokens keys() const { return tokens_of(p.k, s, p.kv_head_of(state_head)); }
@@ -59,12 +65,17 @@ class QueryBlock {
   float* scratch_;
 };
 
-// Forward in time: dq, the softmax parts of dk and dv, dgate, and the parameters of phi_q.
-void backward_of_queries(const BackwardRun& run, Arena arena);
+// Forward in time: dq, the softmax parts of dk and dv, dgate, and the parameters of phi_q. The
+// state goes from `before` the segment to `after` it, where they are not null.
+void backward_of_queries(const BackwardRun& run, StateSums before, StateSums after, Arena arena);
 int64_t backward_of_queries_floats(const Problem& p);
 
-// Backward in time: the linear parts of dk and dv, the parameters of phi_k, the initial state.
-void backward_of_keys(const BackwardRun& run, Arena arena);
+// Backward in time: the linear parts of dk and dv, the parameters of phi_k. The gradient of the
+// state goes from `after` the segment to `before` it.
+void backward_of_keys(const BackwardRun& run, StateSums after, StateSums before, Arena arena);
+// That gradient alone, after every segment but the last. `run` is the whole sequence.
+void gradients_after(const BackwardRun& run, const Segments& segments, StateSums final_gradient,
+                     const SegmentStates& to, Arena arena);
 int64_t backward_of_keys_floats(const Problem& p);
 
 }  // namespace LOL_ISA

@@ -25,12 +25,12 @@ class EntropyBackwardWorker {
   }
   EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
                         int64_t state_head, float factor, const ParameterPartials& partials,
-                        int64_t worker, Arena& arena)
+                        int64_t slot, Arena& arena)
       : a_(a),
         p_(p),
         s_(s),
         state_head_(state_head),
-        worker_(worker),
+        slot_(slot),
         factor_(factor),
         partials_(partials),
         pairs_(p, state_head, s, arena),
@@ -129,10 +129,10 @@ class EntropyBackwardWorker {
       gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
            dphi_, BLOCK, Into::add, Skip::keys_of_n, &pairs_.w.linear);
     }
-    spread(p_.map_q(h), block_.q, block_.phi, partials_.q(worker_, h));
+    spread(p_.map_q(h), block_.q, block_.phi, partials_.q(slot_, h));
     const float g = p_.g(h);
     for (int64_t i = 0; i < block_.n; i++)
-      partials_.gate(worker_, h) += r[i] * (p_.affine ? 1.0f : 1.0f - g);
+      partials_.gate(slot_, h) += r[i] * (p_.affine ? 1.0f : 1.0f - g);
   }
 
   void keys_part(int64_t start, int64_t h0, int64_t h1) {
@@ -154,13 +154,14 @@ class EntropyBackwardWorker {
       }
     }
     KeyTile& tile = pairs_.tiles.at(start);
-    spread(p_.map_k(state_head_), tile.keys, pairs_.tiles.phi(tile), partials_.k(worker_));
+    spread(p_.map_k(state_head_), tile.keys, pairs_.tiles.phi(tile),
+           partials_.k(slot_, state_head_));
   }
 
   const lol_attention_transfer_args& a_;
   const Problem& p_;
   const Sequence& s_;
-  const int64_t state_head_, worker_;
+  const int64_t state_head_, slot_;
   const float factor_;
   const ParameterPartials& partials_;
   Pairs pairs_;
@@ -195,12 +196,14 @@ int cross_entropy_backward(const lol_attention_transfer_args& a, const Problem& 
                            const Batch& batch, float factor, const ParameterPartials& partials) {
   int64_t most = 0;
   for (int64_t i = 0; i < batch.count; i++) most = at_least(most, batch.sequences[i].tokens);
-  return run_workers(partials.workers(), EntropyBackwardWorker::floats(p, most),
+  const int64_t Hs = p.state_heads();
+  return run_workers(partials.groups() * Hs, EntropyBackwardWorker::floats(p, most),
                      3 * p.work(batch.real_tokens), [&](int64_t w, Arena arena) {
-                       for (int64_t i = partials.begin(w); i < partials.end(w); i++) {
+                       const int64_t group = w / Hs, slot = partials.slot(group, 0);
+                       for (int64_t i = partials.begin(group); i < partials.end(group); i++) {
                          Arena own = arena;
-                         EntropyBackwardWorker(a, p, batch.sequences[i], partials.state_head(w),
-                                               factor, partials, w, own)
+                         EntropyBackwardWorker(a, p, batch.sequences[i], w % Hs, factor, partials,
+                                               slot, own)
                              .run();
                        }
                      });

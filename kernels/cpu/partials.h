@@ -1,7 +1,6 @@
 // Gradients of the feature maps and the gate: summed by workers, then added up.
 #pragma once
-#include "chunkwise.h"
-#include "parallel.h"
+#include "segments.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -11,27 +10,35 @@ struct ParameterGradients {
   float* dgate;  // [H], or null
 };
 
-// Sums of the parameters' gradients, one slot for each (group of sequences, head), added up in
-// order: the result does not depend on the number of threads.
+// Sums of the parameters' gradients, by head and slot. Sequences come in groups, whose j-th
+// segments share a slot; slots are added up in order, so the result does not depend on the number
+// of threads.
 class ParameterPartials {
  public:
-  ParameterPartials(const Problem& p, const Batch& batch);
+  ParameterPartials(const Problem& p, const Batch& batch, const Segments& segments);
   bool ok() const { return memory_.ok(); }
-  int64_t workers() const { return groups_ * p_.state_heads(); }
-  // The sequences [begin, end) and the state head of a worker.
-  int64_t state_head(int64_t worker) const { return worker % p_.state_heads(); }
-  int64_t begin(int64_t worker) const { return sequences_ * (worker / p_.state_heads()) / groups_; }
-  int64_t end(int64_t worker) const {
-    return sequences_ * (worker / p_.state_heads() + 1) / groups_;
-  }
-  WeightGradient q(int64_t worker, int64_t h) const;
-  WeightGradient k(int64_t worker) const;
-  float& gate(int64_t worker, int64_t h) const;
+  int64_t groups() const { return groups_; }
+  int64_t begin(int64_t group) const { return sequences_ * group / groups_; }  // its sequences
+  int64_t end(int64_t group) const { return begin(group + 1); }
+  int64_t slots() const { return first_slot_[groups_]; }
+  int64_t slot(int64_t group, int64_t segment) const { return first_slot_[group] + segment; }
+  int64_t group_of(int64_t slot) const;
+  int64_t segment_of(int64_t slot) const { return slot - first_slot_[group_of(slot)]; }
+  WeightGradient q(int64_t slot, int64_t h) const;
+  WeightGradient k(int64_t slot, int64_t state_head) const;
+  float& gate(int64_t slot, int64_t h) const { return gate_[slot * p_.heads() + h]; }
   void reduce(const ParameterGradients& to) const;
 
  private:
+  // Groups are for batches of many sequences, whose sums would take more memory than they do (D f
+  // floats per head); as many are enough for any CPU.
+  static constexpr int64_t MOST_GROUPS = 64;
+  // Of all slots, whose first are found on the way.
+  int64_t floats(const Batch& batch, const Segments& segments);
+
   const Problem& p_;
   int64_t sequences_, groups_, weight_;
+  int64_t first_slot_[MOST_GROUPS + 1];
   Buffer memory_;
   float *q_, *k_, *gate_;
 };
