@@ -111,6 +111,8 @@ void Team::forward(const Run& run, const Outputs& out) {
   for (int64_t j = 0; j < blocks_; j++)
     states[j] = {shared.take(p_.F() * padded(p_.V())), shared.take(p_.F()), 0, true};
   const int64_t group = p_.group(), h0 = run.state_head * group, F = p_.F(), ld = padded(p_.V());
+  Meeting meeting;
+  Counter next_tile, next_task;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads_)
 #endif
@@ -119,7 +121,8 @@ void Team::forward(const Run& run, const Outputs& out) {
     Arena arena{memory_.data + t * own_};
     Pass pass(p_, run, out, arena);
     pass.load_state();
-    const auto row = [&](int64_t i) { return i == threads_ ? F : F * i / threads_ / 4 * 4; };
+    const int threads = team_size();
+    const auto row = [&](int64_t i) { return i == threads ? F : F * i / threads / 4 * 4; };
     const Features part = {row(t), row(t + 1)};
     for (int64_t begin = run.past; begin < run.total; begin += blocks_ * BLOCK) {
       const int64_t blocks = at_most(blocks_, (run.total - begin + BLOCK - 1) / BLOCK);
@@ -131,14 +134,13 @@ void Team::forward(const Run& run, const Outputs& out) {
       const int64_t count = at_most(tiles_, (end - base + BLOCK - 1) / BLOCK);
       const int64_t linear_end = p_.window.start(end - 1);
       pass.c.tiles.share(nullptr, 0, 0);
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-      for (int64_t i = 0; i < count; i++) {
+      for (int64_t i; (i = next_tile.next()) < count;) {
         pass.c.tiles.load(tiles[i], base + i * BLOCK, run.total);
         if (base + i * BLOCK < linear_end) pass.c.tiles.phi(tiles[i]);
       }
+      meeting.wait();
       pass.c.tiles.share(tiles, base, count);
+      if (t == 0) next_task.restart();
       for (int64_t j = 0; j < blocks; j++) {
         pass.fold(p_.window.start(begin + j * BLOCK), part);
         const State& now = pass.c.state;
@@ -149,15 +151,14 @@ void Team::forward(const Run& run, const Outputs& out) {
         if (t == 0) states[j].folded = now.folded, states[j].empty = now.empty;
       }
       const State mine = pass.c.state;
-#ifdef _OPENMP
-#pragma omp barrier
-#pragma omp for schedule(static)
-#endif
-      for (int64_t task = 0; task < blocks * group; task++) {
+      meeting.wait();
+      if (t == 0) next_tile.restart();
+      for (int64_t task; (task = next_task.next()) < blocks * group;) {
         pass.c.state = states[task / group];
         pass.attend(h0 + task % group, begin + task / group * BLOCK);
       }
       pass.c.state = mine;
+      meeting.wait();
     }
     pass.c.tiles.share(nullptr, 0, 0);
     pass.finish(part);

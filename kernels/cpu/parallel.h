@@ -1,6 +1,7 @@
 // Workers over threads. Each thread owns one arena, allocated before anything is written, so that
 // running out of memory leaves all outputs untouched.
 #pragma once
+#include <sched.h>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -29,6 +30,49 @@ static inline int thread_index() {
   return 0;
 #endif
 }
+
+// Threads of the region at hand: fewer than were asked for where that is one of another's threads,
+// or OMP_THREAD_LIMIT says so.
+static inline int team_size() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// Where the threads of a region wait for each other. They spin while the others are likely to be at
+// work, for some microseconds, then let them: where another process has a core, two of them share
+// one, and OpenMP's barrier spins whole time slices away, 4 ms each.
+class Meeting {
+ public:
+  void wait() {
+    const int64_t meeting = __atomic_load_n(&meetings_, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == team_size()) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&meetings_, meeting + 1, __ATOMIC_RELEASE);
+      return;
+    }
+    for (int i = 0; __atomic_load_n(&meetings_, __ATOMIC_ACQUIRE) == meeting; i++) {
+      if (i >= SPINS) sched_yield();
+    }
+  }
+
+ private:
+  static constexpr int SPINS = 1 << 14;
+  int64_t meetings_ = 0;
+  int arrived_ = 0;
+};
+
+// Numbers from 0 on, each for one thread of a region.
+class Counter {
+ public:
+  int64_t next() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
+  void restart() { __atomic_store_n(&next_, 0, __ATOMIC_RELAXED); }
+
+ private:
+  int64_t next_ = 0;
+};
 
 // Memory that is freed with the call. `ok` is false if some was asked for and there was none.
 class Buffer {

@@ -1,5 +1,9 @@
 """The same bits, however many threads share the work."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers.cases import Case, make_inputs
@@ -40,3 +44,19 @@ def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv
             assert all(map(torch.equal, run(threads), want)), f"{threads} threads"
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_call_that_gets_fewer_threads_than_it_asks_for_is_right():
+    # As within a parallel region of the caller's.
+    script = """
+import torch, lolcats_ops as lo
+q, k, v = torch.randn(3, 1, 1, 2048, 16)
+maps = lo.Features(torch.randn(1, 16, 16)), lo.Features(torch.randn(1, 16, 16))
+results = []
+for threads in (2, 1):
+    torch.set_num_threads(threads)
+    results.append(lo.hybrid_attention(q, k, v, *maps, torch.zeros(1), backend="cpu"))
+assert torch.equal(*results)
+"""
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
