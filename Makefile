@@ -27,7 +27,7 @@ test: build
 	  -Dlolcats_ops_DIR=$$(python -m lolcats_ops --cmakedir)
 	cmake --build build/ctest
 	ctest --test-dir build/ctest --output-on-failure
-	python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 python -m pytest --numprocesses auto --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/lint/.ready
 	$(VENV)/lint/bin/ruff format --check

@@ -120,7 +120,7 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
         (linear_attention, Case("500", G=2, shared="k", initial=True, batch=(1, 1))),
         (feature_map, Case("500", G=2, bias=True, shared="q and k")),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_programs_neither_race_nor_depend_on_their_order(call, case, order):
     with sanitizer.checked(races=True, order=order):
