@@ -18,7 +18,9 @@ struct f16 {
 template <class T>
 __device__ __forceinline__ float low(unsigned pair);
 template <>
-__device__ __forceinline__ float low<bf16>(unsigned pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float low<bf16>(unsigned pair) {
+  return __uint_as_float(pair << 16);
+}
 template <>
 __device__ __forceinline__ float low<f16>(unsigned pair) {
   return ptx::from_f16(static_cast<unsigned short>(pair));
@@ -31,7 +33,9 @@ __device__ __forceinline__ float high<bf16>(unsigned pair) {
   return __uint_as_float(pair & 0xffff0000u);
 }
 template <>
-__device__ __forceinline__ float high<f16>(unsigned pair) { return low<f16>(pair >> 16); }
+__device__ __forceinline__ float high<f16>(unsigned pair) {
+  return low<f16>(pair >> 16);
+}
 
 // Two numbers in 32 bits, as tensor cores take them; rounded to nearest even.
 template <class T>
@@ -54,7 +58,9 @@ __device__ __forceinline__ T from_float(float x) {
   return T{static_cast<unsigned short>(pack<T>(x, 0.f))};
 }
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 
 // d += a b for tiles of 16 x 16 and 16 x 8.
 template <class T>
