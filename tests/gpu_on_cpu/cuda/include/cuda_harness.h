@@ -1,0 +1,65 @@
+// For the C++ that launches kernels: it defines `run`, the program's main calls it.
+#pragma once
+
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "emulator/language.h"
+
+namespace emulator {
+
+// What the Python side passes by name: tensors, which are written back at the end, and numbers.
+class Arguments {
+ public:
+  Arguments(int count, char** arguments);
+  void write_back() const;
+
+  // On the heap, of exactly the tensor's size; null if it was None.
+  template <class T>
+  T* tensor(const std::string& name) const {
+    return static_cast<T*>(bytes(name));
+  }
+  template <class T>
+  T number(const std::string& name) const {
+    return static_cast<T>(value(name));
+  }
+
+ private:
+  struct Tensor {
+    void* data;
+    std::size_t size;
+  };
+  void* bytes(const std::string& name) const;
+  double value(const std::string& name) const;
+
+  std::string folder_;
+  std::map<std::string, Tensor> tensors_;
+  std::map<std::string, double> numbers_;
+};
+
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(const void*),
+            const void* arguments);
+
+// kernel<<<grid, block, shared_bytes>>>(arguments...), to its end.
+template <class... Parameters>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes,
+            typename Same<Parameters>::type... arguments) {
+  struct Call {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> arguments;
+  };
+  const Call call{kernel, {arguments...}};
+  launch(
+      grid, block, shared_bytes,
+      [](const void* data) {
+        const Call& call = *static_cast<const Call*>(data);
+        std::apply(call.kernel, call.arguments);
+      },
+      &call);
+}
+
+}  // namespace emulator
+
+void run(emulator::Arguments& arguments);

@@ -1,0 +1,177 @@
+"""Builds C++ that launches kernels into a program, and runs it on tensors."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+_CHECKOUT = HERE.resolve().parents[2]
+
+# Optimised lightly, so that what a sanitizer reports has the line it is on. A GPU's memory has no
+# types, hence no assumptions from them.
+_KERNEL_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-fno-omit-frame-pointer"]
+_SANITIZER_FLAGS: Mapping[str | None, list[str]] = {
+    None: [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+_RUNTIME_FLAGS = ["-std=c++20", "-O2"]  # never instrumented
+_SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",  # the process ends with its tensors
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    # The longest history: what the other access was, and not only that there was one.
+    "TSAN_OPTIONS": "halt_on_error=1:history_size=7:report_thread_leaks=0",
+}
+
+# The line that says what is wrong, of the emulator and of each sanitizer.
+_HEADLINE = re.compile(
+    r"^.*(?:emulator: |runtime error: |SUMMARY: (?:Address|Thread)Sanitizer: ).*$", re.MULTILINE
+)
+
+
+class KernelError(RuntimeError):
+    """What the emulator or a sanitizer found; ``report`` has all they said."""
+
+    def __init__(self, report: str, status: int):
+        headline = _HEADLINE.search(report)
+        super().__init__(headline[0] if headline else f"exit status {status}: {report[-2000:]}")
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Program:
+    executable: Path
+
+    def __call__(
+        self,
+        *,
+        order: int = 0,
+        timeout: float = 120,
+        **arguments: torch.Tensor | float | None,
+    ) -> None:
+        """Runs it; tensors are changed in place.
+
+        A tensor occupies memory of its own, from its first element to its last; a strided one with
+        its gaps. None is a null pointer.
+
+        order: a seed for the order of blocks, warps and lanes; 0: as they are numbered.
+
+        Raises KernelError, and subprocess.TimeoutExpired.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            tensors = {n: _extent(a) for n, a in arguments.items() if isinstance(a, torch.Tensor)}
+            for name, extent in tensors.items():
+                extent.numpy().tofile(f"{folder}/{name}")
+            numbers = [
+                f"{name}={float(value)!r}"
+                for name, value in arguments.items()
+                if name not in tensors and value is not None
+            ]
+            done = subprocess.run(
+                [self.executable, folder, *numbers],
+                env={**os.environ, **_SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": str(order)},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=timeout,
+            )
+            if done.returncode:
+                raise KernelError(done.stdout + done.stderr, done.returncode)
+            for name, extent in tensors.items():
+                path = f"{folder}/{name}"
+                extent.copy_(torch.from_file(path, size=extent.numel(), dtype=torch.uint8))
+
+
+def _extent(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes from the first element to the last, as a view."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    count = last + 1 if tensor.numel() else 0
+    return tensor.as_strided((count,), (1,)).view(torch.uint8)
+
+
+def build(
+    source: Path,
+    *,
+    sanitizer: str | None = None,
+    include: Sequence[Path] = (),
+    defines: Mapping[str, object] | None = None,
+) -> Program:
+    """Compiles a harness with the kernels it includes, unless that has been done.
+
+    source: C++ that defines ``run`` of include/cuda_harness.h.
+    sanitizer: None, "address" (with that of undefined behaviour) or "thread".
+    """
+    flags = [*_KERNEL_FLAGS, *_SANITIZER_FLAGS[sanitizer]]
+    flags += ["-include", "cuda_emulator.h"]
+    flags += [f"-I{folder}" for folder in (HERE / "include", *include)]
+    flags += [f"-D{name}={value}" for name, value in (defines or {}).items()]
+    harness = _compiled(source, tuple(flags))
+    link = _SANITIZER_FLAGS[sanitizer]
+    key = hashlib.sha256(" ".join([harness.stem, _runtime().stem, *link]).encode()).hexdigest()
+    executable = _cache() / f"program_{key[:16]}"
+    _make(executable, [*link, str(harness), str(_runtime())])
+    return Program(executable)
+
+
+@functools.cache
+def _runtime() -> Path:
+    """One object file; its headers take longer to compile than its sources."""
+    unit = "".join(f'#include "{path}"\n' for path in sorted((HERE / "runtime").glob("*.cpp")))
+    source = _cache() / f"runtime_{os.getpid()}.cpp"
+    source.write_text(unit)
+    try:
+        return _compiled(source, (*_RUNTIME_FLAGS, f"-I{HERE / 'include'}"))
+    finally:
+        source.unlink()
+
+
+def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
+    """The object file, kept under what the preprocessor makes of the source."""
+    preprocessed = subprocess.run(
+        [_compiler(), *flags, "-E", str(source)], capture_output=True, text=True
+    )
+    if preprocessed.returncode:
+        raise RuntimeError(f"{source.name} does not compile:\n{preprocessed.stderr[:4000]}")
+    text = preprocessed.stdout.replace(str(source), source.name)
+    key = hashlib.sha256("\0".join([_version(), *flags, text]).encode()).hexdigest()
+    object_file = _cache() / f"{source.stem.split('_')[0]}_{key[:16]}.o"
+    _make(object_file, [*flags, "-c", str(source)])
+    return object_file
+
+
+def _make(path: Path, arguments: Sequence[str]) -> None:
+    if path.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run(
+            [_compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{path.name} does not compile:\n{done.stderr[:4000]}")
+        made.replace(path)  # at once, whoever else builds it
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+@functools.cache
+def _version() -> str:
+    return subprocess.run([_compiler(), "--version"], capture_output=True, text=True).stdout
+
+
+def _cache() -> Path:
+    folder = _CHECKOUT / "build" / "cuda_emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,42 @@
+// cp.async.
+#include <algorithm>
+
+#include "machine.h"
+#include "sanitizers.h"
+
+namespace emulator {
+
+void check_copy(const Copy& copy, Site site) {
+  const auto misaligned = [&](const void* pointer) {
+    return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(copy.bytes) != 0;
+  };
+  const auto bytes = static_cast<std::size_t>(copy.bytes);
+  if (copy.source_bytes < 0 || copy.source_bytes > copy.bytes)
+    fault(site, "cp.async of %d bytes from %d", copy.bytes, copy.source_bytes);
+  if (misaligned(copy.shared)) fault(site, "cp.async: misaligned destination");
+  if (misaligned(copy.global)) fault(site, "cp.async: misaligned source");
+  if (!block->memory.is_shared(copy.shared, bytes))
+    fault(site, "cp.async: the destination is not inside of shared memory");
+  if (block->memory.is_shared(copy.global, 1)) fault(site, "cp.async: the source is shared memory");
+  if (current->copies.size() == current->copies.capacity())
+    fault(site, "cp.async: more than %zu in flight in one thread", current->copies.size());
+}
+
+void issue(const Copy& copy) {
+  current->copies.push_back(copy);
+  current->copies.back().group = current->open_group;
+  poison(copy.shared, static_cast<std::size_t>(copy.bytes));
+}
+
+void commit_copies() { current->open_group++; }
+
+bool land_copy(int groups, Copy* copy) {
+  auto& copies = current->copies;
+  if (copies.empty() || copies.front().group >= current->open_group - groups) return false;
+  *copy = copies.front();
+  copies.erase(copies.begin());
+  unpoison(copy->shared, static_cast<std::size_t>(copy->bytes));
+  return true;
+}
+
+}  // namespace emulator
