@@ -30,7 +30,7 @@ _SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the process ends with its tensors
     "UBSAN_OPTIONS": "print_stacktrace=1",
     # The longest history: what the other access was, and not only that there was one.
-    "TSAN_OPTIONS": "halt_on_error=1:history_size=7:report_thread_leaks=0",
+    "TSAN_OPTIONS": "halt_on_error=1:history_size=2:report_thread_leaks=0:atexit_sleep_ms=0",
 }
 
 # The line that says what is wrong, of the emulator and of each sanitizer.

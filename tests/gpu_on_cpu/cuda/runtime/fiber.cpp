@@ -38,16 +38,14 @@ namespace {
 constexpr unsigned kNoOrder = 1;  // a switch of fibers orders nothing: only barriers do
 
 // The thread sanitizer gives the identity of a destroyed fiber to a new one, whose accesses then do
-// not race with the old one's. So they live on, as many as it has room for (of 8128 threads).
-void* new_tsan_fiber() {
-  constexpr std::size_t kFibers = 4096;
-  static std::deque<void*> fibers;
-  if (fibers.size() == kFibers) {
-    __tsan_destroy_fiber(fibers.front());
-    fibers.pop_front();
-  }
-  fibers.push_back(__tsan_create_fiber(0));
-  return fibers.back();
+// not race with the old one's. So the last ones live on; each that does costs a millisecond.
+void retire(void* tsan_fiber) {
+  constexpr std::size_t kRetired = 256;
+  static std::deque<void*> retired;
+  retired.push_back(tsan_fiber);
+  if (retired.size() <= kRetired) return;
+  __tsan_destroy_fiber(retired.front());
+  retired.pop_front();
 }
 
 }  // namespace
@@ -62,7 +60,11 @@ void Fiber::start(char* stack, std::size_t bytes, void (*entry)()) {
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; i++) *--top = nullptr;
   stack_pointer_ = top;
-  tsan_fiber_ = __tsan_create_fiber ? new_tsan_fiber() : nullptr;
+  tsan_fiber_ = __tsan_create_fiber ? __tsan_create_fiber(0) : nullptr;
+}
+
+Fiber::~Fiber() {
+  if (tsan_fiber_) retire(tsan_fiber_);
 }
 
 void Fiber::resume() {
