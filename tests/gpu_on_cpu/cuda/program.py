@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
-_CHECKOUT = HERE.resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+_CHECKOUT = HERE.parents[2]
 
 # Optimised lightly, so that what a sanitizer reports has the line it is on. A GPU's memory has no
 # types, hence no assumptions from them.
@@ -38,13 +38,19 @@ _HEADLINE = re.compile(
     r"^.*(?:emulator: |runtime error: |SUMMARY: (?:Address|Thread)Sanitizer: ).*$", re.MULTILINE
 )
 
+_PLACE = re.compile(r"(/[^\s:]+:\d+)")  # a file and a line
+_EMULATOR = f"{HERE / 'include'}/"
+
 
 class KernelError(RuntimeError):
     """What the emulator or a sanitizer found; ``report`` has all they said."""
 
     def __init__(self, report: str, status: int):
         headline = _HEADLINE.search(report)
-        super().__init__(headline[0] if headline else f"exit status {status}: {report[-2000:]}")
+        message = headline[0] if headline else f"exit status {status}: {report[-2000:]}"
+        places = [match[1] for match in _PLACE.finditer(f"{message}\n{report}")]
+        ours = [place for place in places if not place.startswith(_EMULATOR)]
+        super().__init__(message if ours[:1] == places[:1] else f"{message}, at {ours[0]}")
         self.report = report
 
 
@@ -57,7 +63,7 @@ class Program:
         *,
         order: int = 0,
         timeout: float = 120,
-        **arguments: torch.Tensor | float | None,
+        **arguments: torch.Tensor | float | str | None,
     ) -> None:
         """Runs it; tensors are changed in place.
 
@@ -72,13 +78,13 @@ class Program:
             tensors = {n: _extent(a) for n, a in arguments.items() if isinstance(a, torch.Tensor)}
             for name, extent in tensors.items():
                 extent.numpy().tofile(f"{folder}/{name}")
-            numbers = [
-                f"{name}={float(value)!r}"
+            texts = [
+                f"{name}={int(value) if isinstance(value, bool) else value}"
                 for name, value in arguments.items()
                 if name not in tensors and value is not None
             ]
             done = subprocess.run(
-                [self.executable, folder, *numbers],
+                [self.executable, folder, *texts],
                 env={**os.environ, **_SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": str(order)},
                 capture_output=True,
                 text=True,
@@ -115,7 +121,7 @@ def build(
     flags += ["-include", "cuda_emulator.h"]
     flags += [f"-I{folder}" for folder in (HERE / "include", *include)]
     flags += [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    harness = _compiled(source, tuple(flags))
+    harness = _compiled(source.resolve(), tuple(flags))
     link = _SANITIZER_FLAGS[sanitizer]
     key = hashlib.sha256(" ".join([harness.stem, _runtime().stem, *link]).encode()).hexdigest()
     executable = _cache() / f"program_{key[:16]}"

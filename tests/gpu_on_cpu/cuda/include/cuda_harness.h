@@ -10,7 +10,7 @@
 
 namespace emulator {
 
-// What the Python side passes by name: tensors, which are written back at the end, and numbers.
+// What the Python side passes by name: tensors, which are written back at the end; numbers; texts.
 class Arguments {
  public:
   Arguments(int count, char** arguments);
@@ -21,9 +21,10 @@ class Arguments {
   T* tensor(const std::string& name) const {
     return static_cast<T*>(bytes(name));
   }
+  const std::string& text(const std::string& name) const;
   template <class T>
   T number(const std::string& name) const {
-    return static_cast<T>(value(name));
+    return static_cast<T>(std::stod(text(name)));
   }
 
  private:
@@ -32,11 +33,10 @@ class Arguments {
     std::size_t size;
   };
   void* bytes(const std::string& name) const;
-  double value(const std::string& name) const;
 
   std::string folder_;
   std::map<std::string, Tensor> tensors_;
-  std::map<std::string, double> numbers_;
+  std::map<std::string, std::string> texts_;
 };
 
 void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(const void*),
@@ -62,4 +62,4 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 
 }  // namespace emulator
 
-void run(emulator::Arguments& arguments);
+void run(const emulator::Arguments& arguments);

@@ -1,4 +1,4 @@
-// A program that runs kernels: PROGRAM FOLDER NAME=NUMBER..., with a file per tensor in the folder.
+// A program that runs kernels: PROGRAM FOLDER NAME=VALUE..., with a file per tensor in the folder.
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
@@ -25,7 +25,7 @@ Arguments::Arguments(int count, char** arguments) : folder_(arguments[1]) {
   for (int i = 2; i < count; i++) {
     const std::string argument = arguments[i];
     const std::size_t equals = argument.find('=');
-    numbers_[argument.substr(0, equals)] = std::stod(argument.substr(equals + 1));
+    texts_[argument.substr(0, equals)] = argument.substr(equals + 1);
   }
 }
 
@@ -40,9 +40,9 @@ void* Arguments::bytes(const std::string& name) const {
   return found == tensors_.end() ? nullptr : found->second.data;
 }
 
-double Arguments::value(const std::string& name) const {
-  const auto found = numbers_.find(name);
-  if (found == numbers_.end()) fail(("no number " + name).c_str());
+const std::string& Arguments::text(const std::string& name) const {
+  const auto found = texts_.find(name);
+  if (found == texts_.end()) fail(("no argument " + name).c_str());
   return found->second;
 }
 
