@@ -39,19 +39,29 @@ _HEADLINE = re.compile(
 )
 
 _PLACE = re.compile(r"(/[^\s:]+:\d+)")  # a file and a line
-_EMULATOR = f"{HERE / 'include'}/"
 
 
 class KernelError(RuntimeError):
     """What the emulator or a sanitizer found; ``report`` has all they said."""
 
     def __init__(self, report: str, status: int):
-        headline = _HEADLINE.search(report)
-        message = headline[0] if headline else f"exit status {status}: {report[-2000:]}"
-        places = [match[1] for match in _PLACE.finditer(f"{message}\n{report}")]
-        ours = [place for place in places if not place.startswith(_EMULATOR)]
-        super().__init__(message if ours[:1] == places[:1] else f"{message}, at {ours[0]}")
+        super().__init__(_summary(report) or f"exit status {status}: {report[-2000:]}")
         self.report = report
+
+
+def _summary(report: str) -> str:
+    """What is wrong, and the lines of the kernel where it is: of a race, both."""
+    headline = _HEADLINE.search(report)
+    if not headline:
+        return ""
+    _, *stacks = re.split(r"^ +#0 ", report, flags=re.MULTILINE)
+    accesses = stacks[: 2 if "data race" in headline[0] else 1]
+    of_kernels = [
+        next((p for p in _PLACE.findall(stack) if not p.startswith(f"{HERE / 'include'}/")), "?")
+        for stack in accesses
+    ]
+    places = [place for place in dict.fromkeys(of_kernels) if place not in headline[0]]
+    return ", ".join([headline[0], *(f"at {place}" for place in places)])
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,7 @@ class Program:
                 if name not in tensors and value is not None
             ]
             done = subprocess.run(
-                [self.executable, folder, *texts],
+                [self.executable, folder, *tensors, *texts],
                 env={**os.environ, **_SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": str(order)},
                 capture_output=True,
                 text=True,

@@ -29,13 +29,14 @@ class Arguments {
 
  private:
   struct Tensor {
+    std::string name;
     void* data;
     std::size_t size;
   };
   void* bytes(const std::string& name) const;
 
   std::string folder_;
-  std::map<std::string, Tensor> tensors_;
+  std::vector<Tensor> tensors_;
   std::map<std::string, std::string> texts_;
 };
 

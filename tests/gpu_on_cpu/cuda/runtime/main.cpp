@@ -1,7 +1,7 @@
-// A program that runs kernels: PROGRAM FOLDER NAME=VALUE..., with a file per tensor in the folder.
+// A program that runs kernels: PROGRAM FOLDER ARGUMENT..., either NAME=TEXT or a tensor's name, which
+// is that of a file in the folder.
+#include <cstdio>
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
 
 #include "cuda_harness.h"
 #include "machine.h"
@@ -11,33 +11,46 @@ namespace {
 
 constexpr std::size_t kAlignment = 256;  // of what GPUs allocate
 
+// Opens a tensor's file, calls f and closes it.
+template <class F>
+void with_file(const std::string& path, const char* mode, F f) {
+  std::FILE* file = std::fopen(path.c_str(), mode);
+  if (!file || !f(file) || std::fclose(file)) fail(("cannot read or write " + path).c_str());
+}
+
 }  // namespace
 
-Arguments::Arguments(int count, char** arguments) : folder_(arguments[1]) {
-  for (const auto& file : std::filesystem::directory_iterator(folder_)) {
-    const std::size_t size = file.file_size();
-    void* data = nullptr;
-    if (posix_memalign(&data, kAlignment, size)) fail("no memory for a tensor");
-    std::ifstream(file.path(), std::ios::binary)
-        .read(static_cast<char*>(data), static_cast<std::streamsize>(size));
-    tensors_[file.path().filename()] = {data, size};
-  }
+Arguments::Arguments(int count, char** arguments) : folder_(std::string(arguments[1]) + "/") {
   for (int i = 2; i < count; i++) {
     const std::string argument = arguments[i];
     const std::size_t equals = argument.find('=');
-    texts_[argument.substr(0, equals)] = argument.substr(equals + 1);
+    if (equals != std::string::npos) {
+      texts_[argument.substr(0, equals)] = argument.substr(equals + 1);
+      continue;
+    }
+    Tensor tensor{argument, nullptr, 0};
+    with_file(folder_ + argument, "rb", [&](std::FILE* file) {
+      std::fseek(file, 0, SEEK_END);
+      tensor.size = static_cast<std::size_t>(std::ftell(file));
+      std::rewind(file);
+      if (posix_memalign(&tensor.data, kAlignment, tensor.size)) fail("no memory for a tensor");
+      return std::fread(tensor.data, 1, tensor.size, file) == tensor.size;
+    });
+    tensors_.push_back(tensor);
   }
 }
 
 void Arguments::write_back() const {
-  for (const auto& [name, tensor] : tensors_)
-    std::ofstream(folder_ + "/" + name, std::ios::binary)
-        .write(static_cast<const char*>(tensor.data), static_cast<std::streamsize>(tensor.size));
+  for (const Tensor& tensor : tensors_)
+    with_file(folder_ + tensor.name, "wb", [&](std::FILE* file) {
+      return std::fwrite(tensor.data, 1, tensor.size, file) == tensor.size;
+    });
 }
 
 void* Arguments::bytes(const std::string& name) const {
-  const auto found = tensors_.find(name);
-  return found == tensors_.end() ? nullptr : found->second.data;
+  for (const Tensor& tensor : tensors_)
+    if (tensor.name == name) return tensor.data;
+  return nullptr;
 }
 
 const std::string& Arguments::text(const std::string& name) const {
