@@ -20,6 +20,13 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
+// x, but the compiler does not know: what is computed from it is computed where it is needed, and not
+// once for all, to wait in registers.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- Asynchronous copies from global to shared memory
 
 // Copies `source_bytes` of `kBytes` (4, 8 or 16) and fills the rest with zeros; none are read if 0.

@@ -63,4 +63,4 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 
 }  // namespace emulator
 
-void run(const emulator::Arguments& arguments);
+void run(emulator::Arguments& arguments);

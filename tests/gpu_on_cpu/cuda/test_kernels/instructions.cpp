@@ -3,7 +3,7 @@
 #include "cuda_harness.h"
 #include "tensor_core.cuh"
 
-void run(const emulator::Arguments& arguments) {
+void run(emulator::Arguments& arguments) {
   using emulator::launch;
   const std::string name = arguments.text("kernel");
   const auto number = [&](const char* of) { return arguments.number<int>(of); };

@@ -39,7 +39,7 @@ const std::map<std::string, Sum> kSum = {
 
 }  // namespace
 
-void run(const emulator::Arguments& arguments) {
+void run(emulator::Arguments& arguments) {
   const std::string name = arguments.text("kernel");
   const auto* in = arguments.tensor<float>("x");
   auto* out = arguments.tensor<float>("y");

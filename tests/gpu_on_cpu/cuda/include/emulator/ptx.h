@@ -11,6 +11,8 @@ namespace ptx {
 template <class T>
 inline T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
 
+inline int opaque(int x) { return x; }
+
 // ---- Asynchronous copies: they land at the wait, as late as a GPU may let them. Until then their
 // destination is NaN, and the address sanitizer reports whoever reads it.
 
