@@ -20,8 +20,8 @@ __device__ __forceinline__ T* dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared_memory);
 }
 
-// x, but the compiler does not know: what is computed from it is computed where it is needed, and not
-// once for all, to wait in registers.
+// x, but the compiler does not know: what is computed from it is computed where it is needed, and
+// not once for all, to wait in registers.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

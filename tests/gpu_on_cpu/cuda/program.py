@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +28,15 @@ _SANITIZER_FLAGS: Mapping[str | None, list[str]] = {
     "thread": ["-fsanitize=thread"],
 }
 _RUNTIME_FLAGS = ["-std=c++20", "-O2"]  # never instrumented
+_RUNTIME_LOCK = threading.Lock()  # whoever builds several programs at once needs it once
 _SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the process ends with its tensors
     "UBSAN_OPTIONS": "print_stacktrace=1",
     # The longest history: what the other access was, and not only that there was one.
     "TSAN_OPTIONS": "halt_on_error=1:history_size=2:report_thread_leaks=0:atexit_sleep_ms=0",
 }
+
+_LIBC = ctypes.CDLL(None)
 
 # The line that says what is wrong, of the emulator and of each sanitizer.
 _HEADLINE = re.compile(
@@ -96,7 +101,9 @@ class Program:
             done = subprocess.run(
                 [self.executable, folder, *tensors, *texts],
                 env={**os.environ, **_SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": str(order)},
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
+                preexec_fn=_keep_addresses,
                 text=True,
                 errors="replace",
                 timeout=timeout,
@@ -106,6 +113,13 @@ class Program:
             for name, extent in tensors.items():
                 path = f"{folder}/{name}"
                 extent.copy_(torch.from_file(path, size=extent.numel(), dtype=torch.uint8))
+
+
+def _keep_addresses() -> None:
+    """The same addresses in every run. Thread sanitizers of g++ 13 and before need it where the
+    system has more than 28 random bits for them; where it is forbidden nothing changes."""
+    ADDR_NO_RANDOMIZE = 0x0040000
+    _LIBC.personality(ADDR_NO_RANDOMIZE)
 
 
 def _extent(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,51 +145,47 @@ def build(
     flags += ["-include", "cuda_emulator.h"]
     flags += [f"-I{folder}" for folder in (HERE / "include", *include)]
     flags += [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    harness = _compiled(source.resolve(), tuple(flags))
+    objects = [_compiled("kernels", [source.resolve()], flags), _runtime()]
     link = _SANITIZER_FLAGS[sanitizer]
-    key = hashlib.sha256(" ".join([harness.stem, _runtime().stem, *link]).encode()).hexdigest()
-    executable = _cache() / f"program_{key[:16]}"
-    _make(executable, [*link, str(harness), str(_runtime())])
+    key = _key(*(path.name for path in objects), *link)
+    executable = _cache() / f"program_{key}"
+    _make(executable, [*link, *map(str, objects)])
     return Program(executable)
 
 
-@functools.cache
 def _runtime() -> Path:
-    """One object file; its headers take longer to compile than its sources."""
-    unit = "".join(f'#include "{path}"\n' for path in sorted((HERE / "runtime").glob("*.cpp")))
-    source = _cache() / f"runtime_{os.getpid()}.cpp"
-    source.write_text(unit)
-    try:
-        return _compiled(source, (*_RUNTIME_FLAGS, f"-I{HERE / 'include'}"))
-    finally:
-        source.unlink()
+    with _RUNTIME_LOCK:
+        sources = sorted((HERE / "runtime").glob("*.cpp"))
+        return _compiled("runtime", sources, [*_RUNTIME_FLAGS, f"-I{HERE / 'include'}"])
 
 
-def _compiled(source: Path, flags: tuple[str, ...]) -> Path:
-    """The object file, kept under what the preprocessor makes of the source."""
-    preprocessed = subprocess.run(
-        [_compiler(), *flags, "-E", str(source)], capture_output=True, text=True
-    )
-    if preprocessed.returncode:
-        raise RuntimeError(f"{source.name} does not compile:\n{preprocessed.stderr[:4000]}")
-    text = preprocessed.stdout.replace(str(source), source.name)
-    key = hashlib.sha256("\0".join([_version(), *flags, text]).encode()).hexdigest()
-    object_file = _cache() / f"{source.stem.split('_')[0]}_{key[:16]}.o"
-    _make(object_file, [*flags, "-c", str(source)])
+def _compiled(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:
+    """One object file of all sources, kept under what the preprocessor makes of them."""
+    unit = "".join(f'#include "{path}"\n' for path in sources)
+    preprocessed = _compile([*flags, "-x", "c++", "-E", "-"], unit)
+    object_file = _cache() / f"{name}_{_key(_version(), *flags, preprocessed)}.o"
+    _make(object_file, [*flags, "-x", "c++", "-c", "-"], unit)
     return object_file
 
 
-def _make(path: Path, arguments: Sequence[str]) -> None:
-    if path.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        done = subprocess.run(
-            [_compiler(), *arguments, "-o", str(made)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise RuntimeError(f"{path.name} does not compile:\n{done.stderr[:4000]}")
-        made.replace(path)  # at once, whoever else builds it
+def _make(path: Path, arguments: Sequence[str], unit: str = "") -> None:
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            _compile([*arguments, "-o", str(made)], unit)
+            made.replace(path)  # at once, whoever else builds it
+
+
+def _compile(arguments: Sequence[str], unit: str) -> str:
+    command = [_compiler(), *arguments]
+    done = subprocess.run(command, input=unit, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[:4000]}")
+    return done.stdout
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compiler() -> str:

@@ -56,6 +56,8 @@ def test_right_kernels_are_right_and_clean(sanitizer):
     assert torch.equal(y, reversed_with_sums(x))
     x, y = run_planted("vectors", sanitizer)
     assert torch.equal(y, x)
+    x, y = run_planted("matrix", sanitizer)
+    assert torch.equal(y[:32], x[:32])
     x, y = run_planted("warp", sanitizer)
     assert torch.equal(y[:32], x[:32].flip(0))
     for kernel in ("sum", "sum_acq_rel"):
@@ -71,7 +73,10 @@ PLANTED = [
     ("static_shared", ADDRESS, "insufficient space|global-" + OVERRUN, "own["),
     ("dynamic_shared", ADDRESS, "use-after-poison", "tile[i + 1] = 0"),
     ("local_array", ADDRESS, "out of bounds|stack-" + OVERRUN, "result[warp] = 0"),
-    ("misaligned", ADDRESS, "misaligned address", "out + i + shift"),
+    ("misaligned_load", PLAIN, "misaligned access of 16 bytes", "__ldcs"),
+    ("misaligned_store", ADDRESS, "misaligned address", "out + i + (kBug"),
+    ("misaligned_row", PLAIN, "misaligned row", "ldmatrix"),
+    *(("row_elsewhere", build, NOT_SHARED, "ldmatrix") for build in (PLAIN, ADDRESS)),
     ("no_wait", ADDRESS, "use-after-poison", "x = tile["),
     *(("no_wait", build, "copies in flight", "__syncthreads()") for build in (PLAIN, THREAD)),
     *(("copy_out_of_shared", build, NOT_SHARED, "cp_async<4>(tile") for build in (PLAIN, ADDRESS)),
@@ -100,7 +105,7 @@ def test_planted_bug_is_found_with_its_line(kernel, sanitizer, says, line):
 
 @pytest.mark.parametrize("kernel", ["no_barrier", "late_barrier"])
 def test_missing_barrier_shows_in_the_results_of_a_plain_build(kernel):
-    x, y = run_planted(kernel, PLAIN)
+    _, y = run_planted(kernel, PLAIN)
     assert y.isnan().any()  # shared memory that nobody has written yet
 
 
@@ -217,6 +222,14 @@ def test_partial_copies_read_no_more_and_fill_with_zeros(size, count, sanitizer)
 def test_older_copies_land_while_newer_ones_are_in_flight():
     x = torch.tensor([1.0, 2.0])
     assert torch.equal(run_instruction("wait_for_older", x, torch.zeros(2), ADDRESS), x)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "says"), [(0, "no GPU launches a grid"), (2**31, "no GPU launches a grid")]
+)
+def test_launches_that_no_gpu_accepts_are_refused(blocks, says):
+    with pytest.raises(KernelError, match=says):
+        program("planted")(kernel="none", x=torch.zeros(64), y=torch.zeros(64), blocks=blocks)
 
 
 def test_strided_tensors_keep_their_gaps():

@@ -5,7 +5,8 @@
 
 #include "sanitizers.h"
 
-// Saves the registers that a callee has to keep and the stack pointer to *save; loads those of `load`.
+// Saves the registers that a callee has to keep and the stack pointer to *save; loads those of
+// `load`.
 extern "C" void emulator_switch_stack(void** save, void* load);
 #ifndef __x86_64__
 #error "emulator_switch_stack is written for x86-64 only"

@@ -25,7 +25,7 @@ class Fiber {
   void *stack_pointer_, *callers_stack_pointer_;
   const void *bottom_, *callers_bottom_;
   std::size_t size_, callers_size_;
-  void *fake_stack_, *callers_fake_stack_;    // of the address sanitizer
+  void *fake_stack_, *callers_fake_stack_;  // of the address sanitizer
   void *tsan_fiber_ = nullptr, *callers_tsan_fiber_;
 };
 

@@ -185,9 +185,8 @@ void Block::report_deadlock() const {
       std::snprintf(text, sizeof text, "wait at %s:%d: __syncthreads", thread.barrier.file,
                     thread.barrier.line);
     if (thread.state == Thread::State::in_warp)
-      std::snprintf(text, sizeof text, "wait at %s:%d: %s of lanes %08x",
-                    thread.meeting->site.file, thread.meeting->site.line, thread.meeting->name,
-                    thread.meeting->mask);
+      std::snprintf(text, sizeof text, "wait at %s:%d: %s of lanes %08x", thread.meeting->site.file,
+                    thread.meeting->site.line, thread.meeting->name, thread.meeting->mask);
     return text;
   };
   print_index("emulator: deadlock in block", index);
@@ -242,7 +241,8 @@ void launch(const Launch& launch) {
       Block running(launch, index);
       block = &running;
       running.run(launch.seed);
-    }).join();
+    })
+        .join();
   acquire(&launch_ends);
 }
 

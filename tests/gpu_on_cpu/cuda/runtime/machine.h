@@ -67,7 +67,8 @@ class Block {
   BlockMemory memory;
   std::vector<Thread> threads;
   // How many barriers of the block have passed, and of each warp by the lowest lane of their mask.
-  // They give each barrier an address of its own, so that the thread sanitizer orders what it should.
+  // They give each barrier an address of its own, so that the thread sanitizer orders what it
+  // should.
   unsigned barriers = 0;
   std::vector<std::array<unsigned, kLanes>> warp_barriers;
 

@@ -1,5 +1,5 @@
-// A program that runs kernels: PROGRAM FOLDER ARGUMENT..., either NAME=TEXT or a tensor's name, which
-// is that of a file in the folder.
+// A program that runs kernels: PROGRAM FOLDER ARGUMENT..., either NAME=TEXT or a tensor's name,
+// which is that of a file in the folder.
 #include <cstdio>
 #include <cstdlib>
 

@@ -17,9 +17,7 @@ constexpr std::size_t kPage = 4096;
 
 struct Range {
   char *begin, *end;
-  bool contains(const char* first, const char* last) const {
-    return begin <= first && last <= end;
-  }
+  bool contains(const char* first, const char* last) const { return begin <= first && last <= end; }
 };
 
 // What the executable has of static variables: those of this thread, and its loaded segments.
@@ -56,7 +54,8 @@ std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage 
 
 BlockMemory::BlockMemory(std::size_t shared_bytes, int threads) : shared_bytes_(shared_bytes) {
   const std::size_t barriers = whole_pages(sizeof(double) * 2 * kLanes * (1 + kMaxWarps));
-  const std::size_t shared = whole_pages(shared_bytes) + kPage;  // a page behind it catches overruns
+  const std::size_t shared =
+      whole_pages(shared_bytes) + kPage;  // a page behind it catches overruns
   page_bytes_ = barriers + kPage + shared + threads * kStackBytes;
   void* pages = mmap(nullptr, page_bytes_, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);

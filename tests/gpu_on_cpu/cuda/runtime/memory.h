@@ -12,7 +12,8 @@ class BlockMemory {
   ~BlockMemory();
   BlockMemory(const BlockMemory&) = delete;
 
-  static constexpr std::size_t kStackBytes = 256 << 10;  // frames of the address sanitizer are large
+  static constexpr std::size_t kStackBytes = 256
+                                             << 10;  // frames of the address sanitizer are large
   char* stack(int thread) const { return stacks_ + thread * kStackBytes; }
   char* shared() const { return shared_; }
   bool is_shared(const void* pointer, std::size_t bytes) const;

@@ -72,9 +72,8 @@ void load_warp(const std::array<void*, kLanes>& brought, unsigned) {
         return words[column / 2] >> (column % 2 * 16) & 0xffff;
       };
       const int major = row_group(l), minor = 2 * column_group(l);
-      lane.registers[m] = lane.transposed
-                              ? element(minor, major) | element(minor + 1, major) << 16
-                              : element(major, minor) | element(major, minor + 1) << 16;
+      lane.registers[m] = lane.transposed ? element(minor, major) | element(minor + 1, major) << 16
+                                          : element(major, minor) | element(major, minor + 1) << 16;
     }
   }
 }

@@ -26,7 +26,11 @@ const std::map<std::string, Kernel> kReverse = {
 };
 const std::map<std::string, Kernel> kOneBlock = {
     {"vectors", copy_vectors<Bug::none>},
-    {"misaligned", copy_vectors<Bug::misaligned>},
+    {"misaligned_load", copy_vectors<Bug::misaligned_load>},
+    {"misaligned_store", copy_vectors<Bug::misaligned_store>},
+    {"matrix", load_matrix<Bug::none>},
+    {"misaligned_row", load_matrix<Bug::misaligned_row>},
+    {"row_elsewhere", load_matrix<Bug::row_elsewhere>},
     {"warp", reverse_warp<Bug::none>},
     {"no_warp_barrier", reverse_warp<Bug::no_warp_barrier>},
 };

@@ -8,7 +8,10 @@ enum class Bug {
   static_shared,
   dynamic_shared,
   local_array,
-  misaligned,
+  misaligned_load,
+  misaligned_store,
+  misaligned_row,
+  row_elsewhere,
   no_barrier,
   divergent_barrier,
   late_barrier,
@@ -67,9 +70,22 @@ __global__ void reverse(const float* in, float* out) {
 template <Bug kBug>
 __global__ void copy_vectors(const float* in, float* out) {
   const int i = 4 * threadIdx.x;
-  const float4 x = *reinterpret_cast<const float4*>(in + i);
-  const int shift = kBug == Bug::misaligned && i < 4 ? 1 : 0;
-  *reinterpret_cast<float4*>(out + i + shift) = x;
+  const float4 x = __ldcs(reinterpret_cast<const float4*>(in + i + (kBug == Bug::misaligned_load)));
+  *reinterpret_cast<float4*>(out + i + (kBug == Bug::misaligned_store)) = x;
+}
+
+// out = what lanes get of a matrix [8, 8] of 16-bit numbers.
+template <Bug kBug>
+__global__ void load_matrix(const float* in, float* out) {
+  __shared__ float4 rows[9];
+  if (threadIdx.x < 9) rows[threadIdx.x] = reinterpret_cast<const float4*>(in)[threadIdx.x];
+  __syncwarp();
+  const char* row = reinterpret_cast<const char*>(rows + threadIdx.x % 8);
+  if (kBug == Bug::misaligned_row) row += 8;
+  if (kBug == Bug::row_elsewhere) row = reinterpret_cast<const char*>(in + 4 * (threadIdx.x % 8));
+  unsigned registers[1];
+  ptx::ldmatrix(registers, row);
+  out[threadIdx.x] = __uint_as_float(registers[0]);
 }
 
 // out = a warp's numbers, reversed through shared memory.

@@ -4,8 +4,8 @@
 enum class Loads { ldmatrix, by_hand };
 
 // a [16, 16] and b [16, 8] of 16-bit numbers.
-template <Loads kLoads, void (*kMultiply)(float (&)[4], const unsigned (&)[4], const unsigned (&)[2],
-                                          emulator::Site)>
+template <Loads kLoads, void (*kMultiply)(float (&)[4], const unsigned (&)[4],
+                                          const unsigned (&)[2], emulator::Site)>
 __global__ void multiply_16(const unsigned short* a, const unsigned short* b, float* c) {
   __shared__ __align__(16) unsigned short tile_a[16][16], tile_b[16][8];
   const int lane = threadIdx.x, row = lane / 4, column = lane % 4;

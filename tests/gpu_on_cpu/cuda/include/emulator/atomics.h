@@ -1,7 +1,7 @@
 // Atomics, which are relaxed, and fences, which order what surrounds them.
 //
-// To the thread sanitizer an atomic publishes what came before the last fence before it, and a fence
-// acquires what the atomics before it have seen. A fence serves one atomic.
+// To the thread sanitizer an atomic publishes what came before the last fence before it, and a
+// fence acquires what the atomics before it have seen. A fence serves one atomic.
 #pragma once
 
 #include "runtime.h"
@@ -25,9 +25,9 @@ inline T update(T* address, F f) {
 }
 }  // namespace emulator
 
-#define EMULATOR_ATOMIC(name, result)                                \
-  template <class T>                                                 \
-  inline T name(T* address, typename emulator::Same<T>::type value) { \
+#define EMULATOR_ATOMIC(name, result)                                     \
+  template <class T>                                                      \
+  inline T name(T* address, typename emulator::Same<T>::type value) {     \
     return emulator::update(address, [=](T old) -> T { return result; }); \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)

@@ -13,30 +13,22 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
-// A block has a thread of the operating system to itself, hence its own thread-local variables. Only
-// others get red zones from the address sanitizer; there, shared memory outlives the block.
+// A block has a thread of the operating system to itself, hence its own thread-local variables.
+// Only others get red zones from the address sanitizer; there, shared memory outlives the block.
 #ifdef __SANITIZE_ADDRESS__
 #define __shared__ static
 #else
 #define __shared__ static thread_local
 #endif
 
-#define EMULATOR_VECTORS(T, name, alignment2, alignment4)                                  \
-  struct name##1 {                                                                         \
-    T x;                                                                                   \
-  };                                                                                       \
-  struct alignas(alignment2) name##2 {                                                     \
-    T x, y;                                                                                \
-  };                                                                                       \
-  struct name##3 {                                                                         \
-    T x, y, z;                                                                             \
-  };                                                                                       \
-  struct alignas(alignment4) name##4 {                                                     \
-    T x, y, z, w;                                                                          \
-  };                                                                                       \
-  constexpr name##1 make_##name##1(T x) { return {x}; }                                    \
-  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }                            \
-  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; }                    \
+#define EMULATOR_VECTORS(T, name, alignment2, alignment4)               \
+  struct name##1 { T x; };                                              \
+  struct alignas(alignment2) name##2 { T x, y; };                       \
+  struct name##3 { T x, y, z; };                                        \
+  struct alignas(alignment4) name##4 { T x, y, z, w; };                 \
+  constexpr name##1 make_##name##1(T x) { return {x}; }                 \
+  constexpr name##2 make_##name##2(T x, T y) { return {x, y}; }         \
+  constexpr name##3 make_##name##3(T x, T y, T z) { return {x, y, z}; } \
   constexpr name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 
 EMULATOR_VECTORS(signed char, char, 2, 4)
@@ -71,11 +63,11 @@ inline void check_alignment(const T* pointer, Site site) {
 }
 }  // namespace emulator
 
-#define EMULATOR_LOAD(name)                                  \
-  template <class T>                                         \
+#define EMULATOR_LOAD(name)                                   \
+  template <class T>                                          \
   inline T name(const T* pointer, emulator::Site site = {}) { \
-    emulator::check_alignment(pointer, site);                \
-    return *pointer;                                         \
+    emulator::check_alignment(pointer, site);                 \
+    return *pointer;                                          \
   }
 EMULATOR_LOAD(__ldg)
 EMULATOR_LOAD(__ldca)
@@ -85,11 +77,11 @@ EMULATOR_LOAD(__ldlu)
 EMULATOR_LOAD(__ldcv)
 #undef EMULATOR_LOAD
 
-#define EMULATOR_STORE(name)                                          \
-  template <class T>                                                  \
-  inline void name(T* pointer, T value, emulator::Site site = {}) {   \
-    emulator::check_alignment(pointer, site);                         \
-    *pointer = value;                                                 \
+#define EMULATOR_STORE(name)                                        \
+  template <class T>                                                \
+  inline void name(T* pointer, T value, emulator::Site site = {}) { \
+    emulator::check_alignment(pointer, site);                       \
+    *pointer = value;                                               \
   }
 EMULATOR_STORE(__stwb)
 EMULATOR_STORE(__stcg)

@@ -53,8 +53,8 @@ inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 
-#define EMULATOR_MIN_MAX(T)                                 \
-  constexpr T min(T a, T b) { return b < a ? b : a; }       \
+#define EMULATOR_MIN_MAX(T)                           \
+  constexpr T min(T a, T b) { return b < a ? b : a; } \
   constexpr T max(T a, T b) { return a < b ? b : a; }
 EMULATOR_MIN_MAX(int)
 EMULATOR_MIN_MAX(unsigned)

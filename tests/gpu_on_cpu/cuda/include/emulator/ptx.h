@@ -9,7 +9,9 @@
 namespace ptx {
 
 template <class T>
-inline T* dynamic_shared() { return static_cast<T*>(emulator::dynamic_shared()); }
+inline T* dynamic_shared() {
+  return static_cast<T*>(emulator::dynamic_shared());
+}
 
 inline int opaque(int x) { return x; }
 
