@@ -32,10 +32,8 @@ _RUNTIME_LOCK = threading.Lock()  # whoever builds several programs at once need
 _SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the process ends with its tensors
     "UBSAN_OPTIONS": "print_stacktrace=1",
-    # The longest history: what the other access was, and not only that there was one.
-    "TSAN_OPTIONS": "halt_on_error=1:history_size=2:report_thread_leaks=0:atexit_sleep_ms=0",
+    "TSAN_OPTIONS": "halt_on_error=1:report_thread_leaks=0:atexit_sleep_ms=0",
 }
-
 _LIBC = ctypes.CDLL(None)
 
 # The line that says what is wrong, of the emulator and of each sanitizer.
@@ -61,12 +59,13 @@ def _summary(report: str) -> str:
         return ""
     _, *stacks = re.split(r"^ +#0 ", report, flags=re.MULTILINE)
     accesses = stacks[: 2 if "data race" in headline[0] else 1]
-    of_kernels = [
-        next((p for p in _PLACE.findall(stack) if not p.startswith(f"{HERE / 'include'}/")), "?")
-        for stack in accesses
-    ]
-    places = [place for place in dict.fromkeys(of_kernels) if place not in headline[0]]
-    return ", ".join([headline[0], *(f"at {place}" for place in places)])
+    summary = headline[0]
+    for stack in accesses:
+        of_kernel = (p for p in _PLACE.findall(stack) if not p.startswith(f"{HERE / 'include'}/"))
+        place = next(of_kernel, None)
+        if place and place not in summary:
+            summary += f", at {place}"
+    return summary
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 #include <random>
 #include <string>
@@ -39,10 +40,10 @@ void run_thread() {
   current->fiber.finish();
 }
 
-bool same(Site a, Site b) { return a.line == b.line && std::string(a.file) == b.file; }
+bool same(Site a, Site b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
 
 bool may_meet(const Meeting& a, const Meeting& b) {
-  return a.mask == b.mask && a.name == b.name && (!a.aligned || same(a.site, b.site));
+  return a.mask == b.mask && !std::strcmp(a.name, b.name) && (!a.aligned || same(a.site, b.site));
 }
 
 void print_index(const char* what, uint3 index) {
@@ -50,9 +51,8 @@ void print_index(const char* what, uint3 index) {
 }
 
 [[noreturn]] void end_process() {
-  if (__sanitizer_print_stack_trace) __sanitizer_print_stack_trace();
   std::fflush(stderr);
-  std::_Exit(kFaultStatus);
+  std::_Exit(kFaultStatus);  // without what sanitizers say of an ordinary end
 }
 
 }  // namespace
@@ -66,6 +66,7 @@ void fault(Site site, const char* format, ...) {
   print_index("; thread", current->index);
   print_index(" of block", block->index);
   std::fprintf(stderr, "\n");
+  if (__sanitizer_print_stack_trace) __sanitizer_print_stack_trace();
   end_process();
 }
 

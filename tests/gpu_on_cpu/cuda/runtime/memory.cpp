@@ -3,8 +3,6 @@
 #include <link.h>
 #include <sys/mman.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "machine.h"
@@ -15,47 +13,40 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 
-struct Range {
-  char *begin, *end;
-  bool contains(const char* first, const char* last) const { return begin <= first && last <= end; }
-};
+bool is_inside(const Range& range, const char* first, std::size_t bytes) {
+  return range.begin <= first && first + bytes <= range.end;
+}
 
-// What the executable has of static variables: those of this thread, and its loaded segments.
-struct Image {
-  Range thread_local_variables{};
-  std::vector<Range> segments;
-
-  Image() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, std::size_t, void* self) {
-          static_cast<Image*>(self)->read(*info);
-          return 1;  // the first is the executable
-        },
-        this);
-  }
-
-  void read(const dl_phdr_info& info) {
-    for (int i = 0; i < info.dlpi_phnum; i++) {
-      const auto& header = info.dlpi_phdr[i];
-      if (header.p_type == PT_TLS) {
-        auto* begin = static_cast<char*>(info.dlpi_tls_data);
-        thread_local_variables = {begin, begin + header.p_memsz};
-      } else if (header.p_type == PT_LOAD) {
-        auto* begin = reinterpret_cast<char*>(info.dlpi_addr + header.p_vaddr);
-        segments.push_back({begin, begin + header.p_memsz});
-      }
-    }
-  }
-};
+// The static variables of the executable: those of this thread and, for the address sanitizer,
+// which does not guard these, all others.
+Range static_variables() {
+  Range found{};
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void* result) {
+        Range& range = *static_cast<Range*>(result);
+        for (int i = 0; i < info->dlpi_phnum; i++) {
+          const auto& header = info->dlpi_phdr[i];
+          auto* segment = reinterpret_cast<char*>(info->dlpi_addr + header.p_vaddr);
+          auto* variables = static_cast<char*>(info->dlpi_tls_data);
+          if (__asan_poison_memory_region && header.p_type == PT_LOAD && header.p_flags & PF_W)
+            range = {segment, segment + header.p_memsz};
+          if (!__asan_poison_memory_region && header.p_type == PT_TLS)
+            range = {variables, variables + header.p_memsz};
+        }
+        return 1;  // the first is the executable
+      },
+      &found);
+  return found;
+}
 
 std::size_t whole_pages(std::size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 }  // namespace
 
-BlockMemory::BlockMemory(std::size_t shared_bytes, int threads) : shared_bytes_(shared_bytes) {
+BlockMemory::BlockMemory(std::size_t shared_bytes, int threads)
+    : statics_(static_variables()), shared_bytes_(shared_bytes) {
   const std::size_t barriers = whole_pages(sizeof(double) * 2 * kLanes * (1 + kMaxWarps));
-  const std::size_t shared =
-      whole_pages(shared_bytes) + kPage;  // a page behind it catches overruns
+  const std::size_t shared = whole_pages(shared_bytes) + kPage;  // one more catches overruns
   page_bytes_ = barriers + kPage + shared + threads * kStackBytes;
   void* pages = mmap(nullptr, page_bytes_, PROT_READ | PROT_WRITE,
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -66,10 +57,11 @@ BlockMemory::BlockMemory(std::size_t shared_bytes, int threads) : shared_bytes_(
   mprotect(shared_ - kPage, kPage, PROT_NONE);
   for (int i = 0; i < threads; i++) mprotect(stack(i), kPage, PROT_NONE);
 
-  // Whoever reads shared memory before it is written reads NaN.
+  // Whoever reads shared memory before it is written reads NaN. Other static variables than the
+  // thread's own have red zones, which are the address sanitizer's.
   std::memset(shared_, 0xff, shared_bytes);
-  const Range statics = Image().thread_local_variables;
-  if (statics.begin) std::memset(statics.begin, 0xff, statics.end - statics.begin);
+  if (!__asan_poison_memory_region && statics_.begin)
+    std::memset(statics_.begin, 0xff, statics_.end - statics_.begin);
   poison(shared_ + shared_bytes, shared - shared_bytes);
 }
 
@@ -80,13 +72,8 @@ BlockMemory::~BlockMemory() {
 
 bool BlockMemory::is_shared(const void* pointer, std::size_t bytes) const {
   const auto* first = static_cast<const char*>(pointer);
-  const auto* last = first + bytes;
-  if (Range{shared_, shared_ + shared_bytes_}.contains(first, last)) return true;
-  const Image image;
-  if (image.thread_local_variables.contains(first, last)) return true;
-  for (const Range& segment : image.segments)  // builds for the address sanitizer keep it there
-    if (__asan_poison_memory_region && segment.contains(first, last)) return true;
-  return false;
+  return is_inside({shared_, shared_ + shared_bytes_}, first, bytes) ||
+         is_inside(statics_, first, bytes);
 }
 
 const void* BlockMemory::barrier_address(int warp, int lane, unsigned parity) const {

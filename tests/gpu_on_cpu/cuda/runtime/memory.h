@@ -5,6 +5,10 @@
 
 namespace emulator {
 
+struct Range {
+  char *begin, *end;
+};
+
 // New pages for each block: to the thread sanitizer, what is reused carries its past with it.
 class BlockMemory {
  public:
@@ -12,8 +16,8 @@ class BlockMemory {
   ~BlockMemory();
   BlockMemory(const BlockMemory&) = delete;
 
-  static constexpr std::size_t kStackBytes = 256
-                                             << 10;  // frames of the address sanitizer are large
+  // The address sanitizer's frames are large.
+  static constexpr std::size_t kStackBytes = 256 << 10;
   char* stack(int thread) const { return stacks_ + thread * kStackBytes; }
   char* shared() const { return shared_; }
   bool is_shared(const void* pointer, std::size_t bytes) const;
@@ -22,6 +26,7 @@ class BlockMemory {
 
  private:
   char *pages_, *shared_, *stacks_;
+  Range statics_;  // where static shared memory is
   std::size_t page_bytes_, shared_bytes_;
 };
 
