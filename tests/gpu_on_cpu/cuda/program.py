@@ -41,7 +41,7 @@ _HEADLINE = re.compile(
     r"^.*(?:emulator: |runtime error: |SUMMARY: (?:Address|Thread)Sanitizer: ).*$", re.MULTILINE
 )
 
-_PLACE = re.compile(r"(/[^\s:]+:\d+)")  # a file and a line
+_PLACE = re.compile(r"(?<=\s)(/[^\s:]+:\d+)")  # a file and a line, not of the sanitizer itself
 
 
 class KernelError(RuntimeError):
