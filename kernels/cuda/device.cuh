@@ -156,7 +156,7 @@ __device__ __forceinline__ unsigned to_tf32(float value) {
   return bits;
 }
 
-// ---- Arithmetic of the special function unit: 2 ulp or so, subnormals are zero
+// ---- Arithmetic of the special function unit: errors of about 2^-22, subnormals are zero
 
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
