@@ -1,7 +1,7 @@
-"""Backends and instruction sets that the conformance tests run on, with poisoned memory."""
+"""Backends, instruction sets and devices that the conformance tests run on, poisoned memory."""
 
 import pytest
-from helpers.kernels import INTERPRETED
+from helpers.kernels import GPU, INTERPRETED
 from helpers.poison import poisoned_memory
 
 from lolcats_ops import _C
@@ -10,6 +10,13 @@ if INTERPRETED:
     from gpu_on_cpu import interpreter
 
     interpreter.install()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Marks what runs on a GPU, for ``-m gpu``."""
+    for item in items:
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") in GPU:
+            item.add_marker("gpu")
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +34,9 @@ def backend(request):
         _C.set_cpu_isa(isa)
     yield name
     _C.set_cpu_isa(before)
+
+
+@pytest.fixture
+def device(backend):
+    """Where the tensors of a backend live."""
+    return "cuda" if backend in GPU else "cpu"

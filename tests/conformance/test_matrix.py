@@ -27,20 +27,20 @@ def matrix(*factors: str, **others: tuple) -> pytest.MarkDecorator:
 
 
 @matrix(*MAPS, "activation", length=("0", "1", "3w+7"))
-def test_feature_map_equals_the_reference(case, backend):
-    check(feature_map, case, backend)
+def test_feature_map_equals_the_reference(case, backend, device):
+    check(feature_map, case, backend, device)
 
 
 @matrix(*MAPS, *SEQUENCES, "normalize", "initial", activation=(*FACTORS["activation"], None))
-def test_linear_attention_equals_the_reference(case, backend):
-    check(linear_attention, case, backend)
+def test_linear_attention_equals_the_reference(case, backend, device):
+    check(linear_attention, case, backend, device)
 
 
 @matrix(*HYBRID)
-def test_hybrid_attention_equals_the_reference(case, backend):
-    check(hybrid_attention, case, backend)
+def test_hybrid_attention_equals_the_reference(case, backend, device):
+    check(hybrid_attention, case, backend, device)
 
 
 @matrix(*HYBRID, "xent")
-def test_attention_transfer_equals_the_reference(case, backend):
-    check(attention_transfer, case, backend)
+def test_attention_transfer_equals_the_reference(case, backend, device):
+    check(attention_transfer, case, backend, device)

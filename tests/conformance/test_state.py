@@ -2,12 +2,13 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.cases import Case, Inputs, make_inputs
 from helpers.compare import assert_close, assert_same_state
-from helpers.kernels import ALL, KERNELS
+from helpers.kernels import ALL, GPU, KERNELS
 
 import lolcats_ops as lo
 from lolcats_ops.state import HybridState
@@ -26,6 +27,11 @@ SETTINGS = [
     (2, "terrace", 0, 0),
     (20, "sliding", 4, 3),
 ]
+on_gpu = pytest.mark.parametrize(
+    "backend",
+    GPU or [pytest.param("triton", marks=pytest.mark.skip("needs a GPU and TRITON_INTERPRET=0"))],
+    indirect=True,
+)
 windows = pytest.mark.parametrize(
     ("window", "kind", "sink", "slack"), SETTINGS, ids=lambda value: str(value)
 )
@@ -37,11 +43,11 @@ def case_of(window: int, kind: str, sink: int, **others) -> Case:
     )
 
 
-def prepare(case: Case, length: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def prepare(
+    case: Case, length: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> Inputs:
     """Inputs of ``length`` tokens that need no gradient."""
-    inputs = make_inputs(Case(**{**vars(case), "length": "500"}), seed).as_dtype(
-        dtype, "transposed"
-    )
+    inputs = make_inputs(replace(case, length="500"), seed).as_dtype(dtype, "transposed", device)
     cut = {n: x[:, :, :length] if x.ndim == 4 else x for n, x in inputs.leaves.items()}
     return Inputs(case, {n: x.detach() for n, x in cut.items()}, {})
 
@@ -55,9 +61,8 @@ def empty_state(x: Inputs, slack: int = 0, batch: int | None = None) -> HybridSt
     q, k, v = x.qkv
     phi = x.features("k")
     sizes = (phi.heads, k.shape[1], k.shape[3], v.shape[3], phi.out_features)
-    state = HybridState.empty(
-        q.shape[0] if batch is None else batch, *sizes, **x.case.windows, slack=slack, dtype=q.dtype
-    )
+    options = {**x.case.windows, "slack": slack, "dtype": q.dtype, "device": q.device}
+    state = HybridState.empty(q.shape[0] if batch is None else batch, *sizes, **options)
     for ring in (state.k_ring, state.v_ring, state.k_sink, state.v_sink):
         ring.fill_(float("nan"))  # nothing may be read before it is written
     return state
@@ -79,9 +84,9 @@ def reference_of(x: Inputs, slack: int = 0) -> tuple[torch.Tensor, HybridState]:
 
 @on_all
 @windows
-def test_every_split_equals_one_call(backend, window, kind, sink, slack):
+def test_every_split_equals_one_call(backend, device, window, kind, sink, slack):
     length = 7 if backend == "cpu" else 4  # 2 ** (length - 1) splits
-    x = prepare(case_of(window, kind, sink), length, torch.float32)
+    x = prepare(case_of(window, kind, sink), length, torch.float32, device)
     want, final = reference_of(x, slack)
     for inner in itertools.product((False, True), repeat=length - 1):
         cuts = [0, *(i + 1 for i, cut in enumerate(inner) if cut), length]
@@ -94,9 +99,9 @@ def test_every_split_equals_one_call(backend, window, kind, sink, slack):
 @on_kernels
 @windows
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_long_splits_equal_one_call(backend, window, kind, sink, slack, dtype):
+def test_long_splits_equal_one_call(backend, device, window, kind, sink, slack, dtype):
     length = 150
-    x = prepare(case_of(window, kind, sink, affine=True), length, dtype)
+    x = prepare(case_of(window, kind, sink, affine=True), length, dtype, device)
     want, final = reference_of(x, slack)
     rng = random.Random(window)
     for pieces in (1, 4, 12):
@@ -108,9 +113,9 @@ def test_long_splits_equal_one_call(backend, window, kind, sink, slack, dtype):
 
 
 @on_kernels
-def test_a_bf16_state_keeps_its_mass(backend):
+def test_a_bf16_state_keeps_its_mass(backend, device):
     """The sums are fp32: what a bf16 sum would lose grows with T (SPEC 5)."""
-    x = make_inputs(Case("2048", D=32, window=16)).as_dtype(torch.bfloat16, "plain")
+    x = make_inputs(Case("2048", D=32, window=16)).as_dtype(torch.bfloat16, "plain", device)
     x = Inputs(x.case, {n: t.detach() for n, t in x.leaves.items()}, {})
     _, state = lo.hybrid_attention(
         *arguments(x, 0, 2048), window=16, return_state=True, backend=backend
@@ -129,9 +134,9 @@ def test_a_bf16_state_keeps_its_mass(backend):
 @on_all
 @windows
 def test_attention_with_a_state_continues_it_and_leaves_it_alone(
-    backend, window, kind, sink, slack
+    backend, device, window, kind, sink, slack
 ):
-    x = prepare(case_of(window, kind, sink), 11, torch.float32)
+    x = prepare(case_of(window, kind, sink), 11, torch.float32, device)
     want, _ = reference_of(x)
     options = {**x.case.windows, "return_state": True, "backend": backend}
     first, state = lo.hybrid_attention(*arguments(x, 0, 6), **options)
@@ -143,13 +148,13 @@ def test_attention_with_a_state_continues_it_and_leaves_it_alone(
 
 
 @on_kernels
-def test_4096_bf16_steps_stay_as_accurate_as_the_first(backend):
+def test_4096_bf16_steps_stay_as_accurate_as_the_first(backend, device):
     x = make_inputs(Case(D=32, G=2, batch=(1, 1), window=64, sink=1)).as_dtype(
-        torch.bfloat16, "plain"
+        torch.bfloat16, "plain", device
     )
     rng = torch.Generator().manual_seed(0)
     shapes = {"q": (1, 2, 4096, 32), "k": (1, 1, 4096, 32), "v": (1, 1, 4096, 32)}
-    rows = {n: torch.randn(s, generator=rng).bfloat16() for n, s in shapes.items()}
+    rows = {n: torch.randn(s, generator=rng).to(x.leaves[n]) for n, s in shapes.items()}
     x = Inputs(x.case, {n: t.detach() for n, t in {**x.leaves, **rows}.items()}, {})
     out = feed(x, empty_state(x), list(range(4097)), backend=backend)
 
@@ -163,8 +168,8 @@ def test_4096_bf16_steps_stay_as_accurate_as_the_first(backend):
 
 @on_all
 @windows
-def test_rewind_and_replay_equals_no_rewind(backend, window, kind, sink, slack):
-    x = prepare(case_of(window, kind, sink), 30, torch.float32)
+def test_rewind_and_replay_equals_no_rewind(backend, device, window, kind, sink, slack):
+    x = prepare(case_of(window, kind, sink), 30, torch.float32, device)
     want, final = reference_of(x, slack)
     state = empty_state(x, slack)
     outs = []
@@ -194,38 +199,63 @@ def test_rewind_refuses_what_has_been_folded():
 
 
 @on_all
-def test_steps_on_a_pool_touch_their_own_slots_alone(backend):
-    x = prepare(case_of(3, "sliding", 1), 9, torch.float32)
+def test_steps_on_a_pool_touch_their_own_slots_alone(backend, device):
+    x = prepare(case_of(3, "sliding", 1), 9, torch.float32, device)
     want, final = reference_of(x)
-    slots = torch.tensor([4, 1], dtype=torch.int32)
+    slots = torch.tensor([4, 1], dtype=torch.int32, device=device)
     pool = empty_state(x, batch=6)
     before = pool.clone()
     out = feed(x, pool, [0, 5, 6, 7, 8, 9], state_indices=slots, backend=backend)
     assert_close("out", out, want, torch.float32)
     assert_same_state(pool.select(slots.long()), final, torch.float32)
-    others = torch.tensor([0, 2, 3, 5])
+    others = torch.tensor([0, 2, 3, 5], device=device)
     for name, was in before.select(others).tensors.items():
         now = pool.select(others).tensors[name]
         torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_replayed_as_a_cuda_graph_equals_an_eager_one(backend, device, dtype):
+    length = 9
+    x = prepare(case_of(3, "sliding", 1), length, dtype, device)
+    eager = empty_state(x)
+    want = feed(x, eager, list(range(length + 1)), backend=backend)
+
+    static = [t[:, :, :1].clone() for t in x.qkv]
+    inputs = (*static, *arguments(x)[3:])
+    lo.hybrid_attention_step_(*inputs, empty_state(x), backend=backend)  # compiles
+    state, graph = empty_state(x), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = lo.hybrid_attention_step_(*inputs, state, backend=backend)
+    outs = []
+    for i in range(length):
+        for held, t in zip(static, x.qkv, strict=True):
+            held.copy_(t[:, :, i : i + 1])
+        graph.replay()
+        outs.append(out.clone())
+    assert torch.equal(torch.cat(outs, 2), want)
+    assert_same_state(state, eager, dtype)
 
 
 @on_all
 @windows
 @pytest.mark.parametrize("packing", ["left", "right", "packed"])
 def test_padded_and_packed_equal_unpadded_states_included(
-    backend, window, kind, sink, slack, packing
+    backend, device, window, kind, sink, slack, packing
 ):
     case = case_of(window, kind, sink)
     lengths = (13, 0, 1, 7)
-    alone = [prepare(Case(**{**vars(case), "batch": (1, 2)}), n, torch.float32, n) for n in lengths]
+    one = replace(case, batch=(1, 2))
+    alone = [prepare(one, n, torch.float32, device, seed=n) for n in lengths]
     for a in alone[1:]:  # one set of parameters
         a.leaves.update({n: t for n, t in alone[0].leaves.items() if t.ndim < 4})
     bounds = [0, *itertools.accumulate(lengths)]
     if packing == "packed":
         rows = [torch.cat([a.leaves[n] for a in alone], 2) for n in ("q", "k", "v")]
-        sequences = {"cu_seqlens": torch.tensor(bounds)}
+        sequences = {"cu_seqlens": torch.tensor(bounds, device=device)}
     else:
-        real = torch.arange(13) < torch.tensor(lengths)[:, None]
+        real = (torch.arange(13) < torch.tensor(lengths)[:, None]).to(device)
         mask = real if packing == "right" else real.flip(1)
         rows = [torch.cat([_pad(a.leaves[n], 13, packing) for a in alone]) for n in ("q", "k", "v")]
         sequences = {"key_padding_mask": mask}
@@ -246,7 +276,7 @@ def test_padded_and_packed_equal_unpadded_states_included(
             else out.transpose(1, 2)[b][mask[b]].transpose(0, 1)[None]
         )
         assert_close(f"sequence {b}", got, want.double(), torch.float32)
-        assert_same_state(states.select(torch.tensor([b])), state, torch.float32)
+        assert_same_state(states.select(torch.tensor([b], device=device)), state, torch.float32)
 
 
 def _pad(x: torch.Tensor, length: int, side: str) -> torch.Tensor:
@@ -257,10 +287,10 @@ def _pad(x: torch.Tensor, length: int, side: str) -> torch.Tensor:
 
 @on_kernels
 @pytest.mark.parametrize("bounds", [[0, 15], [0, 0, 16], [0, 1, 100, 300, 1200, 2048]])
-def test_packed_sequences_equal_each_alone(backend, bounds):
+def test_packed_sequences_equal_each_alone(backend, device, bounds):
     case = Case("2048", D=32, G=1, batch=(1, 1), window=64, sink=1)
-    x = make_inputs(case).as_dtype(torch.float32, "plain")
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    x = make_inputs(case).as_dtype(torch.float32, "plain", device)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
     x = Inputs(case, {n: t.detach() for n, t in x.leaves.items()}, {})
     packed = lo.hybrid_attention(
         *arguments(x, 0, bounds[-1]), **case.windows, cu_seqlens=cu_seqlens, backend=backend

@@ -7,12 +7,12 @@ import sys
 import pytest
 import torch
 from helpers.cases import Case, make_inputs
-from helpers.kernels import KERNELS
+from helpers.kernels import CPU
 
 import lolcats_ops as lo
 
 
-@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("window", "kind", "sink"), [(64, "sliding", 1), (50, "terrace", 0), (0, "sliding", 3)]

@@ -5,6 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers.kernels import INTERPRETED
+
+if not INTERPRETED:
+    pytest.skip("TRITON_INTERPRET=0: nothing is interpreted", allow_module_level=True)
+
 from gpu_on_cpu import sanitizer
 from helpers.cases import FACTORS, Case, cases
 from helpers.compare import assert_close, assert_same_state

@@ -160,15 +160,18 @@ class Inputs:
     leaves: dict[str, Tensor]  # what gradients are taken of
     sequences: dict[str, Tensor]
 
-    def as_dtype(self, dtype: torch.dtype, layout: str) -> Inputs:
+    def as_dtype(self, dtype: torch.dtype, layout: str, device: str = "cpu") -> Inputs:
         """Activations in ``dtype`` and ``layout``, the rest in fp32 (fp64 for fp64)."""
         wide = torch.promote_types(dtype, torch.float32)
         leaves = {
-            name: lay_out(x.to(dtype), layout) if name in ("q", "k", "v") else x.to(wide)
+            name: lay_out(x.to(device, dtype), layout)
+            if name in ("q", "k", "v")
+            else x.to(device, wide)
             for name, x in self.leaves.items()
         }
         leaves = {name: x.detach().requires_grad_() for name, x in leaves.items()}
-        return Inputs(self.case, leaves, self.sequences)
+        sequences = {name: x.to(device) for name, x in self.sequences.items()}
+        return Inputs(self.case, leaves, sequences)
 
     @property
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -247,7 +250,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "strided":
         batch, heads, length, width = x.shape
-        room = torch.full((batch, length, heads + 1, width + 3), float("nan"), dtype=x.dtype)
+        room = x.new_full((batch, length, heads + 1, width + 3), float("nan"))
         view = room[:, :, :heads, 3:].transpose(1, 2)
         return view.copy_(x)
     return x.contiguous()

@@ -22,14 +22,16 @@ def assert_close(
 ) -> None:
     """||got - want|| <= tolerance * max(||want||, floor), and no entry is off by ten times as much.
 
+    Compared on the CPU, in fp64, wherever the two are.
     ``dtype`` is that of the activations: it decides the tolerance, also of what is kept in fp32.
     """
     assert got.shape == want.shape, f"{name}: shape {list(got.shape)}, not {list(want.shape)}"
     if want.numel() == 0:
         return
+    got, want = got.detach().cpu(), want.cpu()
     assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum()} of {got.numel()} not finite"
     tolerance = factor * TOLERANCE[dtype]
-    difference = got.detach().double() - want
+    difference = got.double() - want
     size = max(want.norm().item(), floor)
     error = difference.norm().item()
     assert error <= tolerance * size, f"{name}: error {error / (size or 1):.2e} > {tolerance:.1e}"
@@ -44,7 +46,7 @@ def assert_close(
 
 def live_ring(state: HybridState, p: int) -> Tensor:
     """Keys and values of sequence p's positions [folded, length), in order: [Hk, n, D + V]."""
-    positions = torch.arange(int(state.folded[p]), int(state.length[p]))
+    positions = torch.arange(int(state.folded[p]), int(state.length[p]), device=state.length.device)
     slots = positions % max(state.ring, 1)
     return torch.cat([state.k_ring[p][:, slots], state.v_ring[p][:, slots]], -1)
 

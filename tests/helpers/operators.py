@@ -26,7 +26,7 @@ def linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, to
     state = None
     if x.case.initial:
         kv, ksum = x.leaves["kv0"], x.leaves["ksum0"]
-        length = torch.ones(kv.shape[0], dtype=torch.int64)
+        length = torch.ones(kv.shape[0], dtype=torch.int64, device=kv.device)
         sizes = {"head_dim": x.case.D, "kv_heads": x.leaves["k"].shape[1]}
         state = HybridState.of_sums(kv, ksum, length, **sizes)
     maps = {"feature_q": x.features("q"), "feature_k": x.features("k")}
@@ -54,7 +54,7 @@ def evaluate(call, ops, inputs: Inputs, **options: str) -> SimpleNamespace:
     outputs = call(ops, inputs, **options)
     rng = torch.Generator().manual_seed(1)
     cotangents = {n: exact(torch.randn(y.shape, generator=rng)) for n, y in outputs.items()}
-    pairs = [(y, cotangents[n].to(y.dtype)) for n, y in outputs.items() if y.requires_grad]
+    pairs = [(y, cotangents[n].to(y)) for n, y in outputs.items() if y.requires_grad]
     leaves = inputs.leaves
     gradients = torch.autograd.grad(
         [y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs], allow_unused=True
@@ -70,11 +70,11 @@ def expected(call, case: Case) -> SimpleNamespace:
     return evaluate(call, lo.reference, inputs)
 
 
-def check(call, case: Case, backend: str, floor: float = 0.3) -> None:
+def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.3) -> None:
     """The operator on ``backend`` against the reference. ``floor``: errors of gradients that vanish
     are measured against this share of the cotangents' size."""
     want = expected(call, case)
-    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
+    inputs = make_inputs(case).as_dtype(case.dtype, case.layout, device)
     got = evaluate(call, lo, inputs, backend=backend)
     for name, y in want.outputs.items():
         assert_close(name, got.outputs[name], y, case.dtype, floor=1e-3)

@@ -7,22 +7,29 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 M_PERTURB = -6  # glibc: malloc fills new memory with the complement of this byte
 HUGE = 0x80  # complement 0x7f: 3.4e38 in fp32 and bf16, nan in fp16
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """New memory holds 3.4e38 (fp32, bf16) or nan (fp16), where the C library can do that.
+    """New memory holds 3.4e38 (fp32, bf16) or nan (fp16), where the C library can do that; on a GPU
+    nan.
 
-    torch's own fill_uninitialized_memory does not reach tensors allocated through its C ABI.
+    torch's own fill_uninitialized_memory does not reach tensors allocated through its C ABI, as the
+    CPU kernels do, but the launchers of GPU kernels allocate in Python.
     """
-    if platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_PERTURB, HUGE)
+    malloc = platform.libc_ver()[0] == "glibc"
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if malloc:
+        ctypes.CDLL(None).mallopt(M_PERTURB, HUGE)
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)  # only then it fills
     try:
         yield
     finally:
-        libc.mallopt(M_PERTURB, 0)
+        torch.use_deterministic_algorithms(deterministic)
+        if malloc:
+            ctypes.CDLL(None).mallopt(M_PERTURB, 0)
