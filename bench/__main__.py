@@ -15,7 +15,8 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from .base import BaseError, base_server, describe
-from .cases import Case, select
+from .cases import CASES, Case, select
+from .device import DEVICES, why_absent
 from .measure import keep_freed_memory
 from .peers import find, peers
 from .plots import draw
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     try:
-        cases = select(options.case)
+        cases = select(options.case, CASES[options.device])
         for name in options.implementations:
             find(name)
     except ValueError as error:
@@ -56,6 +57,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     if options.list:
         _list(cases)
         return
+    if reason := why_absent(options.device):
+        parser.exit(1, f"{prog}: no {options.device} here: {reason}\n")
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -94,7 +97,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
             progress.update(task, description="done", completed=len(cases))
     except BaseError as error:
         parser.exit(1, f"{prog}: {error}\n")
-    results = Results(shlex.join([*prog.split(), *arguments]), describe("--dirty"), rows, skips)
+    command = shlex.join([*prog.split(), *arguments])
+    results = Results(command, describe("--dirty"), rows, skips, options.device)
     results.save(options.out)
     draw(results, options.out)
     page = write_page(results, options.out)
@@ -147,7 +151,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="where to write (default %(default)s)",
     )
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--list", action="store_true", help="show cases and implementations")
     return parser
 

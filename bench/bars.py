@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from . import published
 from .cases import (
     BACKWARD,
     BACKWARD_BF16,
@@ -16,6 +17,7 @@ from .cases import (
     LONGEST,
     ONE_HEAD,
     ONE_HEAD_THREAD,
+    PUBLISHED,
     SHORT,
     SMOLLM2,
     STEPS,
@@ -47,6 +49,7 @@ class Bar:
     at_least: float | None = None
     at_most: float | None = None
     isa: str | None = None  # the instruction set it is about
+    machine: str | None = None  # part of the name of the machine it is about
 
     def show(self, value: float) -> str:
         """A value of this bar as people read it."""
@@ -99,6 +102,8 @@ def judge(bar: Bar, results: Results) -> Verdict:
             return Verdict(bar, why_not=f"this system does not tell {quantity.column}")
         if bar.isa is not None and row.isa != bar.isa:
             return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {bar.isa}")
+        if bar.machine is not None and bar.machine not in row.machine:
+            return Verdict(bar, why_not=f"{row.machine} ran, the bar is of an {bar.machine}")
     over, under = (
         sum(getattr(results.find(str(q.case), q.implementation), q.column) for q in quantities)
         for quantities in (bar.over, bar.under)
@@ -115,7 +120,7 @@ def _rate(claim: str, case: Case, limit: float, implementation: str = "lolcats")
     return Bar(claim, (quantity,), at_least=limit)
 
 
-BARS: tuple[Bar, ...] = (
+_CPU = (
     _faster("hybrid forward, T=2048: faster than SDPA", HYBRID, "sdpa", 4),
     _faster("hybrid forward, T=8192: faster than SDPA", LONG, "sdpa", 16),
     _faster("hybrid forward, T=2048: faster than quadratic, eager", HYBRID, "quadratic", 100),
@@ -174,3 +179,15 @@ BARS: tuple[Bar, ...] = (
         at_most=0.25,
     ),
 )
+
+_GPU = tuple(
+    Bar(
+        f"{case.op} {pass_}, B={shape[0]} T={shape[1]} H={shape[2]} D={shape[3]}: "
+        f"half of the published {min(published.MILLISECONDS[shape][pass_]):g} ms",
+        (Quantity(case),),
+        at_most=0.5e-3 * min(published.MILLISECONDS[shape][pass_]),
+        machine=published.GPU,
+    )
+    for (shape, pass_), case in PUBLISHED.items()
+)
+BARS: dict[str, tuple[Bar, ...]] = {"cpu": _CPU, "cuda": _GPU}  # by device

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 
+from .published import MILLISECONDS
+
 PASSES = ("forward", "backward", "forward+backward", "step")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -160,6 +162,37 @@ STANDARD: tuple[Case, ...] = (
     SMOLLM2,
     *DECODE,
 )
+
+# For GPUs: bf16, and heads enough to fill one.
+PUBLISHED = {
+    (shape, pass_): Case(
+        "linear_attention", pass_, B, H, H, T, D, D,
+        f=0, window=0, dtype="bfloat16", peers=("fla", "mamba"),
+    )
+    for shape, times in MILLISECONDS.items()
+    for pass_ in times
+    for B, T, H, D in [shape]
+}  # fmt: skip
+PUBLISHED_HYBRID = {
+    key: replace(case, op="hybrid_attention", f=64, window=64, peers=("sdpa", "flex"))
+    for key, case in PUBLISHED.items()
+}
+FILLING = Case("hybrid_attention", B=4, H=16, Hk=16, dtype="bfloat16", peers=("sdpa",))
+FILLING_DECODE = Case(  # the heads of Llama 3 8B
+    "hybrid_attention", "step", B=64, H=32, Hk=8, D=128, V=128, dtype="bfloat16",
+    peers=("graph:lolcats", "sdpa", "graph:sdpa"),
+)  # fmt: skip
+FILLED: tuple[Case, ...] = (
+    *PUBLISHED.values(),
+    *PUBLISHED_HYBRID.values(),
+    *(replace(FILLING, T=T) for T in (256, 1024, 4096, 16384, 65536)),
+    *(replace(FILLING_DECODE, T=T) for T in (64, 256, 1024, 4096, 16384)),
+)
+
+CASES = {
+    "cpu": STANDARD,
+    "cuda": (*FILLED, *(case for case in STANDARD if not case.threads)),
+}
 
 
 def select(patterns: Sequence[str], cases: Sequence[Case] = STANDARD) -> list[Case]:

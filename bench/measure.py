@@ -1,4 +1,4 @@
-"""Seconds of calls that take turns, the machine's ceilings among them, and their extra memory."""
+"""Seconds of calls that take turns, the device's ceilings among them, and their extra memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from .calls import Call, use_isa
+from .device import CEILINGS, synchronize
 from .peers import Peer
 
 SAMPLE_S = 2e-3  # calls shorter than this are timed several at once
 MIN_SAMPLES = 3
 MAX_SAMPLES = 100
-MM_SIZE = 2048
-COPY_BYTES = 256 << 20  # beyond the caches of all but the largest machines
+TURNS = 4  # of every call on a GPU, whose clocks change with its temperature
 
 
 class Timer(Protocol):
@@ -28,6 +28,9 @@ class Timer(Protocol):
 
     def seconds(self, number: int) -> float:
         """Seconds of so many calls."""
+
+    def cold(self, budget_s: float) -> list[float]:
+        """Seconds of calls on a GPU, each with an empty L2, for about so long."""
 
 
 class LocalTimer:
@@ -46,12 +49,32 @@ class LocalTimer:
             use_isa(self.peer)
         if number > 1:
             self.call()
-        _synchronize(self.device)
+        synchronize(self.device)
         start = perf_counter()
         for _ in range(number):
             self.call()
-        _synchronize(self.device)
+        synchronize(self.device)
         return perf_counter() - start
+
+    def cold(self, budget_s: float) -> list[float]:
+        """Seconds of calls on a GPU, each with an empty L2, by the GPU's own clock."""
+        from triton.testing import do_bench
+
+        return [1e-3 * ms for ms in do_bench(self.call, rep=1e3 * budget_s, return_mode="all")]
+
+
+def sample(timers: Mapping[str, Timer], budget_s: float, device: str) -> dict[str, list[float]]:
+    """Seconds per call, many of each, which take turns as their device needs it."""
+    return interleave(timers, budget_s) if device == "cpu" else cold_turns(timers, budget_s)
+
+
+def cold_turns(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
+    """Seconds per call on a GPU, in turns of many calls with an empty L2."""
+    samples: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(TURNS):
+        for name, timer in timers.items():
+            samples[name] += timer.cold(budget_s / TURNS)
+    return samples
 
 
 def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
@@ -94,15 +117,16 @@ def keep_freed_memory() -> None:
 
 
 def mm_timer(device: str) -> Timer:
-    """torch.mm of two fp32 matrices 2048 x 2048: 2 * 2048^3 FLOPs."""
-    a, b = (torch.randn(MM_SIZE, MM_SIZE, device=device) for _ in range(2))
+    """torch.mm of two square matrices."""
+    size, dtype = CEILINGS[device].mm_size, getattr(torch, CEILINGS[device].dtype)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     return LocalTimer(lambda: (torch.mm(a, b, out=out),), device=device)
 
 
 def copy_timer(device: str) -> Timer:
-    """A copy of 256 MB: twice as many bytes, read and written."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    """A copy of memory."""
+    source = torch.ones(CEILINGS[device].copy_bytes, dtype=torch.uint8, device=device)
     out = torch.empty_like(source)
     return LocalTimer(lambda: (out.copy_(source),), device=device)
 
@@ -131,8 +155,3 @@ def _size(outputs: tuple[Tensor, ...]) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -36,15 +36,18 @@ class Peer:
     about: str
     prepare: Mapping[str, Prepare]
     computes: str = "operator"
-    why_not: Callable[[Case], str | None] = lambda case: None
-    isa: str | None = None  # ours alone: the instruction set to use
+    why_not: Callable[[Case, str], str | None] = lambda case, device: None
+    device: str | None = None  # the only one it runs on
+    isa: str | None = None  # ours alone: the instruction set of CPUs to use
     compiled: bool = False  # for every shape anew: too slow to check on small shapes
 
-    def refusal(self, case: Case) -> str | None:
-        """Why it cannot run a case, or None."""
+    def refusal(self, case: Case, device: str) -> str | None:
+        """Why it cannot run a case on a device, or None."""
         if kind(case) not in self.prepare:
             return f"has no {kind(case)}"
-        return self.why_not(case)
+        if self.device not in (None, device):
+            return f"runs on {self.device}, not on {device}"
+        return self.why_not(case, device)
 
 
 def kind(case: Case) -> str:
@@ -78,8 +81,12 @@ def peers() -> dict[str, Peer]:
         "eager": Peer("plain torch", features),
         "quadratic": Peer("as published, eager torch", quadratic, why_not=_stores_pairs),
         "chunkwise": Peer("in chunks, eager torch", chunkwise, why_not=_whole_chunks),
-        "sequential": Peer("fast-transformers' algorithm in C", product, why_not=_sequential),
-        "sdpa": Peer("torch's softmax attention", softmax, computes="softmax"),
+        "sequential": Peer(
+            "fast-transformers' algorithm in C", product, why_not=_sequential, device="cpu"
+        ),
+        "sdpa": Peer(
+            "torch's softmax attention; FlashAttention on GPUs", softmax, computes="softmax"
+        ),
         "flex": Peer(
             "FlexAttention, causal",
             {"hybrid_attention": _flex},
@@ -90,16 +97,22 @@ def peers() -> dict[str, Peer]:
         "fla": Peer(
             "flash-linear-attention",
             {"linear_attention": _fla},
-            why_not=lambda case: _cuda_package("fla"),
+            why_not=lambda case, device: _not_installed("fla"),
+            device="cuda",
         ),
         "mamba": Peer(
             "Mamba-2's chunk scan without decay",
             {"linear_attention": _mamba},
-            why_not=lambda case: _cuda_package("mamba_ssm"),
+            why_not=lambda case, device: _not_installed("mamba_ssm"),
+            device="cuda",
         ),
     }
     for isa in _C.cpu_isas():
-        named[f"lolcats:{isa}"] = Peer(f"this library, {isa}", ours, isa=isa)
+        named[f"lolcats:{isa}"] = Peer(f"this library, {isa}", ours, device="cpu", isa=isa)
+    for backend in ("cuda", "triton"):
+        named[f"lolcats:{backend}"] = _on_backend(backend)
+    for name in ("lolcats", "sdpa"):
+        named[f"graph:{name}"] = _graphed(named[name])
     for name in ("eager", "quadratic", "chunkwise"):
         named[f"compiled:{name}"] = _compiled(named[name])
     return named
@@ -119,30 +132,69 @@ def find(name: str) -> Peer:
 # Ours and the reference
 
 
-def _of(module: Any) -> dict[str, Prepare]:
+def _of(module: Any, **options: Any) -> dict[str, Prepare]:
     """The operators of lolcats_ops, or of its reference."""
 
     def linear(x: Inputs) -> Callable[[], Any]:
         maps = dict(zip(("feature_q", "feature_k"), x.maps or (), strict=False))
-        return partial(module.linear_attention, x.q, x.k, x.v, **maps)
+        return partial(module.linear_attention, x.q, x.k, x.v, **maps, **options)
 
     def windowed(op: Callable[..., Any]) -> Prepare:
-        return lambda x: partial(op, x.q, x.k, x.v, *x.maps, x.gate, window=x.case.window)
+        return lambda x: partial(
+            op, x.q, x.k, x.v, *x.maps, x.gate, window=x.case.window, **options
+        )
 
     def step(x: Inputs) -> Callable[[], Any]:
-        return partial(module.hybrid_attention_step_, x.q, x.k, x.v, *x.maps, x.gate, x.state)
+        inputs = (x.q, x.k, x.v, *x.maps, x.gate, x.state)
+        return partial(module.hybrid_attention_step_, *inputs, **options)
 
     def losses(x: Inputs) -> Callable[[], Any]:
         call = windowed(module.attention_transfer)(x)
         return lambda: call()[:2]
 
     return {
-        "feature_map": lambda x: partial(module.feature_map, x.q, x.maps[0]),
+        "feature_map": lambda x: partial(module.feature_map, x.q, x.maps[0], **options),
         "linear_attention": linear,
         "hybrid_attention": windowed(module.hybrid_attention),
         "attention_transfer": losses,
         "step": step,
     }
+
+
+def _on_backend(backend: str) -> Peer:
+    def why_not(case: Case, device: str) -> str | None:
+        op = "hybrid_attention_step_" if case.pass_ == "step" else case.op
+        sizes = {"head_dim": case.D, "value_dim": case.V, "dtype": getattr(torch, case.dtype)}
+        choice = lo.backend_for(op, backend=backend, device=device, **sizes)
+        return None if choice.backend else choice.why
+
+    about = f"this library, backend {backend}"
+    return Peer(about, _of(lo, backend=backend), why_not=why_not, device="cuda")
+
+
+def _graphed(peer: Peer) -> Peer:
+    """Its step captured as a CUDA graph, so that the kernels of a step are one launch."""
+
+    def captured(x: Inputs) -> Callable[[], Any]:
+        call = peer.prepare["step"](x)
+        before = None if x.state is None else x.state.clone()
+        call()  # compiles, which a capture does not allow
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = call()
+        if x.state is not None and before is not None:
+            for name, tensor in before.tensors.items():
+                x.state.tensors[name].copy_(tensor)
+
+        def replay() -> Any:
+            graph.replay()
+            return out
+
+        return replay
+
+    return Peer(
+        f"{peer.about}, as a CUDA graph", {"step": captured}, computes=peer.computes, device="cuda"
+    )
 
 
 def _raw_step(x: Inputs) -> Callable[[], Any]:
@@ -161,13 +213,13 @@ def _hybrid(x: Inputs) -> tuple[Any, ...]:
     return x.q, x.k, x.v, *map(x.tensors.get, ("weight_q", "weight_k")), x.gate, x.case.window
 
 
-def _stores_pairs(case: Case) -> str | None:
+def _stores_pairs(case: Case, device: str) -> str | None:
     if case.B * case.H * case.T**2 > PAIRS_LIMIT:
         return f"stores matrices of {case.B} x {case.H} x {case.T} x {case.T}"
     return _equal_heads(case)
 
 
-def _whole_chunks(case: Case) -> str | None:
+def _whole_chunks(case: Case, device: str) -> str | None:
     if not case.window:
         return None if case.T % 64 == 0 else "takes chunks of 64 tokens"
     if case.T % case.window:
@@ -191,7 +243,7 @@ def _compiled(peer: Peer) -> Peer:
     return Peer(
         f"{peer.about}, torch.compile",
         {op: compile_call(prepare) for op, prepare in peer.prepare.items()},
-        why_not=lambda case: _no_compiler() or peer.why_not(case),
+        why_not=lambda case, device: _no_compiler() or peer.why_not(case, device),
         compiled=True,
     )
 
@@ -227,8 +279,8 @@ def _flex(x: Inputs) -> Callable[[], Any]:
     return partial(torch.compile(flex_attention, dynamic=False), x.q, x.k, x.v, block_mask=mask)
 
 
-def _flex_limits(case: Case) -> str | None:
-    if case.pass_ != "forward":
+def _flex_limits(case: Case, device: str) -> str | None:
+    if case.pass_ != "forward" and device == "cpu":
         return "has no backward pass on CPUs"
     return _no_compiler() or _equal_heads(case)
 
@@ -236,7 +288,7 @@ def _flex_limits(case: Case) -> str | None:
 # Linear attention elsewhere
 
 
-def _sequential(case: Case) -> str | None:
+def _sequential(case: Case, device: str) -> str | None:
     if case.f or case.dtype != "float32" or case.pass_ != "forward":
         return "the C loop takes fp32 features, forward"
     if sequential.compiler() is None:
@@ -244,10 +296,8 @@ def _sequential(case: Case) -> str | None:
     return _equal_heads(case)
 
 
-def _cuda_package(name: str) -> str | None:
-    if find_spec(name) is None:
-        return f"{name} is not installed"
-    return None if torch.cuda.is_available() else f"{name} needs a GPU"
+def _not_installed(name: str) -> str | None:
+    return f"{name} is not installed" if find_spec(name) is None else None
 
 
 def _fla(x: Inputs) -> Callable[[], Any]:

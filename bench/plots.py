@@ -1,8 +1,9 @@
-"""Three pictures of a run: time against T, decoding against the context, and the roofline."""
+"""Pictures of a run: time against T, decoding against the context, roofline, shares of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from math import exp, isinf, log
 from pathlib import Path
 from statistics import median
@@ -14,7 +15,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .cases import HYBRID, Case
+from .cases import DECODE, FILLING, FILLING_DECODE, HYBRID, Case
+from .device import CEILINGS
 from .report import duration
 from .results import Results, Row
 
@@ -28,6 +30,7 @@ OPS = {
     "feature_map": "#ff7f0e",
 }
 MARKERS = {"forward": "o", "backward": "s", "forward+backward": "D", "step": "^"}
+LINES = {"cpu": (HYBRID, DECODE[0]), "cuda": (FILLING, FILLING_DECODE)}  # drawn over T
 NOT_LINES = ("lolcats:avx2", "lolcats_op")  # as fast as lolcats, or nearly
 
 
@@ -35,7 +38,14 @@ def draw(results: Results, folder: Path) -> list[Path]:
     """The pictures that the rows are enough for, as PNG files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, picture in (("time", _time), ("decode", _decode), ("roofline", _roofline)):
+    prefill, decode = LINES[results.device]
+    pictures = {
+        "time": lambda rows: _against_length(rows, prefill, "hybrid forward", "T, tokens"),
+        "decode": lambda rows: _against_length(rows, decode, "one decode step", "context, tokens"),
+        "roofline": _roofline,
+        "ceilings": _shares,
+    }
+    for name, picture in pictures.items():
         figure = picture(results.rows)
         if figure is not None:
             drawn.append(folder / f"{name}.png")
@@ -60,32 +70,10 @@ def crossover(ours: Sequence[tuple[int, float]], softmax: Sequence[tuple[int, fl
     return exp(x0 + (x1 - x0) * -y0 / (y1 - y0))
 
 
-def _time(rows: list[Row]) -> Any:
-    return _against_length(
-        rows,
-        lambda row: row.op == "hybrid_attention" and row.pass_ == "forward",
-        "hybrid forward",
-        "T, tokens",
-    )
-
-
-def _decode(rows: list[Row]) -> Any:
-    return _against_length(
-        rows,
-        lambda row: row.op == "hybrid_attention" and row.pass_ == "step",
-        "one decode step",
-        "context, tokens",
-    )
-
-
-def _against_length(rows: list[Row], wanted: Callable[[Row], bool], what: str, x_label: str) -> Any:
-    """Median time against T of the rows like HYBRID; None if fewer than two lengths."""
-    like = ("B", "H", "Hk", "D", "V", "f", "window", "dtype")
-    chosen = [
-        row
-        for row in rows
-        if wanted(row) and all(getattr(row, name) == getattr(HYBRID, name) for name in like)
-    ]
+def _against_length(rows: list[Row], like: Case, what: str, x_label: str) -> Any:
+    """Median time against T of the rows of a case; None if fewer than two lengths."""
+    same = [f.name for f in fields(Case) if f.name not in ("T", "threads", "peers")]
+    chosen = [row for row in rows if all(getattr(row, n) == getattr(like, n) for n in same)]
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in chosen:
         if row.implementation not in NOT_LINES:
@@ -157,7 +145,10 @@ def _roofline(rows: list[Row]) -> Any:
         ha="right",
     )
     axes.annotate(
-        f"torch.mm fp32 {mm:.0f} GFLOP/s", (mm / copy, mm), (-70, 5), textcoords="offset points"
+        f"torch.mm {CEILINGS[rows[0].device].dtype} {mm:.0f} GFLOP/s",
+        (mm / copy, mm),
+        (-70, 5),
+        textcoords="offset points",
     )
     for i, (intensity, row) in enumerate(points, 1):
         aside = (8, -3) if i % 2 else (-8, -3)  # neighbours are numbered on different sides
@@ -189,9 +180,31 @@ def _roofline(rows: list[Row]) -> Any:
     axes.set_ylim(top=1.7 * max(mm, *(row.gflops_per_s for row in kinds.values())))
     axes.set_xlabel("useful FLOPs per byte that must move")
     axes.set_ylabel("useful GFLOP/s")
-    axes.set_title(f"{rows[0].machine}, {threads} threads, {rows[0].isa}", fontsize=10)
+    axes.set_title(f"{_machine(rows[0])}, {rows[0].isa}", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def _shares(rows: list[Row]) -> Any:
+    """Our bandwidth over the copy's and our FLOP rate over torch.mm's, a pair of bars per case."""
+    rows = [row for row in rows if row.implementation == "lolcats"]
+    if not rows:
+        return None
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    for label, offset, color, share in (
+        ("bandwidth / copy", -0.2, OURS, lambda row: row.gbytes_per_s / row.copy_gbytes_per_s),
+        ("FLOP rate / torch.mm", 0.2, SOFTMAX, lambda row: row.gflops_per_s / row.mm_gflops_per_s),
+    ):
+        places = [i + offset for i in range(len(rows))]
+        axes.barh(places, [share(row) for row in rows], 0.4, color=color, label=label)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row.case for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
+    axes.set_xlabel("useful work, as a share of what was measured of the device")
+    axes.set_title(_machine(rows[0]), fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
     return figure
 
 
@@ -214,4 +227,8 @@ def _kind(row: Row) -> str:
 
 def _title(what: str, row: Row) -> str:
     shape = f"B={row.B}, H={row.H}, D={row.D}, f={row.f}, w={row.window}, {row.dtype}"
-    return f"{what}, {shape}; {row.machine}, {row.threads} threads"
+    return f"{what}, {shape}; {_machine(row)}"
+
+
+def _machine(row: Row) -> str:
+    return row.machine if row.device == "cuda" else f"{row.machine}, {row.threads} threads"

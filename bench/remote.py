@@ -93,6 +93,10 @@ class Server:
         """Seconds of so many calls of what was prepared."""
         return self._ask(number=number)["seconds"]
 
+    def cold(self, budget_s: float) -> list[float]:
+        """Seconds of calls on a GPU, each with an empty L2."""
+        return self._ask(cold=budget_s)["seconds"]
+
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, and _reply says so
@@ -123,6 +127,10 @@ class RemoteTimer:
         sleep(SETTLE_S)
         return seconds
 
+    def cold(self, budget_s: float) -> list[float]:
+        """Seconds of calls on a GPU, each with an empty L2."""
+        return self.server.cold(budget_s)
+
 
 def serve() -> None:
     """The other side: answers the requests of a Server until it closes stdin."""
@@ -135,6 +143,7 @@ def serve() -> None:
     try:
         import torch
 
+        from .device import isa
         from .measure import keep_freed_memory, mm_timer
         from .run import MM, Entry, prepare
     except Exception as error:
@@ -149,12 +158,16 @@ def serve() -> None:
             assert entry is not None
             reply(seconds=entry.timer.seconds(request["number"]))
             continue
+        if "cold" in request:
+            assert entry is not None
+            reply(seconds=entry.timer.cold(request["cold"]))
+            continue
         entry = None  # frees its inputs before the next ones are made
         torch.set_num_threads(request["threads"])
         device = request["device"]
         try:
             if request["name"] == MM:
-                entry = Entry(mm_timer(device), torch.backends.cpu.get_cpu_capability(), "")
+                entry = Entry(mm_timer(device), isa(device), "")
             else:
                 entry = prepare(request["name"], Case(**request["case"]), device)
         except Refused as refused:

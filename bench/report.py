@@ -4,26 +4,51 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from . import published
 from .bars import BARS, Verdict, judge
+from .cases import PUBLISHED, PUBLISHED_HYBRID, Case
+from .device import CEILINGS
 from .results import Results, Row
 
 PLOTS = {
     "time.png": "Time against T",
     "decode.png": "Decoding against the context",
     "roofline.png": "Roofline",
+    "ceilings.png": "Shares of the ceilings",
 }
 BAR_HEAD = ("claim", "bar", "measured", "result")
+PUBLISHED_HEAD = (
+    "B, T, H, D",
+    "pass",
+    *(f"{source}, published" for source in published.SOURCES),
+    "linear_attention",
+    "hybrid_attention",
+    "flash-linear-attention",
+)
+PUBLISHED_ABOUT = (
+    f"Milliseconds, bf16. The published times are of linear attention on an {published.GPU}; the "
+    "other columns are of this run, hybrid attention with maps of f=64 and a window of 64."
+)
 BASE_HEAD = ("case", "commit", "its time", "this one's", "times faster")
 STEADY = 1.25  # torch.mm of an idle machine varies by a tenth
 METHOD = """\
-The implementations of a case run in turns (A B C A B C ...), with torch.mm and a copy among them;
-times are medians of their samples. Before any timing, each is compared with the fp64 reference on a
-short version of the case, and with the others at full size. GFLOP/s counts useful FLOPs: what the
-formula needs, the same for all, nothing for masked tiles. The ceiling of a case is what the
-roofline of torch.mm (fp32, 2048^3) and the copy (256 MB, bytes read and written) allows; for rows
-on AVX2, with the torch.mm of a process that has ATEN_CPU_CAPABILITY=avx2 and
-MKL_ENABLE_INSTRUCTIONS=AVX2. Freed memory stays with the process, so that calls do not begin with
-page faults. Extra memory is the peak of one call beyond its inputs and outputs."""
+{turns} Times are medians. Before any timing, each implementation is compared with the fp64
+reference on a short version of the case, and with the others at full size. GFLOP/s counts useful
+FLOPs: what the formula needs, the same for all, nothing for masked tiles. The ceiling of a case is
+what the roofline of torch.mm ({dtype}, {size}^3) and a copy ({copy} MB, bytes read and written)
+allows. {more} Extra memory is the peak of one call beyond its inputs and outputs."""
+TURNS = {
+    "cpu": "The implementations of a case run in turns (A B C A B C ...), with torch.mm and a copy "
+    "among them.",
+    "cuda": "Calls are timed by the GPU's own clock and begin with an empty L2 "
+    "(triton.testing.do_bench), in turns with torch.mm and a copy.",
+}
+MORE = {
+    "cpu": "For rows on AVX2 it has the torch.mm of a process with ATEN_CPU_CAPABILITY=avx2 and "
+    "MKL_ENABLE_INSTRUCTIONS=AVX2. Freed memory stays with the process, so that calls do not begin "
+    "with page faults.",
+    "cuda": "Implementations run in processes of their own where they may crash.",
+}
 
 
 def verdicts(results: Results) -> list[Verdict]:
@@ -31,7 +56,7 @@ def verdicts(results: Results) -> list[Verdict]:
     known = {(x.case, x.implementation) for x in (*results.rows, *results.skips)}
     return [
         judge(bar, results)
-        for bar in BARS
+        for bar in BARS[results.device]
         if {(str(q.case), q.implementation) for q in bar.over + bar.under} <= known
     ]
 
@@ -45,6 +70,23 @@ def base_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
             times = duration(base.median_s), duration(ours.median_s)
             ratio = f"{base.median_s / ours.median_s:.2f}"
             rows.append((base.case, base.implementation, *times, ratio))
+    return rows
+
+
+def published_rows(results: Results) -> list[tuple[str, ...]]:
+    """Of every published shape that was measured: their times, and those of the same run."""
+
+    def measured(case: Case, name: str) -> str:
+        row = results.find(str(case), name)
+        return "" if row is None else f"{1e3 * row.median_s:.3f}"
+
+    rows = []
+    for (shape, pass_), case in PUBLISHED.items():
+        hybrid = PUBLISHED_HYBRID[shape, pass_]
+        here = measured(case, "lolcats"), measured(hybrid, "lolcats"), measured(case, "fla")
+        if any(here):
+            theirs = (f"{ms:.3f}" for ms in published.MILLISECONDS[shape][pass_])
+            rows.append((", ".join(map(str, shape)), pass_, *theirs, *here))
     return rows
 
 
@@ -64,25 +106,29 @@ def unsteady(results: Results) -> str | None:
 
 def write_page(results: Results, folder: Path) -> Path:
     """bench.md in ``folder``, which shows the plots that are there."""
-    parts = ["# Microbenchmarks", *_about(results)]
+    path = folder / "bench.md"
+    path.write_text("\n\n".join(["# Microbenchmarks", *sections(results, folder)]) + "\n")
+    return path
+
+
+def sections(results: Results, folder: Path) -> list[str]:
+    """What a page says of a run, the plots in ``folder`` among it."""
+    parts = _about(results)
     judged = verdicts(results)
     if judged:
-        parts += [
-            "## Bars",
-            _table(BAR_HEAD, [bar_row(v) for v in judged]),
-        ]
+        parts += ["## Bars", table(BAR_HEAD, [bar_row(v) for v in judged])]
+    if beside := published_rows(results):
+        parts += ["## Beside published times", PUBLISHED_ABOUT, table(PUBLISHED_HEAD, beside)]
     if against := base_rows(results):
-        parts += ["## Against other commits", _table(BASE_HEAD, against)]
+        parts += ["## Against other commits", table(BASE_HEAD, against)]
     for name, title in PLOTS.items():
         if (folder / name).exists():
             parts += [f"## {title}", f"![{title}]({name})"]
     parts += ["## All rows", _rows(results.rows)]
     if results.skips:
         skips = [(s.case, s.implementation, s.reason) for s in results.skips]
-        parts += ["## Not run", _table(("case", "implementation", "why"), skips)]
-    path = folder / "bench.md"
-    path.write_text("\n\n".join(parts) + "\n")
-    return path
+        parts += ["## Not run", table(("case", "implementation", "why"), skips)]
+    return parts
 
 
 def bar_row(verdict: Verdict) -> tuple[str, str, str, str]:
@@ -102,13 +148,21 @@ def _about(results: Results) -> list[str]:
         f"lolcats_ops {row.lolcats_ops} ({results.commit}), torch {row.torch}, Python {row.python}."
     )
     warning = unsteady(results)
-    return [run, METHOD, *([f"**{warning}**"] if warning else [])]
+    ceilings = CEILINGS[results.device]
+    method = METHOD.format(
+        turns=TURNS[results.device],
+        dtype=ceilings.dtype,
+        size=ceilings.mm_size,
+        copy=ceilings.copy_bytes >> 20,
+        more=MORE[results.device],
+    )
+    return [run, method, *([f"**{warning}**"] if warning else [])]
 
 
 def _rows(rows: list[Row]) -> str:
     head = ("case", "implementation", "isa", "threads", "samples", "median", "p20 - p80")
     head += ("GFLOP/s", "GB/s", "of ceiling", "extra memory")
-    return _table(
+    return table(
         head,
         [
             (
@@ -137,7 +191,8 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e6:.3g} us"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """Rows in Markdown."""
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in x) + " |" for x in lines

@@ -38,7 +38,9 @@ class Row:
     p80_s: float
     gflops_per_s: float
     gbytes_per_s: float
-    mm_gflops_per_s: float  # torch.mm, fp32, 2048^3, between the samples of this case; see measure
+    mm_gflops_per_s: (
+        float  # torch.mm between the samples of this case; device.CEILINGS has its size
+    )
     copy_gbytes_per_s: float  # bytes read and written by a copy beyond the caches, likewise
     ceiling_fraction: float  # of what the roofline of these two allows
     extra_bytes: int | None  # peak memory beyond inputs and outputs, where the system tells
@@ -65,6 +67,7 @@ class Results:
     commit: str  # of the checkout, "-dirty" with changes
     rows: list[Row]
     skips: list[Skip]
+    device: str = "cpu"
 
     def find(self, case: str, implementation: str) -> Row | None:
         """The row of an implementation in a case."""
@@ -86,7 +89,7 @@ class Results:
         saved = json.loads((folder / "results.json").read_text())
         rows = [Row(**row) for row in saved["rows"]]
         skips = [Skip(**skip) for skip in saved["skips"]]
-        return cls(saved["command"], saved["commit"], rows, skips)
+        return cls(saved["command"], saved["commit"], rows, skips, saved["device"])
 
 
 def read_csv(path: Path) -> list[Row]:

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
@@ -16,17 +15,9 @@ from lolcats_ops import _C
 
 from .calls import Call, WrongResult, bind, check, compare
 from .cases import Case
+from .device import CEILINGS, isa, machine
 from .inputs import make_inputs
-from .measure import (
-    COPY_BYTES,
-    MM_SIZE,
-    LocalTimer,
-    Timer,
-    copy_timer,
-    extra_bytes,
-    interleave,
-    mm_timer,
-)
+from .measure import LocalTimer, Timer, copy_timer, extra_bytes, mm_timer, sample
 from .peers import Peer, find
 from .remote import Refused, Server
 from .results import Row, Skip
@@ -35,6 +26,8 @@ BUDGET_S = 1.0  # of samples, for each implementation of a case
 MM, MM_AVX2, COPY = "torch.mm", "torch.mm, AVX2", "copy"
 # torch reads the first once per process; its matrix product asks the second, on Intel CPUs.
 ONLY_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+
+Agreed = dict[str, tuple[torch.Tensor, ...]]  # results at full size, by what they compute
 
 
 @dataclass(frozen=True)
@@ -64,9 +57,11 @@ def run_cases(
         avx2 = None
         if device == "cpu" and any(find(n).isa == "avx2" for _, ns in selected for n in ns):
             avx2 = stack.enter_context(Server(environment=ONLY_AVX2))
-        # What torch.compile leaves in a process slows threads that run there afterwards.
-        needed = sorted({n for _, ns in selected for n in ns if find(n).compiled})
-        compiled = {name: stack.enter_context(Server()) for name in needed}
+        compiled = {}
+        if device == "cpu":
+            # What torch.compile leaves in a process slows threads that run there afterwards.
+            needed = sorted({n for _, ns in selected for n in ns if find(n).compiled})
+            compiled = {name: stack.enter_context(Server()) for name in needed}
         for case, entries in selected:
             on_case(case)
             more_rows, more_skips = run_case(
@@ -92,16 +87,18 @@ def run_case(
     bases: Mapping[str, Server] | None = None,
     avx2: Server | None = None,
     compiled: Mapping[str, Server] | None = None,
+    agreed: Agreed | None = None,
 ) -> tuple[list[Row], list[Skip]]:
     """Measures the named implementations of one case in turns.
 
     What cannot run the case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
-    that use AVX2; ``compiled`` run what torch.compile makes, by the name of the implementation.
+    that use AVX2; ``compiled`` run what torch.compile makes, by the name of the implementation;
+    ``agreed`` are results of earlier calls for this case, and gets those of this one.
     """
     entries: dict[str, Entry] = {}
     skips: list[Skip] = []
-    agreed: dict[str, tuple[torch.Tensor, ...]] = {}
+    agreed = {} if agreed is None else agreed
     with settings(case.threads):
         makers = {name: lambda name=name: prepare(name, case, device, agreed) for name in names}
         for name, server in (compiled or {}).items():
@@ -122,12 +119,12 @@ def run_case(
         timers |= {MM: mm_timer(device), COPY: copy_timer(device)}
         if avx2 is not None and any(entry.isa == "avx2" for entry in entries.values()):
             timers[MM_AVX2] = avx2.prepare(MM, case, device)[0]
-        samples = interleave(timers, budget_s)
-        copy = 2e-9 * COPY_BYTES / median(samples[COPY])
+        samples = sample(timers, budget_s, device)
+        copy = 1e-9 * CEILINGS[device].bytes / median(samples[COPY])
         rows = []
         for name, entry in entries.items():
             ceiling = MM_AVX2 if entry.isa == "avx2" and MM_AVX2 in samples else MM
-            mm = 2e-9 * MM_SIZE**3 / median(samples[ceiling])
+            mm = 1e-9 * CEILINGS[device].flops / median(samples[ceiling])
             rows.append(_row(case, name, entry, samples[name], device, mm, copy))
     return rows, skips
 
@@ -136,7 +133,7 @@ def prepare(
     name: str,
     case: Case,
     device: str = "cpu",
-    agreed: dict[str, tuple[torch.Tensor, ...]] | None = None,
+    agreed: Agreed | None = None,
 ) -> Entry:
     """Checks an implementation and prepares its call. ``agreed``: results of those before it.
 
@@ -144,7 +141,7 @@ def prepare(
         Refused: it cannot run the case, or computes something else.
     """
     peer = find(name)
-    if (reason := peer.refusal(case)) is not None:
+    if (reason := peer.refusal(case, device)) is not None:
         raise Refused(reason)
     try:
         call = checked_call(peer, case, device, {} if agreed is None else agreed)
@@ -152,13 +149,11 @@ def prepare(
         raise Refused(f"computes something else: {error}") from error
     except (NotImplementedError, RuntimeError) as error:
         raise Refused(str(error).strip().splitlines()[0]) from error
-    isa = peer.isa or torch.backends.cpu.get_cpu_capability()
-    return Entry(LocalTimer(call, peer, device), isa, lo.__version__, extra_bytes(call, device))
+    used = (device == "cpu" and peer.isa) or isa(device)
+    return Entry(LocalTimer(call, peer, device), used, lo.__version__, extra_bytes(call, device))
 
 
-def checked_call(
-    peer: Peer, case: Case, device: str, agreed: dict[str, tuple[torch.Tensor, ...]]
-) -> Call:
+def checked_call(peer: Peer, case: Case, device: str, agreed: Agreed) -> Call:
     """The call of a peer, after the gate.
 
     Raises:
@@ -226,13 +221,3 @@ def settings(threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         _C.set_cpu_isa(isa)
-
-
-def machine(device: str = "cpu") -> str:
-    """The name of the CPU, or of the GPU."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())

@@ -124,7 +124,7 @@ def test_names_of_cases_are_distinct_and_select_them():
 
 def test_every_bar_is_about_something_the_standard_set_runs():
     measured = {(case, name) for case, name in RUNS}
-    for bar in bars.BARS:
+    for bar in bars.BARS["cpu"]:
         assert {(q.case, q.implementation) for q in bar.over + bar.under} <= measured
 
 
@@ -134,7 +134,7 @@ def test_every_bar_is_about_something_the_standard_set_runs():
 @pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{c}-{n}" for c, n in RUNS])
 def test_implementations_pass_the_gate_or_say_why_they_cannot_run(case, name):
     peer = peers.find(name)
-    if (reason := peer.refusal(case)) is None:
+    if (reason := peer.refusal(case, "cpu")) is None:
         calls.check(peer, replace(case, T=min(case.T, 128)))
     else:
         assert reason
@@ -237,9 +237,9 @@ def test_results_survive_json_and_csv(tmp_path):
 def test_page_shows_bars_rows_skips_and_pictures(tmp_path):
     run_ = synthetic()
     drawn = plots.draw(run_, tmp_path)
-    assert {path.name for path in drawn} == {"time.png", "decode.png", "roofline.png"}
+    assert {path.name for path in drawn} == {"time.png", "decode.png", "roofline.png", "ceilings.png"}
     page = report.write_page(run_, tmp_path).read_text()
-    for bar in bars.BARS:
+    for bar in bars.BARS["cpu"]:
         assert f"| {bar.claim} | {bar.limit} |" in page
     for row in run_.rows:
         assert f"| {row.case} | {row.implementation} |" in page

@@ -1,0 +1,179 @@
+"""Work in child processes: what crashes, hangs or breaks its process costs one item of many.
+
+An error of a GPU's kernel leaves its process without a GPU, and a hang never ends; so a child works
+through the items and tells of each, and where it ends or falls silent another one goes on with the
+rest. Messages are lines of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+MESSAGE_CHARACTERS = 1000  # of an error, the whole of which is in the log
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an item: a value, or an error."""
+
+    item: Any
+    value: Any = None
+    error: str = ""
+
+
+def work_through(
+    command: Sequence[str],
+    items: Sequence[Any],
+    *,
+    log: Path,
+    timeout_s: float,
+    settings: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+    on_start: Callable[[Any], None] = lambda item: None,
+) -> Iterator[Outcome]:
+    """The outcome of every item, as they come. ``command`` starts a child that calls ``serve``.
+
+    An item, or the start of a child, gets ``timeout_s``. What children print goes to ``log``.
+    """
+    remaining = dict(enumerate(items))
+    while remaining:
+        child = _Child(command, {"settings": settings, "items": remaining}, log, environment)
+        current, before = None, len(remaining)
+        try:
+            while remaining:
+                message = child.message(timeout_s)
+                if "start" in message:
+                    current = message["start"]
+                    on_start(remaining[current])
+                    continue
+                if "ended" in message:
+                    if current is not None:
+                        yield Outcome(remaining.pop(current), error=message["ended"])
+                    break
+                current = None
+                item = remaining.pop(message["item"])
+                yield Outcome(item, message.get("value"), message.get("error", ""))
+        finally:
+            child.kill()
+        if len(remaining) == before:  # nor will another one do anything
+            for item in remaining.values():
+                yield Outcome(item, error=f"the process did not start: {message['ended']}")
+            return
+
+
+class _Child:
+    """A process, and its messages."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        request: Mapping[str, Any],
+        log: Path,
+        environment: Mapping[str, str] | None,
+    ) -> None:
+        with log.open("ab") as errors:
+            self._process = subprocess.Popen(
+                command,
+                cwd=CHECKOUT,
+                env={**os.environ, **(environment or {})},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,  # the group of all that it starts, which ends with it
+            )
+        self._lines: Queue[str] = Queue()
+        Thread(target=self._talk, args=(json.dumps(request),), daemon=True).start()
+
+    def message(self, timeout_s: float) -> dict[str, Any]:
+        """The next one; {"ended": why} is the last."""
+        try:
+            line = self._lines.get(timeout=timeout_s)
+        except Empty:
+            return {"ended": f"took longer than {timeout_s:g} s"}
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return {"ended": f"its process ended: {cause}"}
+
+    def kill(self) -> None:
+        """Ends the process and what it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
+            self._process.wait(10)
+
+    def _talk(self, request: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with suppress(BrokenPipeError):  # it has ended, and its last message says so
+            self._process.stdin.write(request)
+            self._process.stdin.close()
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+
+class Channel:
+    """The child's side: what it was asked, and its replies. What else it prints goes to the log."""
+
+    def __init__(self) -> None:
+        self._replies = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        request = json.load(sys.stdin)
+        self.settings = request["settings"] or {}
+        self.items: dict[str, Any] = request["items"]
+
+    def start(self, number: str) -> None:
+        """Work on an item begins."""
+        self._send(start=int(number))
+
+    def done(self, number: str, value: Any = None, error: str = "") -> None:
+        """Work on an item has ended."""
+        self._send(item=int(number), value=value, error=error)
+
+    def _send(self, **message: Any) -> None:
+        print(json.dumps(message), file=self._replies, flush=True)
+
+
+def serve(channel: Channel, work: Callable[[Any], Any], synchronize: Callable[[], None]) -> None:
+    """Works through the items; ends the process where ``synchronize`` fails after an error."""
+    for number, item in channel.items.items():
+        channel.start(number)
+        try:
+            value = work(item)
+            synchronize()
+        except Exception as error:
+            traceback.print_exc()
+            channel.done(number, error=summary(error))
+            end_if_broken(synchronize)
+        else:
+            channel.done(number, value)
+
+
+def end_if_broken(synchronize: Callable[[], None]) -> None:
+    """Ends a process whose GPU does not answer any more; another one gets the rest."""
+    try:
+        synchronize()
+    except RuntimeError:
+        sys.stderr.flush()
+        os._exit(1)  # no clean-up, which would ask the GPU
+
+
+def summary(error: BaseException) -> str:
+    """Type and message of an error, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:MESSAGE_CHARACTERS]
