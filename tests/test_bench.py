@@ -237,7 +237,12 @@ def test_results_survive_json_and_csv(tmp_path):
 def test_page_shows_bars_rows_skips_and_pictures(tmp_path):
     run_ = synthetic()
     drawn = plots.draw(run_, tmp_path)
-    assert {path.name for path in drawn} == {"time.png", "decode.png", "roofline.png", "ceilings.png"}
+    assert {path.name for path in drawn} == {
+        "time.png",
+        "decode.png",
+        "roofline.png",
+        "ceilings.png",
+    }
     page = report.write_page(run_, tmp_path).read_text()
     for bar in bars.BARS["cpu"]:
         assert f"| {bar.claim} | {bar.limit} |" in page

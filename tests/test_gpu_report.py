@@ -1,0 +1,294 @@
+"""The GPU report without a GPU: its stages on the CPU, and what it makes of crashes and of rows."""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+
+from bench import apart, bars, conformance, gpu_report, model, peers, plots, report
+from bench.cases import CASES, FILLING_DECODE, PUBLISHED, STANDARD, Case
+from bench.isolated import Outcome, work_through
+from bench.measure import TURNS, LocalTimer, cold_turns
+from bench.published import MILLISECONDS
+from bench.results import Results, Row, Skip
+
+CHILD = """
+import os, sys, time
+from bench.isolated import Channel, serve
+
+alive = True
+
+def work(item):
+    global alive
+    if item == "raise":
+        raise ValueError("no\\nsuch shape")
+    if item == "crash":
+        os.kill(os.getpid(), 11)
+    if item == "hang":
+        time.sleep(60)
+    if item == "break the GPU":
+        alive = False
+        raise RuntimeError("an illegal memory access was encountered")
+    print("this is no message")
+    return item.upper(), os.getpid()
+
+def synchronize():
+    if not alive:
+        raise RuntimeError("the context is lost")
+
+serve(Channel(), work, synchronize)
+"""
+
+TESTS = """
+import os
+import pytest
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 + 1 == 3, "sums are off"
+
+def test_crashes():
+    os.abort()
+
+@pytest.mark.skip("needs another GPU")
+def test_skips():
+    pass
+
+def test_comes_after_all_of_them():
+    pass
+"""
+
+
+@pytest.fixture
+def tests(tmp_path, monkeypatch):
+    """A file of tests in place of the conformance matrix."""
+    file = tmp_path / "test_stand_in.py"
+    file.write_text(TESTS)
+    monkeypatch.setattr(conformance, "TESTS", (str(file),))
+    return file
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        gpu_report.main(["--device", "cpu", *arguments])
+    return exit_.value.code
+
+
+# Isolation
+
+
+def outcomes(items: list[str], tmp_path, **options) -> dict[str, Outcome]:
+    command = [sys.executable, "-c", CHILD]
+    options = {"timeout_s": 20, **options}
+    found = work_through(command, items, log=tmp_path / "log.txt", **options)
+    return {outcome.item: outcome for outcome in found}
+
+
+def test_an_item_that_fails_costs_no_other(tmp_path):
+    found = outcomes(["a", "raise", "b", "crash", "c", "break the GPU", "d"], tmp_path)
+    assert found["raise"].error == "ValueError: no such shape"
+    assert found["crash"].error == "its process ended: SIGSEGV"
+    assert "illegal memory access" in found["break the GPU"].error
+    results = {item: found[item].value for item in "abcd"}
+    assert [result[0] for result in results.values()] == ["A", "B", "C", "D"]
+    pids = [result[1] for result in results.values()]
+    assert pids[0] == pids[1]  # an exception leaves the process as it was
+    assert len(set(pids)) == 3
+    log = (tmp_path / "log.txt").read_text()
+    assert "this is no message" in log
+    assert "Traceback" in log
+
+
+def test_an_item_that_hangs_is_ended(tmp_path):
+    found = outcomes(["hang", "a"], tmp_path, timeout_s=2)
+    assert found["hang"].error == "took longer than 2 s"
+    assert found["a"].value[0] == "A"
+
+
+def test_a_process_that_cannot_start_fails_its_items_once(tmp_path):
+    command = [sys.executable, "-c", "import nothing_of_this_name"]
+    found = list(work_through(command, ["a", "b"], log=tmp_path / "log.txt", timeout_s=20))
+    assert [o.item for o in found] == ["a", "b"]
+    assert "did not start: its process ended: exit code 1" in found[0].error
+
+
+# The command
+
+
+def test_report_has_tests_that_crash_and_cases_that_are_measured(tests, tmp_path, capsys):
+    out = tmp_path / "out"
+    cases = ["--case", "step-T64", "--case", "step-T256", "--implementations", "lolcats", "fla"]
+    assert run(*cases, "--budget", "0.001", "--out", str(out)) == 1
+
+    saved = json.loads((out / "report.json").read_text())
+    assert not saved["interrupted"]
+    said = saved["conformance"]
+    assert (said["passed"], said["failed"], said["skipped"]) == (2, 2, 1)
+    messages = {test["name"].partition("::")[2]: test["message"] for test in said["not passed"]}
+    assert "sums are off" in messages["test_fails"]
+    assert messages["test_crashes"] == "its process ended: SIGABRT"
+    assert "needs another GPU" in messages["test_skips"]
+    rows = {(row["case"], row["implementation"], row["device"]) for row in saved["rows"]}
+    steps = [f"hybrid_attention-step-T{T}" for T in (64, 256)]
+    assert rows == {(case, "lolcats", "cpu") for case in steps}
+    assert all(row["median_s"] > 0 for row in saved["rows"])
+    assert [skip["reason"] for skip in saved["skips"]] == ["has no step"] * 2
+
+    page = (out / "report.md").read_text()
+    assert "2 passed, 2 failed, 1 skipped" in page
+    assert "sums are off" in page
+    assert "| hybrid_attention-step-T256 | lolcats |" in page
+    for plot in ("decode.png", "roofline.png", "ceilings.png"):
+        assert f"]({plot})" in page
+        assert (out / plot).stat().st_size > 1000
+    assert "failed: " in capsys.readouterr().err
+
+
+def test_report_is_written_after_an_interruption(tests, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler ends a job
+        yield
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(gpu_report, "run_apart", interrupted)
+    try:
+        assert run("--tests", "passes", "--out", str(tmp_path)) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["interrupted"]
+    assert saved["conformance"]["passed"] == 1
+    assert "interrupted" in (tmp_path / "report.md").read_text()
+
+
+def test_tests_that_cannot_be_collected_have_failed(tests, tmp_path):
+    for text, message in (("import nothing_of_this_name", "nothing_of_this_name"), ("", "no test")):
+        tests.write_text(text)
+        (failed,) = conformance.run_tests(
+            conformance.TESTS, "cpu", log=tmp_path / "log.txt", timeout_s=60
+        )
+        assert failed.outcome == "failed"
+        assert message in failed.message
+
+
+def test_a_report_without_a_passed_test_is_no_success():
+    empty = gpu_report.Report("H100", Results("", "", [], [], "cuda"))
+    assert empty.exit_code == 1
+    empty.tests.append(conformance.Result("test", "passed"))
+    assert empty.exit_code == 0
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit) as exit_:
+        gpu_report.main(["--out", str(tmp_path / "out")])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert "this machine has no GPU" in said
+    assert f"{len(CASES['cuda'])} cases" in said
+    assert not (tmp_path / "out").exists()
+
+
+# What it is made of
+
+
+def on_gpu(seconds=lambda case, name: case.bytes / 2e12) -> Results:
+    """A run of all cases on an H100 that does not exist."""
+    rows = []
+    for case, name in apart.runs(CASES["cuda"], ()):
+        if name in ("lolcats", "sdpa", "graph:lolcats"):
+            rows.append(row_of(case, name, seconds(case, name)))
+    skips = [Skip(str(case), "fla", "fla is not installed") for case in PUBLISHED.values()]
+    return Results("python -m bench.gpu_report", "abc", rows, skips, "cuda")
+
+
+def row_of(case: Case, name: str, s: float) -> Row:
+    shape = {k: v for k, v in vars(case).items() if k != "peers"}
+    gflops, gbytes = 1e-9 * case.flops / s, 1e-9 * case.bytes / s
+    return Row(
+        case=str(case), implementation=name, **shape, device="cuda", isa="sm_90",
+        flops=case.flops, bytes=case.bytes, samples=5, min_s=s, p20_s=s, median_s=s, p80_s=s,
+        gflops_per_s=gflops, gbytes_per_s=gbytes, mm_gflops_per_s=6e5, copy_gbytes_per_s=2500.0,
+        ceiling_fraction=max(gflops / 6e5, gbytes / 2500), extra_bytes=0, lolcats_ops="0.1.0",
+        torch="2.13", python="3.11", machine="NVIDIA H100 80GB HBM3",
+    )  # fmt: skip
+
+
+def test_published_times_are_asked_for_twice_as_fast():
+    half = {
+        str(PUBLISHED[key]): 0.5e-3 * min(times)
+        for shape, passes in MILLISECONDS.items()
+        for key, times in (((shape, pass_), times) for pass_, times in passes.items())
+    }
+    assert len(half) == 12
+    at_bar = on_gpu(lambda case, name: half.get(str(case), 1.0))
+    verdicts = report.verdicts(at_bar)
+    assert len(verdicts) == len(half)
+    assert all(verdict.met for verdict in verdicts)
+    slower = on_gpu(lambda case, name: 1.001 * half.get(str(case), 1.0))
+    assert {verdict.result for verdict in report.verdicts(slower)} == {"missed"}
+    other = replace(at_bar, rows=[replace(row, machine="A100") for row in at_bar.rows])
+    assert "A100 ran, the bar is of an H100" in report.verdicts(other)[0].result
+
+
+def test_page_and_plots_of_a_gpu(tmp_path):
+    run_ = on_gpu()
+    drawn = {path.name for path in plots.draw(run_, tmp_path)}
+    assert drawn == {"time.png", "decode.png", "roofline.png", "ceilings.png"}
+    page = "\n".join(report.sections(run_, tmp_path))
+    assert "| 1, 8192, 96, 128 | forward | 0.726 | 0.682 |" in page
+    assert "empty L2" in page
+    assert "fla is not installed" in page
+    gpu_report.Report("H100", replace(run_, rows=[])).save(tmp_path)
+    assert "measured nothing" in (tmp_path / "report.md").read_text()
+
+
+def test_times_are_compared_with_the_intervals_of_their_architecture(tmp_path):
+    file = tmp_path / "gpu_model.json"
+    assert model.intervals(file) == []
+    case = next(iter(PUBLISHED.values()))
+    run_ = Results("", "", [row_of(case, "lolcats", 200e-6)], [], "cuda")
+    for low, high, where in ((150, 250, "inside"), (50, 100, "2.00 x the end"), (400, 500, "0.50")):
+        entry = {"case": str(case), "arch": "sm_90", "low_us": low, "high_us": high}
+        file.write_text(json.dumps([entry, entry | {"arch": "sm_80"}, entry | {"case": "other"}]))
+        (compared,) = model.compare(run_, model.intervals(file))
+        assert where in compared[-1]
+    file.write_text('[{"case": "x"}]')
+    with pytest.raises(ValueError, match=r"gpu_model\.json: KeyError: 'arch'"):
+        model.intervals(file)
+
+
+def test_calls_on_a_gpu_take_turns_with_an_empty_cache(monkeypatch):
+    turns = []
+
+    def do_bench(call, *, rep, return_mode):
+        turns.append((call(), rep, return_mode))
+        return [2.0, 3.0]
+
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
+    timers = {name: LocalTimer(lambda name=name: name, device="cuda") for name in ("a", "b")}
+    samples = cold_turns(timers, 0.2)
+    assert turns == [(name, pytest.approx(50), "all") for _ in range(TURNS) for name in ("a", "b")]
+    assert samples == {name: [2e-3, 3e-3] * TURNS for name in ("a", "b")}
+
+
+def test_names_of_cases_of_a_gpu_are_distinct_and_survive_json():
+    assert len({str(case) for case in CASES["cuda"]}) == len(CASES["cuda"])
+    for case in CASES["cuda"]:
+        assert str(Case(**json.loads(json.dumps(asdict(case))))) == str(case)
+    for bar in bars.BARS["cuda"]:
+        assert {q.case for q in bar.over} <= set(CASES["cuda"])
+
+
+def test_implementations_say_which_device_they_need():
+    linear = next(case for case in STANDARD if "fla" in case.peers)
+    assert peers.find("fla").refusal(linear, "cpu") == "runs on cuda, not on cpu"
+    assert peers.find("sequential").refusal(linear, "cuda") == "runs on cpu, not on cuda"
+    assert peers.find("graph:lolcats").refusal(FILLING_DECODE, "cpu") is not None
+    assert peers.find("graph:lolcats").refusal(FILLING_DECODE, "cuda") is None
+    assert "no CUDA kernels" in peers.find("lolcats:cuda").refusal(linear, "cuda")
