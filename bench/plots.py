@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from .cases import DECODE, FILLING, FILLING_DECODE, HYBRID, Case
 from .device import CEILINGS
@@ -95,6 +95,7 @@ def _against_length(rows: list[Row], like: Case, what: str, x_label: str) -> Any
     lengths = sorted({row.T for row in chosen})
     axes.set_xticks(lengths, [str(T) for T in lengths])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # times may lie within one decade
     axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s)))
     axes.set_xlabel(x_label)
     axes.set_ylabel("median time")
@@ -131,7 +132,7 @@ def _roofline(rows: list[Row]) -> Any:
         key = (row.op, row.pass_, row.dtype, *shape)
         if key not in kinds or row.gflops_per_s > kinds[key].gflops_per_s:
             kinds[key] = row
-    figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11.5, 4.8), layout="constrained")
     points = sorted(((row.flops / row.bytes, row) for row in kinds.values()), key=_position)
     intensities = [intensity for intensity, _ in points]
     low, high = min(*intensities, mm / copy) / 2, max(*intensities, mm / copy) * 2
@@ -146,9 +147,10 @@ def _roofline(rows: list[Row]) -> Any:
     )
     axes.annotate(
         f"torch.mm {CEILINGS[rows[0].device].dtype} {mm:.0f} GFLOP/s",
-        (mm / copy, mm),
-        (-70, 5),
+        (high, mm),
+        (0, 5),
         textcoords="offset points",
+        ha="right",
     )
     for i, (intensity, row) in enumerate(points, 1):
         aside = (8, -3) if i % 2 else (-8, -3)  # neighbours are numbered on different sides
@@ -191,7 +193,7 @@ def _shares(rows: list[Row]) -> Any:
     rows = [row for row in rows if row.implementation == "lolcats"]
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.22 * len(rows)), layout="constrained")
     for label, offset, color, share in (
         ("bandwidth / copy", -0.2, OURS, lambda row: row.gbytes_per_s / row.copy_gbytes_per_s),
         ("FLOP rate / torch.mm", 0.2, SOFTMAX, lambda row: row.gflops_per_s / row.mm_gflops_per_s),

@@ -70,6 +70,7 @@ def tests(tmp_path, monkeypatch):
     file = tmp_path / "test_stand_in.py"
     file.write_text(TESTS)
     monkeypatch.setattr(conformance, "TESTS", (str(file),))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # they take seconds to load
     return file
 
 
@@ -122,7 +123,7 @@ def test_a_process_that_cannot_start_fails_its_items_once(tmp_path):
 
 def test_report_has_tests_that_crash_and_cases_that_are_measured(tests, tmp_path, capsys):
     out = tmp_path / "out"
-    cases = ["--case", "step-T64", "--case", "step-T256", "--implementations", "lolcats", "fla"]
+    cases = ["--case", "step-T64", "--implementations", "lolcats", "fla"]
     assert run(*cases, "--budget", "0.001", "--out", str(out)) == 1
 
     saved = json.loads((out / "report.json").read_text())
@@ -134,30 +135,29 @@ def test_report_has_tests_that_crash_and_cases_that_are_measured(tests, tmp_path
     assert messages["test_crashes"] == "its process ended: SIGABRT"
     assert "needs another GPU" in messages["test_skips"]
     rows = {(row["case"], row["implementation"], row["device"]) for row in saved["rows"]}
-    steps = [f"hybrid_attention-step-T{T}" for T in (64, 256)]
-    assert rows == {(case, "lolcats", "cpu") for case in steps}
+    assert rows == {("hybrid_attention-step-T64", "lolcats", "cpu")}
     assert all(row["median_s"] > 0 for row in saved["rows"])
-    assert [skip["reason"] for skip in saved["skips"]] == ["has no step"] * 2
+    assert [skip["reason"] for skip in saved["skips"]] == ["has no step"]
 
     page = (out / "report.md").read_text()
     assert "2 passed, 2 failed, 1 skipped" in page
     assert "sums are off" in page
-    assert "| hybrid_attention-step-T256 | lolcats |" in page
-    for plot in ("decode.png", "roofline.png", "ceilings.png"):
+    assert "| hybrid_attention-step-T64 | lolcats |" in page
+    for plot in ("roofline.png", "ceilings.png"):
         assert f"]({plot})" in page
         assert (out / plot).stat().st_size > 1000
     assert "failed: " in capsys.readouterr().err
 
 
-def test_report_is_written_after_an_interruption(tests, tmp_path, monkeypatch):
+def test_report_is_written_after_an_interruption(tmp_path, monkeypatch):
     def interrupted(*_, **__):
+        yield conformance.Result("test", "passed")
         os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler ends a job
-        yield
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(gpu_report, "run_apart", interrupted)
+    monkeypatch.setattr(gpu_report, "run_tests", interrupted)
     try:
-        assert run("--tests", "passes", "--out", str(tmp_path)) == 130
+        assert run("--out", str(tmp_path)) == 130
     finally:
         signal.signal(signal.SIGTERM, before)
     saved = json.loads((tmp_path / "report.json").read_text())
