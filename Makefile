@@ -1,4 +1,5 @@
-# make demo | test | lint | build | bench. Each makes its own virtual environment on first use.
+# make demo | test | lint | build | bench | gpu-report. Each makes its own virtual environment on
+# first use.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,13 +14,16 @@ INSTALL_DEMO := --no-build-isolation --config-settings=build-dir=build/demo --ed
 INSTALL_TEST := --no-build-isolation --config-settings=build-dir=build/test \
   --config-settings=cmake.define.LOLCATS_EMULATE_AVX512=ON --editable '.[dev]'
 
-.PHONY: bench build clean demo lint test
+.PHONY: bench build clean demo gpu-report lint test
 
 demo: $(VENV)/demo/.ready
 	$(VENV)/demo/bin/python -m examples.demo $(DEMO_ARGS)
 
 bench: build
 	$(VENV)/test/bin/python -m bench $(BENCH_ARGS)
+
+gpu-report: build
+	$(VENV)/test/bin/python -m bench.gpu_report $(GPU_REPORT_ARGS)
 
 test: export PATH := $(CURDIR)/$(VENV)/test/bin:$(PATH)
 test: build

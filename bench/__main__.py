@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         _list(cases)
         return
     if reason := why_absent(options.device):
-        parser.exit(1, f"{prog}: no {options.device} here: {reason}\n")
+        parser.exit(2, f"{prog}: no {options.device} here: {reason}\n")
     keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)

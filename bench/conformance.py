@@ -80,7 +80,9 @@ def main() -> None:
         collector = _Collector()
         code = pytest.main([*arguments, "--collect-only"], plugins=[collector])
         none = "no test was found" if code == pytest.ExitCode.NO_TESTS_COLLECTED else ""
-        error = collector.error or none or (f"pytest ended with {code!r}" if code else "")
+        error = (
+            collector.error or none or (f"pytest ended with {code!r}, see the log" if code else "")
+        )
         channel.done("0", collector.names, error)
         return
     pytest.main(arguments, plugins=[_Reporter(channel)])

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from bench import apart, bars, conformance, gpu_report, model, peers, plots, report
+from bench.__main__ import main as bench_main
 from bench.cases import CASES, FILLING_DECODE, PUBLISHED, STANDARD, Case
 from bench.isolated import Outcome, work_through
 from bench.measure import TURNS, LocalTimer, cold_turns
@@ -192,6 +193,10 @@ def test_without_a_gpu_the_command_says_so(monkeypatch, tmp_path, capsys):
     assert "this machine has no GPU" in said
     assert f"{len(CASES['cuda'])} cases" in said
     assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit) as exit_:
+        bench_main(["--device", "cuda"])
+    assert exit_.value.code == 2
+    assert "no cuda here" in capsys.readouterr().err
 
 
 # What it is made of
