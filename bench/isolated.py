@@ -22,6 +22,7 @@ from threading import Thread
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+PATIENCE_S = 10  # for a process to end, which a driver may hold
 MESSAGE_CHARACTERS = 1000  # of an error, the whole of which is in the log
 
 
@@ -106,7 +107,10 @@ class _Child:
             return {"ended": f"took longer than {timeout_s:g} s"}
         if line:
             return json.loads(line)
-        code = self._process.wait()
+        try:
+            code = self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            return {"ended": "its process closed its output, and did not end"}
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return {"ended": f"its process ended: {cause}"}
 
@@ -114,8 +118,8 @@ class _Child:
         """Ends the process and what it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
-            self._process.wait(10)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(PATIENCE_S)
 
     def _talk(self, request: str) -> None:
         assert self._process.stdin is not None

@@ -47,7 +47,7 @@ MORE = {
     "cpu": "For rows on AVX2 it has the torch.mm of a process with ATEN_CPU_CAPABILITY=avx2 and "
     "MKL_ENABLE_INSTRUCTIONS=AVX2. Freed memory stays with the process, so that calls do not begin "
     "with page faults.",
-    "cuda": "Implementations run in processes of their own where they may crash.",
+    "cuda": "sdpa is what torch chooses: FlashAttention where that takes the case.",
 }
 
 
