@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -31,17 +32,23 @@ def run_tests(
     *,
     log: Path,
     timeout_s: float,
+    jobs: int = 1,
     on_collected: Callable[[int], None] = lambda number: None,
     on_start: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Result]:
-    """Runs what pytest finds with ``arguments``. Tests that cannot be collected have failed."""
+    """Runs what pytest finds with ``arguments``, in ``jobs`` processes at a time.
+
+    Tests that cannot be collected have failed.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    if device == "cuda":
+        environment["TRITON_INTERPRET"] = "0"  # whatever the shell says
     run = partial(
         work_through,
         [sys.executable, "-m", "bench.conformance"],
         log=log,
         timeout_s=timeout_s,
-        # On a GPU nothing is interpreted, whatever the shell says.
-        environment={"TRITON_INTERPRET": "0"} if device == "cuda" else None,
+        environment=environment,
     )
     settings = {"pytest": list(arguments), "device": device}
     (found,) = run(["collection"], settings=settings | {"collect": True})
@@ -49,7 +56,7 @@ def run_tests(
         yield Result("collection", "failed", found.error)
         return
     on_collected(len(found.value))
-    for outcome in run(found.value, settings=settings, on_start=on_start):
+    for outcome in run(found.value, settings=settings, jobs=jobs, on_start=on_start):
         if outcome.error:
             yield Result(outcome.item, "failed", outcome.error)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -33,6 +34,8 @@ from .results import Results, Row
 
 BUDGET_S = 0.3  # of samples per implementation and case: thousands, on a GPU
 TIMEOUT_S = 600.0  # Triton needs minutes to compile the widest backward passes
+# A test is mostly the compilation of its own kernels; every process holds a context on the GPU.
+JOBS = min(8, max(1, (os.cpu_count() or 1) // 2))
 EXAMPLES = """\
 examples:
   python -m bench.gpu_report
@@ -141,6 +144,7 @@ def _run(report: Report, cases: Sequence[Case], options: argparse.Namespace) -> 
             arguments,
             device,
             **limits,
+            jobs=options.jobs,
             on_collected=lambda number: progress.update(task, total=number),
             on_start=lambda name: progress.update(task, description=f"conformance: {name}"),
         )
@@ -206,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
         default=TIMEOUT_S,
         metavar="SECONDS",
         help="for one test, or one implementation of a case (default %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=JOBS,
+        metavar="N",
+        help="tests that run at a time; cases have the device alone (default %(default)s)",
     )
     parser.add_argument(
         "--out",

@@ -1,8 +1,8 @@
 """Work in child processes: what crashes, hangs or breaks its process costs one item of many.
 
-An error of a GPU's kernel leaves its process without a GPU, and a hang never ends; so a child works
-through the items and tells of each, and where it ends or falls silent another one goes on with the
-rest. Messages are lines of JSON.
+An error of a GPU's kernel leaves its process without a GPU, and a hang never ends; so children work
+through the items and tell of each, and where one ends or falls silent another goes on with what it
+had left. Messages are lines of JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
+from time import monotonic
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -41,50 +42,80 @@ def work_through(
     *,
     log: Path,
     timeout_s: float,
+    jobs: int = 1,
     settings: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
     on_start: Callable[[Any], None] = lambda item: None,
 ) -> Iterator[Outcome]:
     """The outcome of every item, as they come. ``command`` starts a child that calls ``serve``.
 
-    An item, or the start of a child, gets ``timeout_s``. What children print goes to ``log``.
+    An item, or the start of a child, gets ``timeout_s``; ``jobs`` children share the items. What
+    they print goes to ``log``.
     """
-    remaining = dict(enumerate(items))
-    while remaining:
-        child = _Child(command, {"settings": settings, "items": remaining}, log, environment)
-        current, before = None, len(remaining)
-        try:
-            while remaining:
-                message = child.message(timeout_s)
-                if "start" in message:
-                    current = message["start"]
-                    on_start(remaining[current])
+    lines: Queue[tuple[_Child, str]] = Queue()
+
+    def start(share: dict[int, Any]) -> _Child:
+        return _Child(command, settings, share, log, environment, lines)
+
+    numbered = list(enumerate(items))
+    children = [start(dict(numbered[i::jobs])) for i in range(min(jobs, len(items)))]
+    try:
+        while children:
+            child, message = _next_message(children, lines, timeout_s)
+            if "start" in message:
+                child.current = message["start"]
+                on_start(child.remaining[child.current])
+                continue
+            if "item" in message:
+                child.current = None
+                item = child.remaining.pop(message["item"])
+                yield Outcome(item, message["value"], message["error"])
+                if child.remaining:
                     continue
-                if "ended" in message:
-                    if current is not None:
-                        yield Outcome(remaining.pop(current), error=message["ended"])
-                    break
-                current = None
-                item = remaining.pop(message["item"])
-                yield Outcome(item, message.get("value"), message.get("error", ""))
-        finally:
             child.kill()
-        if len(remaining) == before:  # nor will another one do anything
-            for item in remaining.values():
-                yield Outcome(item, error=f"the process did not start: {message['ended']}")
-            return
+            children.remove(child)
+            if child.current is not None:
+                yield Outcome(child.remaining.pop(child.current), error=message["ended"])
+            elif len(child.remaining) == child.given:  # nor will another one do anything
+                for item in child.remaining.values():
+                    yield Outcome(item, error=f"the process did not start: {message['ended']}")
+                continue
+            if child.remaining:
+                children.append(start(child.remaining))
+    finally:
+        for child in children:
+            child.kill()
+
+
+def _next_message(
+    children: Sequence[_Child], lines: Queue[tuple[_Child, str]], timeout_s: float
+) -> tuple[_Child, dict[str, Any]]:
+    """From any child; {"ended": why} from one that will send no more, or has been silent."""
+    while True:
+        silent = min(children, key=lambda child: child.heard)
+        try:
+            child, line = lines.get(timeout=max(0, silent.heard + timeout_s - monotonic()))
+        except Empty:
+            return silent, {"ended": f"took longer than {timeout_s:g} s"}
+        if child in children:
+            child.heard = monotonic()
+            return child, json.loads(line) if line else {"ended": child.cause()}
 
 
 class _Child:
-    """A process, and its messages."""
+    """A process, and what it has not yet done."""
 
     def __init__(
         self,
         command: Sequence[str],
-        request: Mapping[str, Any],
+        settings: Mapping[str, Any] | None,
+        items: dict[int, Any],
         log: Path,
         environment: Mapping[str, str] | None,
+        lines: Queue[tuple[_Child, str]],
     ) -> None:
+        self.remaining, self.given, self.current = items, len(items), None
+        self.heard = monotonic()
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -96,23 +127,17 @@ class _Child:
                 text=True,
                 start_new_session=True,  # the group of all that it starts, which ends with it
             )
-        self._lines: Queue[str] = Queue()
-        Thread(target=self._talk, args=(json.dumps(request),), daemon=True).start()
+        request = json.dumps({"settings": settings or {}, "items": items})
+        Thread(target=self._talk, args=(request, lines), daemon=True).start()
 
-    def message(self, timeout_s: float) -> dict[str, Any]:
-        """The next one; {"ended": why} is the last."""
-        try:
-            line = self._lines.get(timeout=timeout_s)
-        except Empty:
-            return {"ended": f"took longer than {timeout_s:g} s"}
-        if line:
-            return json.loads(line)
+    def cause(self) -> str:
+        """Why it sends no more."""
         try:
             code = self._process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
-            return {"ended": "its process closed its output, and did not end"}
+            return "its process closed its output, and did not end"
         cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return {"ended": f"its process ended: {cause}"}
+        return f"its process ended: {cause}"
 
     def kill(self) -> None:
         """Ends the process and what it started."""
@@ -121,15 +146,15 @@ class _Child:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(PATIENCE_S)
 
-    def _talk(self, request: str) -> None:
+    def _talk(self, request: str, lines: Queue[tuple[_Child, str]]) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(BrokenPipeError):  # it has ended, and its last message says so
             self._process.stdin.write(request)
             self._process.stdin.close()
         for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
+            lines.put((self, line))
+        lines.put((self, ""))
 
 
 class Channel:
@@ -139,7 +164,7 @@ class Channel:
         self._replies = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         request = json.load(sys.stdin)
-        self.settings = request["settings"] or {}
+        self.settings: dict[str, Any] = request["settings"]
         self.items: dict[str, Any] = request["items"]
 
     def start(self, number: str) -> None:

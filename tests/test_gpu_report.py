@@ -106,6 +106,12 @@ def test_an_item_that_fails_costs_no_other(tmp_path):
     assert "Traceback" in log
 
 
+def test_children_share_the_items(tmp_path):
+    found = outcomes(["a", "crash", "raise", "b", "c", "d", "e"], tmp_path, jobs=3)
+    assert {item for item, outcome in found.items() if outcome.error} == {"crash", "raise"}
+    assert len({outcome.value[1] for outcome in found.values() if outcome.value}) == 3
+
+
 def test_an_item_that_hangs_is_ended(tmp_path):
     found = outcomes(["hang", "a"], tmp_path, timeout_s=2)
     assert found["hang"].error == "took longer than 2 s"
