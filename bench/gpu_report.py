@@ -16,20 +16,22 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import conformance, model
+from . import conformance
 from .apart import run_apart, runs
 from .base import describe
 from .cases import CASES, Case, select
 from .conformance import Result, run_tests
 from .device import DEVICES, machine, why_absent
+from .isolated import summary
 from .peers import find
 from .plots import draw
-from .report import sections, table
+from .report import MODEL_HEAD, model_rows, sections, table
 from .results import Results, Row
 
 BUDGET_S = 0.3  # of samples per implementation and case: thousands, on a GPU
@@ -79,16 +81,18 @@ class Report:
         if failed := [(t.name, t.message) for t in self.tests if t.outcome == "failed"]:
             parts.append(table(("failed", "message"), failed))
         parts += ["## Benchmarks", *sections(self.results, folder)]
-        return [*parts, f"## Beside the {model.LABEL}", self._beside_model()]
+        return [*parts, "## Beside the static model", self._beside_model()]
 
     def _beside_model(self) -> str:
+        """A table; or why there is none, which is no reason to lose the measurements."""
         try:
-            compared = model.compare(self.results, model.intervals())
-        except ValueError as error:
-            return f"Not compared: {error}."
+            interval = import_module("bench.gpu_model").interval
+            compared = model_rows(self.results, interval)
+        except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
+            return f"Not compared: {summary(error)}."
         if not compared:
-            return "Not compared: no interval is of a case and an architecture of this run."
-        return table(model.HEAD, compared)
+            return "Not compared: it has no interval of a case and an architecture of this run."
+        return table(MODEL_HEAD, compared)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

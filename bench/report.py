@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import published
 from .bars import BARS, Verdict, judge
@@ -29,6 +31,7 @@ PUBLISHED_ABOUT = (
     f"Milliseconds, bf16. The published times are of linear attention on an {published.GPU}; the "
     "other columns are of this run, hybrid attention with maps of f=64 and a window of 64."
 )
+MODEL_HEAD = ("case", "architecture", "MODEL, never run on a GPU", "measured", "which is")
 BASE_HEAD = ("case", "commit", "its time", "this one's", "times faster")
 STEADY = 1.25  # torch.mm of an idle machine varies by a tenth
 METHOD = """\
@@ -87,6 +90,34 @@ def published_rows(results: Results) -> list[tuple[str, ...]]:
         if any(here):
             theirs = (f"{ms:.3f}" for ms in published.MILLISECONDS[shape][pass_])
             rows.append((", ".join(map(str, shape)), pass_, *theirs, *here))
+    return rows
+
+
+def model_rows(results: Results, interval: Callable[..., Any]) -> list[tuple[str, ...]]:
+    """Of our rows that ``gpu_model.interval`` knows: from and to, measured, and where that lies.
+
+    The model is of hybrid attention in bf16 with f = w = 64, V = D and as many key/value heads as
+    query heads; a pass of two is the sum of both.
+    """
+    rows = []
+    for row in results.rows:
+        shape = row.op, row.dtype, row.f, row.window, row.V, row.Hk
+        if row.implementation != "lolcats" or shape != (
+            "hybrid_attention", "bfloat16", 64, 64, row.D, row.H
+        ):  # fmt: skip
+            continue
+        size = {"rows": row.B * row.H, "tokens": row.T}
+        parts = [interval(row.isa, p, "sliding", row.D, **size) for p in row.pass_.split("+")]
+        if None in parts:
+            continue
+        low, high = sum(part.low for part in parts), sum(part.high for part in parts)
+        where = "inside"
+        if row.median_s > high:
+            where = f"{row.median_s / high:.2f} x its end"
+        elif row.median_s < low:
+            where = f"{row.median_s / low:.2f} x its start"
+        times = f"{duration(low)} - {duration(high)}", duration(row.median_s)
+        rows.append((row.case, row.isa, *times, where))
     return rows
 
 

@@ -5,12 +5,13 @@ import os
 import signal
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
-from bench import apart, bars, conformance, gpu_report, model, peers, plots, report
+from bench import apart, bars, conformance, gpu_report, peers, plots, report
 from bench.__main__ import main as bench_main
-from bench.cases import CASES, FILLING_DECODE, PUBLISHED, STANDARD, Case
+from bench.cases import CASES, FILLING_DECODE, PUBLISHED, PUBLISHED_HYBRID, STANDARD, Case
 from bench.isolated import Outcome, work_through
 from bench.measure import TURNS, LocalTimer, cold_turns
 from bench.published import MILLISECONDS
@@ -259,19 +260,31 @@ def test_page_and_plots_of_a_gpu(tmp_path):
     assert "measured nothing" in (tmp_path / "report.md").read_text()
 
 
-def test_times_are_compared_with_the_intervals_of_their_architecture(tmp_path):
-    file = tmp_path / "gpu_model.json"
-    assert model.intervals(file) == []
-    case = next(iter(PUBLISHED.values()))
-    run_ = Results("", "", [row_of(case, "lolcats", 200e-6)], [], "cuda")
-    for low, high, where in ((150, 250, "inside"), (50, 100, "2.00 x the end"), (400, 500, "0.50")):
-        entry = {"case": str(case), "arch": "sm_90", "low_us": low, "high_us": high}
-        file.write_text(json.dumps([entry, entry | {"arch": "sm_80"}, entry | {"case": "other"}]))
-        (compared,) = model.compare(run_, model.intervals(file))
-        assert where in compared[-1]
-    file.write_text('[{"case": "x"}]')
-    with pytest.raises(ValueError, match=r"gpu_model\.json: KeyError: 'arch'"):
-        model.intervals(file)
+def test_times_are_compared_with_the_model_of_their_architecture(monkeypatch, tmp_path):
+    def interval(target, pass_, window_kind, D, *, rows, tokens):
+        assert (window_kind, D, rows, tokens) == ("sliding", 128, 96, 8192)
+        return SimpleNamespace(low=1e-3, high=2e-3) if target == "sm_90" else None
+
+    shape = (1, 8192, 96, 128)
+    case, both = (PUBLISHED_HYBRID[shape, p] for p in ("forward", "forward+backward"))
+    linear = row_of(PUBLISHED[shape, "forward"], "lolcats", 1e-3)
+    for one, s, where in (
+        (case, 1.5e-3, "inside"), (case, 3e-3, "1.50 x its end"), (case, 5e-4, "0.50 x its start"),
+        (both, 3.5e-3, "inside"), (both, 1.5e-3, "0.75 x its start"),
+    ):  # fmt: skip
+        run_ = Results("", "", [linear, row_of(one, "lolcats", s)], [], "cuda")
+        ((name, arch, _, _, said),) = report.model_rows(run_, interval)
+        assert (name, arch, said) == (str(one), "sm_90", where)
+    older = Results("", "", [replace(run_.rows[1], isa="sm_80")], [], "cuda")
+    assert report.model_rows(older, interval) == []
+
+    saved = gpu_report.Report("H100", run_)
+    monkeypatch.setitem(sys.modules, "bench.gpu_model", SimpleNamespace(interval=interval))
+    saved.save(tmp_path)
+    assert "0.75 x its start" in (tmp_path / "report.md").read_text()
+    monkeypatch.setitem(sys.modules, "bench.gpu_model", None)
+    saved.save(tmp_path)
+    assert "Not compared: ModuleNotFoundError" in (tmp_path / "report.md").read_text()
 
 
 def test_calls_on_a_gpu_take_turns_with_an_empty_cache(monkeypatch):
