@@ -78,8 +78,10 @@ class Report:
             parts.append("**The run was interrupted; what follows is what it had found.**")
         counts = conformance.counts(self.tests)
         parts += ["## Conformance", ", ".join(f"{n} {outcome}" for outcome, n in counts.items())]
-        if failed := [(t.name, t.message) for t in self.tests if t.outcome == "failed"]:
-            parts.append(table(("failed", "message"), failed))
+        failed = [test for test in self.tests if test.outcome == "failed"]
+        if failed:
+            messages = [(test.name, " ".join(test.message.split())) for test in failed]
+            parts.append(table(("failed", "message"), messages))
         parts += ["## Benchmarks", *sections(self.results, folder)]
         return [*parts, "## Beside the static model", self._beside_model()]
 

@@ -84,9 +84,7 @@ def peers() -> dict[str, Peer]:
         "sequential": Peer(
             "fast-transformers' algorithm in C", product, why_not=_sequential, device="cpu"
         ),
-        "sdpa": Peer(
-            "torch's softmax attention; FlashAttention on GPUs", softmax, computes="softmax"
-        ),
+        "sdpa": Peer("torch's softmax attention", softmax, computes="softmax"),
         "flex": Peer(
             "FlexAttention, causal",
             {"hybrid_attention": _flex},

@@ -38,9 +38,7 @@ class Row:
     p80_s: float
     gflops_per_s: float
     gbytes_per_s: float
-    mm_gflops_per_s: (
-        float  # torch.mm between the samples of this case; device.CEILINGS has its size
-    )
+    mm_gflops_per_s: float  # torch.mm of CEILINGS (device.py), between the samples of this case
     copy_gbytes_per_s: float  # bytes read and written by a copy beyond the caches, likewise
     ceiling_fraction: float  # of what the roofline of these two allows
     extra_bytes: int | None  # peak memory beyond inputs and outputs, where the system tells

@@ -278,6 +278,7 @@ def test_times_are_compared_with_the_model_of_their_architecture(monkeypatch, tm
     older = Results("", "", [replace(run_.rows[1], isa="sm_80")], [], "cuda")
     assert report.model_rows(older, interval) == []
 
+    monkeypatch.setattr(gpu_report, "draw", lambda *_: [])
     saved = gpu_report.Report("H100", run_)
     monkeypatch.setitem(sys.modules, "bench.gpu_model", SimpleNamespace(interval=interval))
     saved.save(tmp_path)

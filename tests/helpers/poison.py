@@ -21,15 +21,15 @@ def poisoned_memory() -> Iterator[None]:
     torch's own fill_uninitialized_memory does not reach tensors allocated through its C ABI, as the
     CPU kernels do, but the launchers of GPU kernels allocate in Python.
     """
-    malloc = platform.libc_ver()[0] == "glibc"
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    malloc, gpu = platform.libc_ver()[0] == "glibc", torch.cuda.is_available()
     if malloc:
         ctypes.CDLL(None).mallopt(M_PERTURB, HUGE)
-    if torch.cuda.is_available():
+    if gpu:
         torch.use_deterministic_algorithms(True, warn_only=True)  # only then it fills
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
+        if gpu:
+            torch.use_deterministic_algorithms(False)
         if malloc:
             ctypes.CDLL(None).mallopt(M_PERTURB, 0)
