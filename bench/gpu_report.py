@@ -159,7 +159,8 @@ def _run(report: Report, cases: Sequence[Case], options: argparse.Namespace) -> 
                 report.tests.append(test)
                 progress.advance(task)
                 if test.outcome == "failed":
-                    progress.console.print(f"failed: {test.name}: {test.message}", markup=False)
+                    said = f"failed: {test.name}: {test.message}"
+                    progress.console.print(said, markup=False, soft_wrap=True)
 
         names = options.implementations
         task = progress.add_task("benchmarks", total=len(runs(cases, names)))

@@ -119,6 +119,16 @@ def test_an_item_that_hangs_is_ended(tmp_path):
     assert found["a"].value[0] == "A"
 
 
+def test_an_interruption_ends_the_process_that_works(tmp_path):
+    command = [sys.executable, "-c", CHILD]
+    found = work_through(command, ["a", "hang"], log=tmp_path / "log.txt", timeout_s=20)
+    _, pid = next(found).value
+    os.kill(pid, 0)  # it is there
+    found.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
 def test_a_process_that_cannot_start_fails_its_items_once(tmp_path):
     command = [sys.executable, "-c", "import nothing_of_this_name"]
     found = list(work_through(command, ["a", "b"], log=tmp_path / "log.txt", timeout_s=20))
