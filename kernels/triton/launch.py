@@ -99,14 +99,14 @@ TABLE = {
         Row(ANY, usual=Tiles(16, 32, 4, 1, resident=False, slice=32)),
     ),
     # Twice the warps spill a quarter of the registers that four do; on AMD they halve what one may
-    # have. Chunks of 16 spill none from sm_90 on, for 1.4 times the instructions per token of chunks
-    # of 32; on sm_80 they would still spill.
+    # have. From sm_90 on chunks of 16 spill none, for 1.4 times the instructions per token of those
+    # of 32. On sm_80 they would still spill.
     ("backward", "bf16"): (
         Row(
             SMALL,
             usual=Tiles(16, 64, 8, 1),
             sm_80=Tiles(32, 64, 8, 1),
-            gfx942=Tiles(32, 64, 4, 1),
+            gfx942=Tiles(16, 32, 4, 1),
         ),
         Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
         Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
