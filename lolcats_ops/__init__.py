@@ -13,13 +13,14 @@ from ._native import get_cmake_dir, get_include, get_library
 
 if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
-    from .dispatch import backend_for, backends, warmup
+    from .dispatch import backend_for, backends
     from .features import Features
     from .ops.attention_transfer import attention_transfer
     from .ops.feature_map import feature_map
     from .ops.hybrid_attention import hybrid_attention
     from .ops.hybrid_attention_step import hybrid_attention_step_
     from .ops.linear_attention import linear_attention
+    from .ops.warmup import warmup
     from .state import HybridState
 
 __version__ = "0.1.0"
@@ -57,7 +58,7 @@ _MODULE = {
     "hybrid_attention": "ops",
     "hybrid_attention_step_": "ops",
     "linear_attention": "ops",
-    "warmup": "dispatch",
+    "warmup": "ops",
 }
 # What a lazy name needs beyond NumPy; torch unless it is listed here.
 _NEEDS = {"numpy": (), "convert": ("torch", "transformers"), "hf": ("torch", "transformers")}

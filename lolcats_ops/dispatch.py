@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ._native import load_torch_ops
-
 OPS = (
     "feature_map",
     "linear_attention",
@@ -145,11 +143,6 @@ def select(op: str, backend: str | None, q: Tensor, v: Tensor | None = None) -> 
     if choice.backend is None:
         raise ValueError(f"{op}: no backend for this case: {choice.why}")
     return choice.backend
-
-
-def warmup() -> None:
-    """Loads the operators, so that the first request of a server does not wait for it."""
-    load_torch_ops()
 
 
 def _choose(case: Case, name: str | None) -> Choice:

@@ -146,13 +146,13 @@ def add_product(a, b, sides, arithmetic):
 def state_product(p, x, factor, delta, state):
     """factor * (x . kv^T) - delta * ksum, [C, f] for both sides; x [C, BLOCK_V]."""
     column = columns(p, -delta, 0b101, 0b010)  # high, low, high
-    ksum = columns(p, tl.sum(state.ksum.plus, 1), 0b011, 0b100)  # high, high, low
+    ksum = columns(p, state.ksum.plus, 0b011, 0b100)  # high, high, low
     plus = product(x, tl.trans(state.kv.plus), None, p.arithmetic) * factor[:, None]
     plus = product(column, tl.trans(ksum), plus, p.arithmetic)
     if state.kv.minus is None:
         return Sides(plus, None)
     else:
-        ksum = columns(p, tl.sum(state.ksum.minus, 1), 0b011, 0b100)
+        ksum = columns(p, state.ksum.minus, 0b011, 0b100)
         minus = product(x, tl.trans(state.kv.minus), None, p.arithmetic) * factor[:, None]
         return Sides(plus, product(column, tl.trans(ksum), minus, p.arithmetic))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -23,12 +26,154 @@ class Tiles:
     other: int = 0  # quadratic kernels: tokens of a tile that the chunk is paired with
 
 
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+def architecture() -> str:
+    """The column of the tables for the GPU that Triton's active driver compiles for. The
+    interpreter takes the first."""
+    if triton.knobs.runtime.interpret:
+        return ARCHITECTURES[0]
+    driver = triton.runtime.driver.active
+    return _architecture(driver, driver.get_current_device())
+
+
+@cache
+def _architecture(driver: Any, device: Any) -> str:
+    target = driver.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    if target.arch // 10 == 9:
+        return "sm_90"
+    # sm_12x has neither the shared memory nor the tensor cores of sm_100.
+    return "sm_100" if target.arch // 10 in (10, 11) else "sm_80"
+
+
 def precision(dtype: torch.dtype = torch.float32) -> str:
     """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores, one
     keeps more than those of bf16 activations."""
-    if torch.version.hip:
+    if architecture() == "gfx942":
         return "ieee"
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
+
+
+class Row:
+    """The launch configurations of a kernel for head dims and feature widths up to some sizes."""
+
+    def __init__(self, *sizes: tuple[int, int], usual: Tiles, **others: Tiles) -> None:
+        self.sizes = sizes  # pairs (D, f), each rounded up to a tile
+        self.usual = usual
+        self.others = others  # by architecture
+
+    def fits(self, head_dim: int, width: int) -> bool:
+        return any(head_dim <= d and width <= f for d, f in self.sizes)
+
+    def on(self, architecture: str) -> Tiles:
+        return self.others.get(architecture, self.usual)
+
+
+SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 256)
+# A weight of 64 x 64 or 128 x 64 stays with the program; larger ones fill registers or, where fp32
+# products split them in two, shared memory.
+
+# By kernel and by the dtype that it computes in; the first row that fits is taken. What the
+# configurations need on each architecture is in tests/budgets/, renewed by
+# ``python -m helpers.kernel_budget``. Chosen are those that spill no registers and, of these, those
+# that move the fewest bytes; where all spill, those that spill least at the same work.
+TABLE = {
+    ("forward", "bf16"): (
+        Row(
+            SMALL,
+            usual=Tiles(32, 64, 4, 1),
+            # Two slices of V read q and k twice. One would spill.
+            sm_80=Tiles(32, 32, 4, 1),
+            # Chunks of 64 read q, k and v once for windows of 64. Elsewhere they spill.
+            gfx942=Tiles(64, 64, 4, 1),
+        ),
+        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        Row(LARGE, usual=Tiles(32, 64, 4, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 64, 4, 1, resident=False)),
+    ),
+    ("forward", "fp32"): (
+        Row(SMALL, usual=Tiles(32, 64, 4, 1)),
+        Row(ANY, usual=Tiles(16, 32, 4, 1, resident=False, slice=32)),
+    ),
+    # Twice the warps spill a quarter of the registers that four do; on AMD they halve what one may
+    # have. From sm_90 on chunks of 16 spill none, for 1.4 times the instructions per token of those
+    # of 32. On sm_80 they would still spill.
+    ("backward", "bf16"): (
+        Row(
+            SMALL,
+            usual=Tiles(16, 64, 8, 1),
+            sm_80=Tiles(32, 64, 8, 1),
+            gfx942=Tiles(16, 32, 4, 1),
+        ),
+        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
+    ),
+    ("backward", "fp32"): (
+        Row(SMALL, usual=Tiles(32, 64, 8, 1)),
+        Row(ANY, usual=Tiles(16, 32, 8, 1, resident=False, slice=32)),
+    ),
+    # One token: a chunk is a query. Four warps would spill the weights of wide maps.
+    ("step", "bf16"): (
+        Row(SMALL, usual=Tiles(1, 32, 4, 1)),
+        Row(*MIDDLE, usual=Tiles(1, 32, 8, 1)),
+        Row(ANY, usual=Tiles(1, 32, 8, 1, resident=False)),
+    ),
+    ("step", "fp32"): (
+        Row(SMALL, usual=Tiles(1, 32, 4, 1)),
+        Row(ANY, usual=Tiles(1, 32, 8, 1, resident=False, slice=32)),
+    ),
+    ("steps", "bf16"): (
+        Row(SMALL, usual=Tiles(32, 64, 4, 1)),
+        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
+    ),
+    # Split operands of larger tiles leave neither shared memory nor registers.
+    ("steps", "fp32"): (
+        Row(SMALL, usual=Tiles(16, 32, 4, 1, resident=False, slice=32)),
+        Row(ANY, usual=Tiles(16, 32, 8, 1, resident=False, slice=32)),
+    ),
+    # Quadratic: chunks of queries (or keys) against tiles of ``other`` keys (or queries). Features
+    # and their gradients leave few registers for tiles of 64.
+    ("teacher", "bf16"): (
+        Row(SMALL, *MIDDLE, usual=Tiles(128, 128, 8, 2, other=64)),
+        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False, other=32)),
+        Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
+    ),
+    ("teacher_entropy", "bf16"): (
+        Row((64, 128), usual=Tiles(128, 128, 8, 2, other=64)),
+        Row((128, 64), usual=Tiles(128, 128, 8, 2, other=32)),
+        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False, other=32)),
+        Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
+    ),
+    ("entropy", "bf16"): (  # V is not read
+        Row(SMALL, *MIDDLE, usual=Tiles(128, 256, 8, 2, other=32)),
+        Row(LARGE, usual=Tiles(32, 256, 4, 1, resident=False, other=32)),
+        Row(ANY, usual=Tiles(16, 256, 4, 1, resident=False, other=16)),
+    ),
+    **{
+        (kernel, "fp32"): (
+            Row(SMALL, usual=Tiles(32, block_v, 4, 1, other=32)),
+            Row(LARGE, usual=Tiles(32, block_v, 4, 1, resident=False, other=32)),
+            Row(ANY, usual=Tiles(16, block_v, 4, 1, resident=False, other=16)),
+        )
+        for kernel, block_v in (("teacher", 128), ("teacher_entropy", 128), ("entropy", 256))
+    },
+    ("feature_map", "bf16"): (
+        Row(SMALL, *MIDDLE, usual=Tiles(128, 128, 8, 2)),
+        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False)),
+    ),
+    ("feature_map", "fp32"): (
+        Row(SMALL, usual=Tiles(32, 128, 4, 1)),
+        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False)),
+    ),
+}
 
 
 # Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before.
@@ -44,32 +189,14 @@ def segment_chunks(chunks: int, programs: int) -> int:
 
 
 def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:
-    """The launch configuration of a kernel, "forward" or "backward", for the shapes of a call.
-
-    Or of a quadratic one: "teacher", "teacher_entropy" or "entropy" (its backward).
-    """
+    """The launch configuration of a kernel (a name of TABLE) for the shapes of a call."""
     head_dim, value_dim = next_power_of_2(q.shape[3]), next_power_of_2(v.shape[3])
     width = head_dim if weight is None else next_power_of_2(weight.shape[2])
-    resident = head_dim * width <= 128 * 64
-    if kernel in ("forward", "backward"):
-        chunk = 32 if max(head_dim, width) <= 128 else 16
-        if q.dtype != torch.bfloat16 and max(head_dim, width) > 64:
-            # Three products of TF32 split their operands: larger tiles do not fit an A100.
-            warps = 8 if kernel == "backward" else 4
-            return Tiles(16, min(value_dim, 32), warps, 1, resident=False, slice=32)
-        # Backward, twice the warps spill a quarter of the registers that four do.
-        return Tiles(chunk, min(value_dim, 64), 8 if kernel == "backward" else 4, 1, resident)
-    block_v = value_dim if kernel == "entropy" else min(value_dim, 128)
-    # fp16 is only fast without features, whose products are fp32 (arguments.arithmetic_of).
+    # fp16 is computed in fp32 (arguments.arithmetic_of), but for what has no features.
     narrow = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and kernel == "teacher")
-    if narrow and max(head_dim, width) <= 128 and resident:
-        # Features and their gradients leave few registers for a tile of 64.
-        large = kernel == "teacher" or (kernel == "teacher_entropy" and head_dim <= 64)
-        return Tiles(128, block_v, 8, 2, resident, other=64 if large else 32)
-    tile = 32 if max(head_dim, width) <= 128 else 16
-    if not narrow:  # the parts of resident fp32 weights would fill shared memory
-        resident = head_dim * width <= 64 * 64
-    return Tiles(tile, block_v, 4, 1, resident, other=tile)
+    rows = TABLE[kernel, "bf16" if narrow else "fp32"]
+    tiles = next(row for row in rows if row.fits(head_dim, width)).on(architecture())
+    return replace(tiles, block_v=min(tiles.block_v, value_dim))
 
 
 # The quadratic backward kernels: every program leaves a share of the parameters' gradients.
@@ -87,20 +214,14 @@ def shares(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
 
 def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
     """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
-    tiles = tiles_for("forward", q, weight, v)
-    if next_power_of_2(q.shape[3]) * next_power_of_2(weight.shape[2]) > 64 * 64:
-        tiles = replace(tiles, num_warps=8)  # four would spill the weights of the two maps
     if not decoded:
-        if q.dtype == torch.bfloat16:
-            return tiles
-        # tf32x3 splits its operands in two: small tiles, or shared memory and registers run out.
-        block_v = min(tiles.block_v, 32)
-        return replace(tiles, chunk=16, block_v=block_v, resident=False, slice=32)
+        return tiles_for("steps", q, weight, v)
+    tiles = tiles_for("step", q, weight, v)
     # A step is over when its slowest program is: few states are cut into narrow slices.
-    block_v = min(tiles.block_v, 32)
+    block_v = tiles.block_v
     while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:
         block_v //= 2
-    return replace(tiles, chunk=1, block_v=block_v)
+    return replace(tiles, block_v=block_v)
 
 
 def next_power_of_2(n: int) -> int:
@@ -112,6 +233,24 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     """kernel[grid](*args, **options)."""
     if 0 not in grid:
         _run(kernel, grid, args, options)
+
+
+@contextmanager
+def compiling() -> Iterator[set[str]]:
+    """Within it launches are compiled for the current device, and not run. Yields the names of the
+    kernels. It is the process that changes: other threads must not launch meanwhile."""
+    global _run
+    names = set()
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict) -> None:
+        kernel.warmup(*args, grid=grid, **options)
+        names.add(kernel.fn.__name__)
+
+    before, _run = _run, compile_only
+    try:
+        yield names
+    finally:
+        _run = before
 
 
 def _triton(kernel: Any, grid: tuple[int, ...], args: tuple, options: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ class State(NamedTuple):
     """BLOCK_V columns of a recurrent state (SPEC 5)."""
 
     kv: Sides  # [f, BLOCK_V] each
-    ksum: Sides  # [f, SUM_BLOCK] each, see state.py
+    ksum: Sides  # [f] each
 
 
 class Pool(NamedTuple):

@@ -10,9 +10,8 @@ from .problem import Sides, State
 from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
 
-# ksum [f] is kept as a tile [f, SUM_BLOCK], of the least width of a product; it is the sum of the
-# columns. As sums over the tokens of a tile, what is added to it would go through shared memory,
-# and as a row beside every tile it would fill registers; as products both are cheap.
+# What is added to ksum [f] is a product with a tile of this width, the least of a product, whose
+# columns are then summed. As sums over the tokens of a tile it would go through shared memory.
 # Where queries come one by one, products are sums anyway, and one column is enough.
 SUM_BLOCK = tl.constexpr(16)
 
@@ -41,15 +40,9 @@ def columns(p, x, HIGH: tl.constexpr, LOW: tl.constexpr):
 
 
 @triton.jit
-def sum_tile(p, x):
-    """x [f] as ksum is kept."""
-    return tl.where(column_index(p) == 0, x[:, None], 0.0)
-
-
-@triton.jit
 def empty_state(p):
     kv = tl.zeros((p.map_k.block, p.block_v), tl.float32)
-    ksum = sum_tile(p, tl.zeros((p.map_k.block,), tl.float32))
+    ksum = tl.zeros((p.map_k.block,), tl.float32)
     if p.map_k.two_sided:
         return State(Sides(kv, kv), Sides(ksum, ksum))
     else:
@@ -79,11 +72,11 @@ def load_state(p, at, kv, ksum, slot, BY_SLICE: tl.constexpr):
     else:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
         kv_plus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-        ksum_plus = sum_tile(p, tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+        ksum_plus = tl.load(ksum + at_ksum, mask=in_ksum, other=0.0)
         if p.map_k.two_sided:
             at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
             kv_minus = tl.load(kv + at_kv, mask=in_kv, other=0.0)
-            ksum_minus = sum_tile(p, tl.load(ksum + at_ksum, mask=in_ksum, other=0.0))
+            ksum_minus = tl.load(ksum + at_ksum, mask=in_ksum, other=0.0)
             return State(Sides(kv_plus, kv_minus), Sides(ksum_plus, ksum_minus))
         else:
             return State(Sides(kv_plus, None), Sides(ksum_plus, None))
@@ -102,10 +95,10 @@ def store_kv(p, at, kv, slot, state):
 @triton.jit
 def store_ksum(p, at, ksum, slot, state, BY_SLICE: tl.constexpr):
     at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 0, BY_SLICE)
-    tl.store(ksum + at_ksum, tl.sum(state.ksum.plus, 1), mask=in_ksum)
+    tl.store(ksum + at_ksum, state.ksum.plus, mask=in_ksum)
     if p.map_k.two_sided:
         at_kv, in_kv, at_ksum, in_ksum = side_pointers(p, at, slot, 1, BY_SLICE)
-        tl.store(ksum + at_ksum, tl.sum(state.ksum.minus, 1), mask=in_ksum)
+        tl.store(ksum + at_ksum, state.ksum.minus, mask=in_ksum)
 
 
 @triton.jit
@@ -134,9 +127,10 @@ def features_at(p, at, k, rows, valid, weight_k):
 def add_total(p, phi, total, ksum):
     """ksum + phi^T total, total [C]."""
     if p.chunk == 1:
-        return ksum + tl.sum(phi * total[:, None], 0)[:, None]
+        return ksum + tl.sum(phi * total[:, None], 0)
     else:
-        return product(tl.trans(phi), columns(p, total, 0b01, 0b10), ksum, p.arithmetic)
+        sums = product(tl.trans(phi), columns(p, total, 0b01, 0b10), None, p.arithmetic)
+        return ksum + tl.sum(sums, 1)
 
 
 @triton.jit
@@ -183,10 +177,10 @@ def query_features(p, at, tokens, q, weight_q, factor):
 def read_state(p, state, phi, den, acc):
     """den and acc with what queries of features phi read from the state."""
     acc = product(phi.plus, state.kv.plus, acc, p.arithmetic)
-    ksum = columns(p, tl.sum(state.ksum.plus, 1), 0b01, 0b10)
+    ksum = columns(p, state.ksum.plus, 0b01, 0b10)
     total = product(phi.plus, ksum, None, p.arithmetic)
     if phi.minus is not None:
         acc = product(phi.minus, state.kv.minus, acc, p.arithmetic)
-        ksum = columns(p, tl.sum(state.ksum.minus, 1), 0b01, 0b10)
+        ksum = columns(p, state.ksum.minus, 0b01, 0b10)
         total = product(phi.minus, ksum, total, p.arithmetic)
     return den + tl.sum(total, 1), acc

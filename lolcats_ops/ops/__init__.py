@@ -7,6 +7,7 @@ from .feature_map import feature_map
 from .hybrid_attention import hybrid_attention
 from .hybrid_attention_step import hybrid_attention_step_
 from .linear_attention import linear_attention
+from .warmup import warmup
 
 __all__ = [
     "Features",
@@ -16,4 +17,5 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_step_",
     "linear_attention",
+    "warmup",
 ]

@@ -21,15 +21,16 @@ def write(builds: Sequence[Build], path: Path) -> None:
     entries = {build.job.id: _entry(build) for build in sorted(builds, key=lambda b: b.job.id)}
     if len(entries) < len(builds):
         raise ValueError("jobs share an id; give them different cases")
-    content = {"triton": version("triton"), "kernels": entries}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(e)}" for name, e in entries.items())
+    path.write_text(f'{{"triton": "{version("triton")}", "kernels": {{\n{lines}\n}}}}\n')
 
 
-def compare(builds: Sequence[Build], path: Path, renew: str) -> list[str]:
+def compare(builds: Sequence[Build], path: Path, renew: str, partial: bool = False) -> list[str]:
     """Violations, readable, empty if there are none; ``renew`` is the command that renews the file.
 
     Resources may shrink and occupancy may grow. An entry is missing for a build without one, and
-    stale without a build or when another version of Triton made it.
+    stale without a build (unless the builds are ``partial``) or when another version of Triton made
+    it.
     """
     content = json.loads(path.read_text()) if path.exists() else {"triton": None, "kernels": {}}
     budgets = content["kernels"]
@@ -41,7 +42,7 @@ def compare(builds: Sequence[Build], path: Path, renew: str) -> list[str]:
             violations += _exceeded(build, budgets[build.job.id])
         else:
             violations.append(f"{build.job.id}: missing in {path.name}")
-    names = {build.job.id for build in builds}
+    names = set(budgets) if partial else {build.job.id for build in builds}
     violations += [f"{name}: stale in {path.name}" for name in budgets if name not in names]
     if violations:
         violations.append(f"if that is meant: {renew}")

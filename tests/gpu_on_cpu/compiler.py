@@ -95,7 +95,11 @@ def _compile(job: Job) -> Any:
 
 
 def build(job: Job, keep_asm: bool) -> Build:
-    compiled = _compile(job)
+    return describe(job, _compile(job), keep_asm)
+
+
+def describe(job: Job, compiled: Any, keep_asm: bool = False) -> Build:
+    """What a kernel compiled to, by whatever way; of the job, target and number of warps count."""
     made = (
         _made_for_amd(job, compiled) if job.target == "gfx942" else _made_for_nvidia(job, compiled)
     )

@@ -1,0 +1,127 @@
+"""Compiles ahead what a server's first requests would wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from .._native import load_torch_ops
+from ..dispatch import backend_for
+from ..features import Features, init_weight
+from ..state import HybridState
+from .attention_transfer import attention_transfer
+from .feature_map import feature_map
+from .hybrid_attention import hybrid_attention
+from .hybrid_attention_step import hybrid_attention_step_
+from .linear_attention import linear_attention
+
+
+def warmup(
+    *ops: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch: int = 1,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    tokens: Sequence[int] = (1024,),
+    head_dim: int = 64,
+    value_dim: int | None = None,
+    feature_dim: int | None = None,
+    feature_q: Features | None = None,
+    feature_k: Features | None = None,
+    window: int = 64,
+    window_kind: str = "sliding",
+    sink: int = 0,
+    xent: bool = False,
+    backward: bool = False,
+    backend: str | None = None,
+) -> tuple[str, ...]:
+    """Loads the operators, and compiles the kernels that calls like these would launch.
+
+    Nothing is launched but torch's own small kernels. Compiled code is kept in the process and in
+    Triton's cache on disk. The CPU kernels are compiled already: there, operators are only loaded.
+
+    Args:
+        ops: names of public operators; none to load alone.
+        tokens: lengths T. Triton compiles anew for T = 1, for multiples of 16 and for others, and
+            where few heads are cut into segments: give one length of each kind that will come.
+        batch, heads, kv_heads, head_dim, value_dim: of q, k and v. kv_heads None is heads,
+            value_dim None is head_dim.
+        feature_q, feature_k: the maps; None for two-sided softmax of ``feature_dim`` (None:
+            head_dim) columns.
+        window, window_kind, sink: as in ``hybrid_attention``.
+        xent: as in ``attention_transfer``.
+        backward: also the gradients, of those operators that have one.
+        backend: None for the best on ``device``.
+
+    Returns:
+        The names of the compiled kernels. No other thread may launch kernels meanwhile.
+
+    Raises:
+        ValueError: an unknown operator, or none of the backends can run the case.
+
+    >>> warmup("hybrid_attention", "hybrid_attention_step_", dtype=torch.bfloat16, tokens=(1, 512))
+    ()
+    """
+    load_torch_ops()
+    value_dim = value_dim or head_dim
+    case = {"device": device, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    compiled: set[str] = set()
+    for op in ops:
+        choice = backend_for(op, backend=backend, **case)
+        if choice.backend is None:
+            raise ValueError(f"warmup: {op}: {choice.why}")
+        if choice.backend != "triton":
+            continue
+
+        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device, requires_grad=backward)
+
+        width = feature_dim or head_dim
+        weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
+        maps = feature_q or Features(weight), feature_k or Features(weight)
+        windows = {"window": window, "window_kind": window_kind, "sink": sink}
+        with import_module("lolcats_ops.kernels.triton.launch").compiling() as names:
+            for length in tokens:
+                q = zeros(batch, heads, length, head_dim)
+                k, v = (zeros(batch, kv_heads or heads, length, n) for n in (head_dim, value_dim))
+                gate = zeros(heads, kind=torch.float32)
+                out = _call(op, (q, k, v), maps, gate, windows, xent, backend)
+                if backward and out is not None:
+                    out.backward(torch.zeros_like(out))
+        compiled |= names
+    return tuple(sorted(compiled))
+
+
+def _call(
+    op: str,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    maps: tuple[Features, Features],
+    gate: Tensor,
+    windows: dict[str, Any],
+    xent: bool,
+    backend: str | None,
+) -> Tensor | None:
+    """Calls ``op``; the result to differentiate, or None."""
+    if op == "feature_map":
+        return feature_map(qkv[0], maps[0], backend=backend)
+    if op == "linear_attention":
+        out = linear_attention(*qkv, feature_q=maps[0], feature_k=maps[1], backend=backend)
+        return cast(Tensor, out)  # no state was asked for
+    if op == "hybrid_attention":
+        return cast(Tensor, hybrid_attention(*qkv, *maps, gate, **windows, backend=backend))
+    q, k, v = (x.detach() for x in qkv)
+    if op == "attention_transfer":
+        loss = attention_transfer(q, k, v, *maps, gate, **windows, xent=xent, backend=backend)
+        return loss.mse + loss.xent
+    with torch.no_grad():
+        sizes = (q.shape[0], maps[1].heads, k.shape[1], q.shape[3], v.shape[3])
+        state = HybridState.empty(
+            *sizes, maps[1].out_features, **windows, dtype=q.dtype, device=q.device
+        )
+        hybrid_attention_step_(q, k, v, *maps, gate, state, backend=backend)
+    return None

@@ -1,0 +1,49 @@
+"""The committed budgets of the Triton kernels: what they compile to, by launch and architecture.
+
+    PYTHONPATH=tests python -m helpers.kernel_budget           compares all with the budget
+    PYTHONPATH=tests python -m helpers.kernel_budget --update  renews budgets/triton.json
+
+All is every case of launches.py on every architecture, some 120 kernels; CI builds a part.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from gpu_on_cpu import budget
+from gpu_on_cpu.ahead_of_time import TARGETS
+
+from .launches import CASES, HYBRID, Case, build_all
+
+BUDGET = Path(__file__).parents[1] / "budgets" / "triton.json"
+RENEW = "PYTHONPATH=tests python -m helpers.kernel_budget --update"
+
+_USUAL = CASES["bf16 64"]
+CI: tuple[tuple[str, Case], ...] = tuple(
+    (target, replace(_USUAL, calls=calls))
+    for target, calls in (
+        ("sm_90", ("feature_map", "linear", "hybrid")),
+        ("sm_90", ("xent",)),
+        ("sm_90", ("step", "steps")),
+        ("sm_80", ("hybrid", "step")),
+        ("sm_100", HYBRID),
+        ("gfx942", HYBRID),
+    )
+)
+
+
+def main(arguments: list[str]) -> int:
+    jobs = [(target, case) for case in CASES.values() for target in TARGETS]
+    builds = build_all(jobs)
+    if arguments == ["--update"]:
+        budget.write(builds, BUDGET)
+        return 0
+    found = budget.compare(builds, BUDGET, RENEW)
+    print("\n".join(found))
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

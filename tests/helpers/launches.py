@@ -1,0 +1,178 @@
+"""What calls of the Triton operators launch, compiled for GPUs that are not there.
+
+The operators run on CPU tensors with Triton's driver replaced and every launch compiled instead, so
+that what is compiled is what a call would launch. That takes processes in which Triton compiles:
+this file is their program.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpu_on_cpu.ahead_of_time import CACHE, Build, BuildError, Job
+
+CODES = (0, True, False, 1e-12)  # two-sided softmax
+WINDOWS = {"sliding": (64, 0, 0), "terrace": (64, 1, 0), "sinks": (64, 0, 4), "none": (0, 0, 0)}
+H, HK = 8, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls and shapes: heads enough for one segment, or few and long sequences."""
+
+    name: str
+    calls: tuple[str, ...]  # of CALLS
+    dtype: str = "bf16"
+    sizes: tuple[int, int, int] = (64, 64, 64)  # D, f, V
+    window: str = "sliding"
+    segmented: bool = False
+
+
+HYBRID = ("hybrid",)
+ALL = ("feature_map", "linear", *HYBRID, "step", "steps", "mse", "xent")
+CASES = {
+    case.name: case
+    for case in (
+        Case("bf16 64", ALL),
+        Case("bf16 64 terrace", HYBRID, window="terrace"),
+        Case("bf16 64 segments", HYBRID, segmented=True),
+        Case("bf16 128x64", HYBRID, sizes=(128, 64, 128)),
+        Case("fp32 64", HYBRID, dtype="fp32"),
+    )
+}
+
+
+class Inputs:
+    """Zeros of a case's shapes, as the operators' schemas order them."""
+
+    def __init__(self, case: Case) -> None:
+        import torch
+
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[case.dtype]
+        d, f, v = case.sizes
+        batch, self.tokens = (1, 4096) if case.segmented else (64, 256)
+        self.zeros: Callable[..., Any] = lambda *shape, kind=dtype: torch.zeros(shape, dtype=kind)
+        self.fp32 = lambda *shape: torch.zeros(shape)
+        self.int64 = torch.int64
+        self.q = self.zeros(batch, H, self.tokens, d)
+        self.k = self.zeros(batch, HK, self.tokens, d)
+        self.v = self.zeros(batch, HK, self.tokens, v)
+        self.y = self.zeros(batch, H, self.tokens, v)
+        self.row = self.fp32(batch, H, self.tokens)
+        weight = self.fp32(H, d, f)
+        self.maps = (weight, None, weight, None)
+        self.window = WINDOWS[case.window]
+        self.settings = (*self.window, d**-0.5, False, *CODES)
+        self.hybrid = (self.q, self.k, self.v, *self.maps, self.fp32(H), None, None)
+
+
+def feature_map(kernels: Any, x: Inputs) -> None:
+    weight = x.maps[0]
+    kernels.feature_map(x.q, weight, None, *CODES)
+    dy = x.zeros(*x.q.shape[:3], 2 * weight.shape[2])
+    kernels.feature_map_backward(dy, x.q, weight, None, *CODES)
+
+
+def linear(kernels: Any, x: Inputs) -> None:
+    inputs, settings = (x.q, x.k, x.v, *x.maps, None, None, None, None), (1.0, True, 0.0, *CODES)
+    kernels.linear_attention(*inputs, *settings)
+    kernels.linear_attention_backward(x.y, None, None, *inputs, x.y, x.row, *settings)
+
+
+def hybrid(kernels: Any, x: Inputs) -> None:
+    kernels.hybrid_attention(*x.hybrid, *x.settings)
+    kernels.hybrid_attention_backward(x.y, *x.hybrid, x.y, x.row, x.row, *x.settings)
+
+
+def new_tokens(kernels: Any, x: Inputs, count: int) -> None:
+    size, kind, sink = x.window
+    ring = size * (2 if kind else 1)
+    stores = [
+        x.zeros(x.k.shape[0], HK, n, like.shape[3])
+        for n, like in ((ring, x.k), (ring, x.v), (sink, x.k), (sink, x.v))
+    ]
+    state = x.fp32(x.q.shape[0], H, 2 * x.maps[0].shape[2], x.v.shape[3])
+    counts = [x.zeros(x.q.shape[0], kind=x.int64) for _ in range(2)]
+    pool = (state, state[..., 0].contiguous(), *stores, *counts, None, None, None)
+    new = [y[:, :, :count].contiguous() for y in (x.q, x.k, x.v)]
+    kernels.hybrid_attention_step_(*new, *x.maps, x.fp32(H), *pool, size, kind, *x.settings[3:])
+
+
+def transfer(kernels: Any, x: Inputs, xent: bool) -> None:
+    one, saved = x.fp32(), (x.fp32(*x.y.shape), x.row, x.row, x.row, x.row)
+    kernels.attention_transfer(*x.hybrid, xent, *x.settings)
+    kernels.attention_transfer_backward(one, one, *x.hybrid, *saved, xent, *x.settings)
+
+
+CALLS: dict[str, Callable[[Any, Inputs], None]] = {
+    "feature_map": feature_map,
+    "linear": linear,
+    "hybrid": hybrid,
+    "step": lambda kernels, x: new_tokens(kernels, x, 1),
+    "steps": lambda kernels, x: new_tokens(kernels, x, x.tokens),
+    "mse": lambda kernels, x: transfer(kernels, x, False),
+    "xent": lambda kernels, x: transfer(kernels, x, True),
+}
+
+
+def build(target: str, case: Case) -> list[Build]:
+    """The kernels of a case, each of them once. For a process in which Triton compiles."""
+    import triton
+    from gpu_on_cpu.compiler import describe, driver_for
+    from lolcats_ops.kernels import triton as kernels
+    from lolcats_ops.kernels.triton import launch
+
+    builds: dict[str, Build] = {}
+    label = ""
+
+    def compile_only(kernel: Any, grid: Any, args: tuple, options: dict[str, int]) -> None:
+        compiled = kernel.warmup(*args, grid=grid, **options)
+        name = f"{label} {case.name}"
+        job = Job(kernel.fn.__module__, kernel.fn.__name__, {}, target, case=name, **options)
+        if job.id not in builds:
+            builds[job.id] = describe(job, compiled)
+
+    launch._run = compile_only
+    triton.runtime.driver.set_active(driver_for(target))
+    x = Inputs(case)
+    for label in case.calls:
+        CALLS[label](kernels, x)
+    return list(builds.values())
+
+
+def build_all(jobs: Sequence[tuple[str, Case]], workers: int = 2) -> list[Build]:
+    """The kernels of (target, case)s, in this many processes at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        return [build for builds in pool.map(_in_a_process, jobs) for build in builds]
+
+
+def _in_a_process(job: tuple[str, Case]) -> list[Build]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.setdefault("TRITON_CACHE_DIR", str(CACHE))
+    target, case = job
+    with tempfile.TemporaryDirectory() as folder:
+        request, answer = Path(folder, "job"), Path(folder, "builds")
+        request.write_bytes(pickle.dumps(job))
+        command = [sys.executable, "-m", "helpers.launches", str(request), str(answer)]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False
+        )  # fmt: skip
+        if done.returncode:
+            raise BuildError(f"{case.name} for {target}:\n{done.stderr[-3000:]}")
+        return pickle.loads(answer.read_bytes())
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_bytes(
+        pickle.dumps(build(*pickle.loads(Path(sys.argv[1]).read_bytes())))
+    )

@@ -1,0 +1,76 @@
+"""lo.warmup: what it compiles is what the first calls would have compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+import lolcats_ops as lo
+
+# A machine that takes CPU tensors for a GPU's, and never launches. Every compilation is printed.
+MACHINE = """
+import torch, triton
+import lolcats_ops as lo
+from gpu_on_cpu.compiler import driver_for
+from lolcats_ops import dispatch
+from lolcats_ops.kernels.triton import launch
+
+triton.runtime.driver.set_active(driver_for("sm_90"))
+dispatch._is_interpreted = lambda: True
+settings = {"backend": "triton", "dtype": torch.bfloat16, "head_dim": 16}
+
+JIT = triton.runtime.jit.JITFunction
+compile = JIT._do_compile  # what a call comes to that finds no compiled kernel
+
+def report(self, *args, **options):
+    print("compiled", self.fn.__name__)
+    return compile(self, *args, **options)
+
+JIT._do_compile = report
+print("warm", *lo.warmup("feature_map", **settings, tokens=(1, 32), backward=True))
+x = torch.randn(1, 8, 32, 16, dtype=torch.bfloat16, requires_grad=True)
+print("call")
+with launch.compiling() as names:
+    y = lo.feature_map(x, lo.Features(torch.randn(8, 16, 16)), backend="triton")
+    y.backward(torch.ones_like(y))
+print("called", *sorted(names))
+with launch.compiling():
+    lo.feature_map(x[:, :, :17], lo.Features(torch.randn(8, 16, 16)), backend="triton")
+"""
+
+
+def test_calls_after_a_warmup_find_their_kernels_compiled():
+    pytest.importorskip("triton")
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "0"
+    }  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", MACHINE],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = run.stdout.splitlines()
+    kernels = "feature_map_forward feature_map_gradients"
+    warm, call, called = (lines.index(x) for x in (f"warm {kernels}", "call", f"called {kernels}"))
+    assert {line.split()[1] for line in lines[:warm]} == set(kernels.split())
+    assert called == call + 1  # nothing was compiled
+    assert lines[called + 1 :] == ["compiled feature_map_forward"]  # 17 tokens were not warmed up
+
+
+def test_the_cpus_kernels_are_only_loaded():
+    assert lo.warmup(*lo.dispatch.OPS, dtype=torch.bfloat16, tokens=(1, 64)) == ()
+
+
+def test_a_case_that_no_backend_runs_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="warmup: hybrid_attention: cpu: its kernels take float32"):
+        lo.warmup("hybrid_attention", dtype=torch.float64)
+    with pytest.raises(ValueError, match="op is 'attention', needs one of"):
+        lo.warmup("attention")
