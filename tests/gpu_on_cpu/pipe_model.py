@@ -9,39 +9,49 @@ reads from shared memory; they may take longer still.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .ahead_of_time import Build
-from .listing import family
+from .listing import Listing, family, is_matrix
 
 LABEL = "MODEL, never run on a GPU"
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Throughput per clock.
+    """Throughput per clock, how many there are on a GPU, its clock and bandwidth.
 
     fp32, integer and special: results, "Throughput of Native Arithmetic Instructions" in the CUDA
         C++ Programming Guide. special are rcp, rsqrt, ex2, lg2, sin, cos and the conversions that
         the table calls "all other".
     tensor_flop: of dense bf16, from the peak, clock and number of SMs in the A100 and H100 white
         papers (312 TFLOP/s at 1.41 GHz on 108; 989 at 1.83 on 132).
-    memory_bytes: 2.04 TB/s (A100 80 GB) and 3.35 TB/s (H100 SXM5), by clock and number of SMs.
+    bandwidth: of the A100 80 GB and the H100 SXM5, from the same papers.
     """
+
+    name: str
+    count: int
+    clock: float
+    bandwidth: float
 
     fp32: int
     integer: int
     special: int
     tensor_flop: int
-    memory_bytes: float
     l1_bytes: int = 128
     issued_warps: int = 4  # one per scheduler
 
+    @property
+    def memory_bytes(self) -> float:
+        """Its share of the bandwidth, per clock."""
+        return self.bandwidth / self.clock / self.count
+
 
 MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(64, 64, 16, 2048, 2.04e12 / 1.41e9 / 108),
-    "sm_90": Multiprocessor(128, 64, 16, 4096, 3.35e12 / 1.83e9 / 132),
+    "sm_80": Multiprocessor("A100 80 GB", 108, 1.41e9, 2.04e12, 64, 64, 16, 2048),
+    "sm_90": Multiprocessor("H100 SXM5", 132, 1.83e9, 3.35e12, 128, 64, 16, 4096),
 }
 
 _FMA = {"FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HMUL2", "HADD2"}
@@ -95,27 +105,66 @@ def predict(build: Build, bytes_per_trip: float = 0.0) -> Prediction:
 
     bytes_per_trip: what one block moves from and to DRAM in a trip.
     """
-    if build.job.target not in MULTIPROCESSORS:
-        raise ValueError(f"no throughputs of {build.job.target}: {', '.join(MULTIPROCESSORS)}")
-    sm = MULTIPROCESSORS[build.job.target]
     if not build.hot_loop_opcodes:
         raise ValueError(f"{build.job.id} has no loop")
-    opcodes, warps = build.hot_loop_opcodes, build.threads // _WARP
+    trip, warps = Counter(build.hot_loop_opcodes), build.threads // _WARP
+    return Prediction(build.job.id, pipes_of(trip, build.job.target, warps, bytes_per_trip))
 
-    def results(families: set[str]) -> int:
-        return sum(family(opcode) in families for opcode in opcodes) * _WARP * warps
+
+def pipes_of(
+    executed: Mapping[str, float], target: str, warps: int, bytes_moved: float = 0.0
+) -> dict[str, float]:
+    """Cycles that a block of so many warps, each of which executes these opcodes so often, needs of
+    each pipe."""
+    if target not in MULTIPROCESSORS:
+        raise ValueError(f"no throughputs of {target}: {', '.join(MULTIPROCESSORS)}")
+    sm = MULTIPROCESSORS[target]
+
+    def total(amount: Callable[[str], float]) -> float:
+        return warps * sum(amount(opcode) * times for opcode, times in executed.items())
+
+    def results(families: set[str]) -> float:
+        return total(lambda opcode: _WARP if family(opcode) in families else 0)
 
     pipes = {
-        "tensor": sum(map(_tensor_flop, opcodes)) * warps / sm.tensor_flop,
+        "tensor": total(_tensor_flop) / sm.tensor_flop,
         "special": results(_SPECIAL) / sm.special,
         "fma": results(_FMA) / sm.fp32,
         "integer": results(_INTEGER) / sm.integer,
-        "l1": sum(map(_l1_bytes, opcodes)) * warps / sm.l1_bytes,
-        "issue": len(opcodes) * warps / sm.issued_warps,
+        "l1": total(_l1_bytes) / sm.l1_bytes,
+        "issue": total(lambda opcode: 1) / sm.issued_warps,
     }
-    if bytes_per_trip:
-        pipes["memory"] = bytes_per_trip / sm.memory_bytes
-    return Prediction(build.job.id, pipes)
+    if bytes_moved:
+        pipes["memory"] = bytes_moved / sm.memory_bytes
+    return pipes
+
+
+def trip(listing: Listing, executions: Sequence[int]) -> tuple[Counter[str], int]:
+    """How often each opcode is executed in a trip through the outermost loop with the most matrix
+    instructions; and how many trips there were, summed over the warps.
+
+    executions: of the kernel's matrix instructions, in their order, as its PTX was run. They tell
+        how many trips the inner loops make in one of the outer. Loops without any count once.
+    """
+    matrices = [n for n, opcode in enumerate(listing.opcodes) if is_matrix(opcode)]
+    if len(matrices) != len(executions) or not matrices:
+        raise ValueError(f"{len(matrices)} matrix instructions, executions of {len(executions)}")
+    times = dict(zip(matrices, executions, strict=True))
+    loops = [loop for loop in listing.loops if any(loop[0] <= n <= loop[1] for n in matrices)]
+
+    def around(n: int) -> tuple[int, int]:
+        """The innermost loop around an instruction."""
+        return min((x for x in loops if x[0] <= n <= x[1]), key=lambda x: x[1] - x[0])
+
+    inside = [n for n in matrices if any(first <= n <= last for first, last in loops)]
+    first_in = {around(n): n for n in reversed(inside)}
+    outer = max(loops, key=lambda x: (sum(x[0] <= n <= x[1] for n in matrices), x[1] - x[0]))
+    trips = times[first_in[outer]]
+    result: Counter[str] = Counter()
+    for n in range(outer[0], outer[1] + 1):
+        own = first_in.get(around(n), first_in[outer])
+        result[listing.opcodes[n]] += times[own] / trips
+    return result, trips
 
 
 def _tensor_flop(opcode: str) -> float:

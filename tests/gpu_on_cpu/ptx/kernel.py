@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import struct
-from collections import Counter
 from collections.abc import Sequence
 from ctypes import c_int32
 from typing import Any
@@ -122,7 +121,10 @@ class PtxKernel:
                 r.argument: Traffic(*(getattr(t, name) for name, _ in t._fields_))
                 for r, t in zip(ranges, traffic, strict=False)
             },
-            instructions=self._instructions(counters),
+            executed=[
+                (statement.opcode, counter.executed)
+                for statement, counter in zip(self.entry.statements, counters, strict=False)
+            ],
             accesses=self._accesses(counters),
         )
 
@@ -152,25 +154,22 @@ class PtxKernel:
         message = describe(hazard, f, self._text)
         return Finding(hazard, message, self._text(f.pc), f.count)
 
-    def _instructions(self, counters: Sequence[machine.Counters]) -> Counter[str]:
-        result: Counter[str] = Counter()
-        for statement, counter in zip(self.entry.statements, counters, strict=False):
-            if counter.executed:
-                result[statement.opcode] += counter.executed
-        return result
-
     def _accesses(self, counters: Sequence[machine.Counters]) -> list[Access]:
+        looped = self.entry.looped()
         return [
             Access(
                 statement.text,
                 statement.location,
+                index in looped,
                 c.requests,
                 c.sectors,
                 c.ideal_sectors,
                 c.wavefronts,
                 c.ideal_wavefronts,
             )
-            for statement, c in zip(self.entry.statements, counters, strict=False)
+            for index, (statement, c) in enumerate(
+                zip(self.entry.statements, counters, strict=False)
+            )
             if c.requests
         ]
 

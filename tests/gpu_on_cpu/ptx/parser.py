@@ -70,6 +70,15 @@ class Entry:
     def static_shared_bytes(self) -> int:
         return max((v.offset + v.bytes for v in self.shared), default=0)
 
+    def looped(self) -> set[int]:
+        """The statements that lie in a loop, between a label and a branch back to it."""
+        result: set[int] = set()
+        for index, statement in enumerate(self.statements):
+            if statement.parts[0] == "bra":
+                label = self.find(self.labels, statement.scope, statement.operands[0])
+                result.update(range(self.labels[label], index + 1))
+        return result
+
     def find(self, table: Mapping[tuple[int, str], object], scope: int, *names: str):
         """The key of the first of these names in the innermost scope that has one, or None."""
         while scope >= 0:

@@ -69,6 +69,7 @@ class Access:
 
     instruction: str
     location: str
+    looped: bool  # whether it lies in a loop
     requests: int
     sectors: int
     ideal_sectors: int
@@ -85,7 +86,7 @@ class Report:
         Harmless, but work done twice: Triton does so where a tile is too small for its warps.
     block_conflicts: see ``check_blocks`` of ``PtxKernel``.
     global_bytes: by the index of an argument, for those that are tensors.
-    instructions: executions by a warp, per opcode.
+    executed: (opcode, executions by a warp) of every instruction, in the order of the program.
     accesses: per memory instruction, in the order of the program.
     """
 
@@ -93,8 +94,17 @@ class Report:
     duplicates: list[Finding]
     block_conflicts: list[Finding]
     global_bytes: dict[int, Traffic]
-    instructions: Counter[str]
+    executed: list[tuple[str, int]]
     accesses: list[Access]
+
+    @property
+    def instructions(self) -> Counter[str]:
+        """Executions by a warp, per opcode."""
+        result: Counter[str] = Counter()
+        for opcode, count in self.executed:
+            if count:
+                result[opcode] += count
+        return result
 
     def assert_clean(self) -> None:
         """Raises AssertionError with all findings, if there are any."""

@@ -51,6 +51,8 @@ VALUES = [
     ("rem.s32 %r2, -7, 2;", -1),
     ("min.s32 %r2, -7, 2;", -7),
     ("min.u32 %r2, -7, 2;", 2),
+    ("min.relu.s32 %r2, -7, 2;", 0),
+    ("max.relu.s32 %r2, -7, -2;", 0),
     ("abs.s32 %r2, -7;", 7),
     ("shl.b32 %r2, 1, 32;", 0),
     ("shr.s32 %r2, -8, 33;", -1),
@@ -315,3 +317,12 @@ def test_what_is_not_supported_says_so_with_its_text(instruction, reason):
         kernel_of(instruction)
     assert instruction.rstrip(";").split(";")[0] in str(error.value)
     assert reason in str(error.value)
+
+
+def test_accesses_know_whether_they_lie_in_a_loop():
+    body = "again: st.global.u32 [%d2], %r3; add.s32 %r3, %r3, 1; setp.lt.s32 %p1, %r3, 3;"
+    _, report = run(f"mov.u32 %r3, 0; {body} @%p1 bra again; st.global.u32 [%d2], %r3;")
+    assert [(access.looped, access.requests) for access in report.accesses] == [
+        (True, 3),
+        (False, 1),
+    ]

@@ -243,6 +243,15 @@ class TestPipeModel:
         assert prediction.serialised > prediction.overlapped
         assert str(prediction).endswith("[MODEL, never run on a GPU]")
 
+    def test_an_inner_loop_counts_as_often_as_its_matrix_instructions(self):
+        opcodes = ("MOV", "HMMA.16816.F32", "MUFU.EX2", "HMMA.16816.F32", "BRA", "FADD", "BRA")
+        listing = Listing(opcodes, loops=((1, 6), (2, 4)))
+        trip, trips = pipe_model.trip(listing, executions=[10, 25])
+        expected = {"HMMA.16816.F32": 3.5, "MUFU.EX2": 2.5, "BRA": 3.5, "FADD": 1}
+        assert (trip, trips) == (expected, 10)
+        with pytest.raises(ValueError, match="2 matrix instructions, executions of 1"):
+            pipe_model.trip(listing, executions=[10])
+
     def test_tf32_takes_four_times_as_long_as_bf16(self, builds):
         bf16 = pipe_model._tensor_flop("HMMA.16816.F32.BF16")
         assert (

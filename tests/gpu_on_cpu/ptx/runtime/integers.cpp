@@ -65,6 +65,8 @@ void add_integers() {
   add_signed_or_unsigned<s16>("s16");
   add_signed_or_unsigned<u32>("u32");
   add_signed_or_unsigned<s32>("s32");
+  add_binary<s32>("min.relu.s32", [](s32 a, s32 b) { return std::max(std::min(a, b), 0); });
+  add_binary<s32>("max.relu.s32", [](s32 a, s32 b) { return std::max({a, b, 0}); });
   add_signed_or_unsigned<u64>("u64");
   add_signed_or_unsigned<s64>("s64");
   add_wide<u16, u32>("u16");
