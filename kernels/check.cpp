@@ -170,6 +170,10 @@ int check(const lol_hybrid_attention_step_args& a) {
                 (long long)span);
   }
   const bool wide = a.state_indices.dtype == LOL_I64;
+  if (a.lazy < 0 || a.lazy > R - span) {
+    return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
+                (long long)(R - span));
+  }
   if (!present(a.state_indices)) {
     if (P != N)
       return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);

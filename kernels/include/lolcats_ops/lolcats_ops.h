@@ -180,6 +180,8 @@ typedef struct lol_hybrid_attention_step_args {
                                b uses slot b */
   lol_tensor cu_seqlens, key_padding_mask;
   lol_tensor o;
+  int64_t lazy; /* so much of the ring's slack need not be kept for rewinding: tokens are folded when
+                   the ring is full, then lazy + 1 at once, and kv is only read in between */
 } lol_hybrid_attention_step_args;
 
 /* Attention transfer (SPEC 7). */
