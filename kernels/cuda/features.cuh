@@ -28,18 +28,16 @@ __device__ __forceinline__ X of_row(const X (&x)[kRows], int r) {
 // share of D. A weight that all rows share is read once.
 template <int kThreads, bool kWide, class MapOf>
 __device__ __forceinline__ void project(const FeatureBuffers& at, const Maps& maps,
-                                        const MapOf& map_of, int rows, const MapShape& shape,
-                                        bool skip) {
+                                        const MapOf& map_of, bool shared, int rows,
+                                        const MapShape& shape, bool skip) {
   const int thread = ptx::opaque(threadIdx.x), groups = kThreads >> shape.quad_shift;
   const int quad = thread & ((1 << shape.quad_shift) - 1);
   const int group = thread >> shape.quad_shift;
-  bool shared = true;
-  for (int r = 1; r < rows; r++) shared &= map_of(r) == map_of(0);
   float4 sum[kRows] = {zero4(), zero4(), zero4(), zero4()};
 #pragma unroll 1
   for (int pass = 0; pass < (shared ? 1 : rows); pass++) {
     const float* weight = maps.weight + static_cast<int64>(map_of(pass)) * shape.D * shape.f;
-#pragma unroll 4
+#pragma unroll kThreads> 256 ? 2 : 4  // as many loads in flight as registers allow
     for (int d = group; d < shape.D; d += groups) {
       const float4 w = load_quad<kWide>(weight + d * shape.f, quad, shape.f);
 #pragma unroll
@@ -122,10 +120,11 @@ __device__ __forceinline__ void activate(const Activation& activation, const flo
 // starts and when it returns.
 template <int kThreads, bool kWide, class MapOf>
 __device__ __forceinline__ void features(const FeatureBuffers& at, const Maps& maps,
-                                         const MapOf& map_of, const Activation& activation,
-                                         int rows, const MapShape& shape, float* phi) {
+                                         const MapOf& map_of, bool shared,
+                                         const Activation& activation, int rows,
+                                         const MapShape& shape, float* phi) {
   static_assert(kThreads >= 32 * kRows, "a warp for every row");
-  project<kThreads, kWide>(at, maps, map_of, rows, shape, activation.skip);
+  project<kThreads, kWide>(at, maps, map_of, shared, rows, shape, activation.skip);
   const int thread = ptx::opaque(threadIdx.x), r = thread / 32;
   if (r < rows) {
     activate(activation, at.x + r * shape.ld, shape.D, at.z + r * shape.f, shape.f, phi + r);

@@ -43,6 +43,7 @@ struct Query {
 
 // What a block does for its sequence.
 struct Sequence {
+  int head, heads, kv_head;      // of the state; query heads that read it
   int64 batch, first_row, slot;  // where the new tokens and the state are
   int count, past, total;        // tokens: new, before, after
   int past_in_ring;              // where the first new token will be in the ring
@@ -57,27 +58,24 @@ class Step {
   static constexpr int kThreads = kGroups * kLanes, kColumns = 4 * kLanes;
 
   __device__ Step(const StepParams& params, unsigned char* shared_memory)
-      : p(params),
-        shared(shared_memory),
-        head(blockIdx.x % p.Hs),
-        heads(p.H / p.Hs),
-        kv_head(head / (p.Hs / p.Hk)) {}
+      : p(params), shared(shared_memory) {}
 
   __device__ void run() {
     if (threadIdx.x == 0) find_sequence();
     __syncthreads();
     if (s().count == 0) return;
+    tile_of_keys = -1;
     for (column = 0; column < p.V; column += kColumns) {
       load_state();
       folded = s().begin;
       batch_begin = batch_end = 0;
       tile = -1;
       if (s().keys > 0) copy_tile(0);
-      for (int query = 0; query < s().count * heads; query += kRows) attend(query);
+      for (int query = 0; query < s().count * s().heads; query += kRows) attend(query);
       store_state();
     }
     __syncthreads();  // before what this block has read is overwritten
-    if (p.Hs == p.Hk) remember(kv_head);
+    if (p.Hs == p.Hk) remember(s().kv_head);
     if (!is_last()) return;
     for (int other = 0; p.Hs != p.Hk && other < p.Hk; other++) remember(other);
     if (threadIdx.x == 0) {
@@ -104,6 +102,9 @@ class Step {
   __device__ void find_sequence() {
     const int n = blockIdx.x / p.Hs;
     Sequence found = {};
+    found.head = blockIdx.x % p.Hs;
+    found.heads = p.H / p.Hs;
+    found.kv_head = found.head / (p.Hs / p.Hk);
     found.batch = n;
     int64 count = p.T;
     if (p.cu_seqlens.data) {
@@ -139,8 +140,8 @@ class Step {
   __device__ void find_row(int position, const T** k, const T** v) const {
     if (position >= s().past) {
       const int64 row = s().first_row + position - s().past;
-      *k = row_of<T>(p.k, s().batch, kv_head, row);
-      *v = row_of<T>(p.v, s().batch, kv_head, row);
+      *k = row_of<T>(p.k, s().batch, s().kv_head, row);
+      *v = row_of<T>(p.v, s().batch, s().kv_head, row);
       return;
     }
     const bool sink = position < p.sink;
@@ -149,7 +150,8 @@ class Step {
       index += s().past_in_ring - s().past;
       if (index < 0) index += p.ring;
     }
-    const int64 store = s().slot * p.Hk + kv_head, row = store * (sink ? p.sink : p.ring) + index;
+    const int64 store = s().slot * p.Hk + s().kv_head,
+                row = store * (sink ? p.sink : p.ring) + index;
     *k = static_cast<const T*>(sink ? p.k_sink : p.k_ring) + row * p.map.D;
     *v = static_cast<const T*>(sink ? p.v_sink : p.v_ring) + row * p.V;
   }
@@ -174,9 +176,9 @@ class Step {
   // ---- The state
 
   __device__ float* kv_row(int i) const {
-    return p.kv + ((s().slot * p.Hs + head) * p.map.F + i) * p.V + column;
+    return p.kv + ((s().slot * p.Hs + s().head) * p.map.F + i) * p.V + column;
   }
-  __device__ float* ksum_of_head() const { return p.ksum + (s().slot * p.Hs + head) * p.map.F; }
+  __device__ float* ksum_of_head() const { return p.ksum + (s().slot * p.Hs + s().head) * p.map.F; }
 
   __device__ void load_state() {
     const Thread me = this_thread();
@@ -215,8 +217,9 @@ class Step {
       load_row(at<float>(p.shared.leaving) + r * kColumns, kColumns, v + column, p.V - column);
     }
     __syncthreads();
-    const auto map_of = [&](int) { return head; };
-    features<kThreads, kWide>(buffers(x()), p.map_k, map_of, p.activation, rows, p.map, phi_k());
+    const auto map_of = [&](int) { return s().head; };
+    features<kThreads, kWide>(buffers(x()), p.map_k, map_of, true, p.activation, rows, p.map,
+                              phi_k());
   }
 
   // Adds key r of phi_k to the state.
@@ -233,11 +236,14 @@ class Step {
 
   // ---- The window
 
-  // Starts copying keys [tile, tile + 1) * p.keys and the slice of their values.
+  // Starts copying keys [wanted, wanted + 1) * p.keys, unless they are there, and the slice of
+  // their values.
   __device__ void copy_tile(int wanted) {
     const Thread me = this_thread();
     if (wanted == tile) return;
     tile = wanted;
+    const bool with_keys = wanted != tile_of_keys;
+    tile_of_keys = wanted;
     constexpr int per = kPerChunk<T>;
     const int key = tile * p.keys, rows = at_most(s().keys - key, p.keys);
 #pragma unroll 1
@@ -246,7 +252,8 @@ class Step {
       find_row(position_of(key + row), &k, &v);
       const int first = me.lane() * per;
 #pragma unroll 1
-      for (int c = first; c < p.map.D; c += 32 * per) copy_chunk(k_tile(row) + c, k, c, p.map.D);
+      for (int c = first; with_keys && c < p.map.D; c += 32 * per)
+        copy_chunk(k_tile(row) + c, k, c, p.map.D);
 #pragma unroll 1
       for (int c = first; c < kColumns; c += 32 * per)
         copy_chunk(v_tile() + row * kColumns + c, v + column, c, p.V - column);
@@ -362,7 +369,7 @@ class Step {
 
   // Outputs of kRows queries; all heads of one token come before the next token.
   __device__ void attend(int first_query) {
-    const int rows = at_most(s().count * heads - first_query, kRows);
+    const int rows = at_most(s().count * s().heads - first_query, kRows);
     load_queries(first_query, rows);
     attend_window(rows);
 #pragma unroll
@@ -382,8 +389,8 @@ class Step {
     __syncthreads();  // the queries before are done
     if (me.index < kRows) {
       Query own;
-      own.token = (first_query + me.index) / heads;
-      own.head = head * heads + (first_query + me.index) % heads;
+      own.token = (first_query + me.index) / s().heads;
+      own.head = s().head * s().heads + (first_query + me.index) % s().heads;
       own.map = own.head / p.map_q.group;
       own.position = s().past + own.token;
       own.start = start_of(own.position);
@@ -403,7 +410,9 @@ class Step {
     for (int i = 0; i < kRows; i++) acc[i] = zero4();
     __syncthreads();
     const auto map_of = [&](int i) { return queries()[i].map; };
-    features<kThreads, kWide>(buffers(q()), p.map_q, map_of, p.activation, rows, p.map, phi_q());
+    const bool shared_map = s().heads == 1 || p.map_q.group >= s().heads;
+    features<kThreads, kWide>(buffers(q()), p.map_q, map_of, shared_map, p.activation, rows, p.map,
+                              phi_q());
     if (!p.affine) return;
     if (r < rows) {
       const float lambda = 1.f - queries()[r].gate;
@@ -588,10 +597,9 @@ class Step {
 
   const StepParams& p;
   unsigned char* const shared;
-  const int head, heads, kv_head;  // of the state; query heads that read it
 
   int column;                  // the slice of V starts here
-  int tile;                    // in shared memory
+  int tile, tile_of_keys;      // in shared memory: values of this slice, keys
   int folded;                  // positions before it are in kv and ksum
   int batch_begin, batch_end;  // positions in phi_k and leaving
   float4 kv[kPerThread], acc[kRows];

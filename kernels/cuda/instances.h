@@ -13,7 +13,6 @@
   X(T, 16, 8, true)                 \
   X(T, 32, 8, true)                 \
   X(T, 16, 16, true)                \
-  X(T, 32, 16, true)                \
   X(T, 16, 32, true)                \
   X(T, 16, 32, false)
 

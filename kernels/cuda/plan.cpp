@@ -45,7 +45,7 @@ struct StepInstance {
   int lanes, rows;
   bool wide;
 };
-constexpr int kInstances = 6;  // of every number type
+constexpr int kInstances = 5;  // of every number type
 const StepInstance step_instances[] = {
 #define LOL_NAME(T, lanes, rows, wide) \
   {"lol::cuda::hybrid_attention_step<" #T ", " #lanes ", " #rows ", " #wide ">", lanes, rows, wide},
