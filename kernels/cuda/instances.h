@@ -1,4 +1,6 @@
-// The instances of the kernels that exist as a list, for whoever names, compiles or launches them.
+// All kernels that there are, for whoever names, compiles or launches them; by lol_dtype.
+//
+// feature_map<number type, wide>
 //
 // hybrid_attention_step<number type, lanes, rows of a thread, wide>: a block has 16 x lanes
 // threads, holds 16 x rows of the state's F rows and 4 x lanes of its V columns at a time.
@@ -9,6 +11,14 @@
 // wide: rows start at and are multiples of 16 bytes. The others are right, not fast.
 #pragma once
 
+#define LOL_FEATURE_MAP_INSTANCES(X) \
+  X(float, true)                     \
+  X(float, false)                    \
+  X(lol::bf16, true)                 \
+  X(lol::bf16, false)                \
+  X(lol::f16, true)                  \
+  X(lol::f16, false)
+
 #define LOL_STEP_INSTANCES_OF(X, T) \
   X(T, 16, 8, true)                 \
   X(T, 32, 8, true)                 \
@@ -16,7 +26,6 @@
   X(T, 16, 32, true)                \
   X(T, 16, 32, false)
 
-// By lol_dtype.
 #define LOL_STEP_INSTANCES(X)         \
   LOL_STEP_INSTANCES_OF(X, float)     \
   LOL_STEP_INSTANCES_OF(X, lol::bf16) \

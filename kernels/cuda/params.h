@@ -9,6 +9,8 @@ using int64 = long long;
 
 // Rows of which a block makes features at a time: interleaved, they are 16 bytes for each feature.
 constexpr int kRows = 4;
+// Tokens of a block of feature_map, and its threads.
+constexpr int kStrip = 32, kFeatureMapThreads = 256;
 // Of threads, among which a decoding block shares the rows of its state.
 constexpr int kGroups = 16;
 
@@ -45,17 +47,21 @@ struct Indices {
   bool wide;
 };
 
+// Where a block keeps what in shared memory: offsets in bytes.
+struct FeatureMapShared {
+  int partial, x, z, phi;
+};
+struct StepShared {
+  int sequence, queries, partial, q, x, z, phi_q, phi_k, leaving, ksum, pairs, scores, k, v;
+};
+
 struct FeatureMapParams {
   Rows x, y;
   Maps maps;
+  MapShape map;
   Activation activation;
-  MapShape shape;
   int H, T;
-};
-
-// Where a block keeps what in shared memory: offsets in bytes.
-struct StepShared {
-  int sequence, queries, partial, q, x, z, phi_q, phi_k, leaving, ksum, pairs, scores, k, v;
+  FeatureMapShared shared;
 };
 
 struct StepParams {

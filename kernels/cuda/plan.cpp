@@ -40,6 +40,12 @@ bool is_wide(const lol_tensor& t) {
   return wide;
 }
 
+const char* const feature_map_instances[] = {
+#define LOL_NAME(T, wide) "lol::cuda::feature_map<" #T ", " #wide ">",
+    LOL_FEATURE_MAP_INSTANCES(LOL_NAME)
+#undef LOL_NAME
+};
+
 struct StepInstance {
   const char* kernel;
   int lanes, rows;
@@ -81,6 +87,28 @@ class Offsets {
 };
 
 }  // namespace
+
+int plan(const lol_feature_map_args& a, Plan* plan, FeatureMapParams* params) {
+  FeatureMapParams p = {};
+  p.x = rows_of(a.x);
+  p.y = rows_of(a.y);
+  p.H = static_cast<int>(a.x.shape[1]);
+  p.T = static_cast<int>(a.x.shape[2]);
+  p.maps = maps_of(a.features, p.H);
+  p.map = shape_of(a.features);
+  p.activation = activation_of(a.features);
+  Offsets at;
+  p.shared.partial = at.take(kRows * kFeatureMapThreads * 16);
+  p.shared.x = at.take(kRows * p.map.ld * 4);
+  p.shared.z = at.take(kRows * p.map.f * 4);
+  p.shared.phi = at.take(kRows * p.map.F * 4);
+  const bool wide = is_wide(a.x) && is_wide(a.y) && is_wide(a.features.weight);
+  const int64_t strips = (p.T + kStrip - 1) / kStrip;
+  *params = p;
+  *plan = {feature_map_instances[2 * a.x.dtype + (wide ? 0 : 1)], strips * p.H * a.x.shape[0],
+           kFeatureMapThreads, at.bytes()};
+  return LOL_OK;
+}
 
 int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params) {
   if (a.key_padding_mask.data) {

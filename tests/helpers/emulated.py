@@ -80,3 +80,11 @@ def hybrid_attention_step_(
     run = run or program("step")
     run(**described(tensors), **activation(feature_q), **settings, order=order)
     return out
+
+
+def feature_map(x: Tensor, features: Features, *, run: Program | None = None) -> Tensor:
+    y = torch.full((*x.shape[:3], features.out_features), float("nan"), dtype=x.dtype)
+    tensors = {"x": x, "y": y, "weight_x": features.weight, "bias_x": features.bias}
+    run = run or program("feature_map")
+    run(**described(tensors), **activation(features))
+    return y

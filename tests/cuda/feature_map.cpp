@@ -1,0 +1,20 @@
+#include "kernels/cuda/feature_map.cuh"
+
+#include "launch.h"
+
+static const Instance<lol::cuda::FeatureMapParams> instances[] = {
+#define ENTRY(T, wide) \
+  {"lol::cuda::feature_map<" #T ", " #wide ">", lol::cuda::feature_map<T, wide>},
+    LOL_FEATURE_MAP_INSTANCES(ENTRY)
+#undef ENTRY
+};
+
+void run(emulator::Arguments& a) {
+  lol_feature_map_args args = {};
+  args.struct_size = sizeof args;
+  args.context.device = -1;
+  args.x = tensor_of(a, "x");
+  args.y = tensor_of(a, "y");
+  args.features = features_of(a, "x");
+  launch(args, instances);
+}
