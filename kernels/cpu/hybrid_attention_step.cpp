@@ -26,8 +26,8 @@ struct Step {
 
   int64_t length(const Sequence& s) const { return ((const int64_t*)a.state.length.data)[s.slot]; }
   int64_t folded(const Sequence& s) const { return ((const int64_t*)a.state.folded.data)[s.slot]; }
-  // Positions in (kv, ksum) once `total` tokens have come. Tokens are folded when the ring has no room
-  // for them, and then all that no query would need after `slack` tokens are taken back.
+  // Positions in (kv, ksum) once `total` tokens have come. Tokens are folded when the ring has no
+  // room for them, and then all that no query would need after `slack` tokens are taken back.
   int64_t folded_after(const Sequence& s, int64_t total) const {
     if (total - folded(s) <= ring) return folded(s);
     const Window without_sink = {p.window.size, p.window.kind, 0};

@@ -52,6 +52,8 @@ struct Sequence {
   int last_start;                // of the last query's window
 };
 
+static_assert(sizeof(Sequence) <= kSequenceBytes && sizeof(Query) <= kQueryBytes, "as planned");
+
 template <class T, int kLanes, int kPerThread, bool kWide>
 class Step {
  public:

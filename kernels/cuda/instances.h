@@ -3,12 +3,12 @@
 // feature_map<number type, wide>
 //
 // hybrid_attention_step<number type, lanes, rows of a thread, wide>: a block has 16 x lanes
-// threads, holds 16 x rows of the state's F rows and 4 x lanes of its V columns at a time.
-//   rows   8: eight loads of 16 bytes in flight per thread, 32 registers. 16 and 32 where F needs
-//   them. lanes 16: F x 64 numbers; with 8 rows two blocks share a multiprocessor. lanes 32: all of
-//   V = 128 in one block, so that keys and weights are read once. 32 x 32 would need more registers
-//   than there are: wider values are walked in slices of 64.
-// wide: rows start at and are multiples of 16 bytes. The others are right, not fast.
+// threads and holds 16 x rows of the state's F rows, 4 x lanes of its V columns at a time. With 8
+// rows a thread has eight loads of 16 bytes in flight, in 32 registers, and two blocks of 16 lanes
+// fit the registers of a multiprocessor; 16 and 32 rows are for larger F. 32 lanes hold all of V =
+// 128; with more than 8 rows they would spill, so that V is then walked in slices of 64.
+//
+// wide: rows start at multiples of 16 bytes and are as long. The others are right, not fast.
 #pragma once
 
 #define LOL_FEATURE_MAP_INSTANCES(X) \

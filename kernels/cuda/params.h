@@ -47,6 +47,9 @@ struct Indices {
   bool wide;
 };
 
+// What a decoding block notes of its sequence and of a query, at most.
+constexpr int kSequenceBytes = 128, kQueryBytes = 64;
+
 // Where a block keeps what in shared memory: offsets in bytes.
 struct FeatureMapShared {
   int partial, x, z, phi;

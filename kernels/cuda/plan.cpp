@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "../check.h"
 #include "instances.h"
@@ -160,8 +161,8 @@ int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params
   const int threads = kGroups * instance.lanes, columns = 4 * instance.lanes;
 
   Offsets at;
-  p.shared.sequence = at.take(128);
-  p.shared.queries = at.take(kRows * 64);
+  p.shared.sequence = at.take(kSequenceBytes);
+  p.shared.queries = at.take(kRows * kQueryBytes);
   p.shared.partial = at.take(kRows * threads * 16);
   p.shared.q = at.take(kRows * p.map.ld * 4);
   p.shared.x = at.take(kRows * p.map.ld * 4);

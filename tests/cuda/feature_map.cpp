@@ -11,10 +11,8 @@ static const Instance<lol::cuda::FeatureMapParams> instances[] = {
 
 void run(emulator::Arguments& a) {
   lol_feature_map_args args = {};
-  args.struct_size = sizeof args;
-  args.context.device = -1;
   args.x = tensor_of(a, "x");
   args.y = tensor_of(a, "y");
   args.features = features_of(a, "x");
-  launch(args, instances);
+  run_emulated(args, instances);
 }

@@ -1,4 +1,5 @@
-// Plans a call of the C ABI and runs its kernel in the emulator, or fails the way the library does.
+// Calls of the C ABI whose kernels run in the emulator; the library's own sources, but for the
+// CPU's.
 #pragma once
 
 #include <cstdio>
@@ -7,6 +8,7 @@
 
 #include "cuda_harness.h"
 #include "kernels/check.cpp"
+#include "kernels/cuda/launch.cpp"
 #include "kernels/cuda/plan.cpp"
 
 // A tensor of the Python side with its shape and strides, which come as numbers; absent if None.
@@ -29,26 +31,33 @@ inline lol_features features_of(const emulator::Arguments& a, const std::string&
           a.number<int>("skip"),           a.number<double>("eps")};
 }
 
+// The launcher of the C ABI: the instance that the plan names, on the params it has filled.
 template <class Params>
 struct Instance {
   const char* name;
   void (*kernel)(const Params);
 };
 
-template <class Params, class Args, int n>
-void launch(const Args& args, const Instance<Params> (&instances)[n]) {
-  lol::cuda::Plan plan;
-  Params params;
-  if (lol::check(args) || lol::cuda::plan(args, &plan, &params)) {
-    std::fprintf(stderr, "emulator: %s\n", lol::last_error());
-    std::exit(1);
-  }
-  if (!plan.blocks) return;
+template <class Params, int n>
+int launch(const lol_cuda_launch* launch, void* user) {
+  const auto& instances = *static_cast<const Instance<Params>(*)[n]>(user);
   for (const Instance<Params>& instance : instances) {
-    if (std::strcmp(instance.name, plan.kernel)) continue;
-    return emulator::launch(instance.kernel, static_cast<unsigned>(plan.blocks),
-                            static_cast<unsigned>(plan.threads), plan.shared_bytes, params);
+    if (std::strcmp(instance.name, launch->kernel)) continue;
+    emulator::launch(instance.kernel, launch->blocks, launch->threads, launch->shared_bytes,
+                     *static_cast<const Params*>(launch->params));
+    return LOL_OK;
   }
-  std::fprintf(stderr, "emulator: %s is not in this program\n", plan.kernel);
+  lol::fail("%s is not in this program", launch->kernel);
+  return LOL_ECUDA;
+}
+
+// Checks and runs a call, as the library would for CUDA tensors.
+template <class Params, class Args, int n>
+void run_emulated(Args& args, const Instance<Params> (&instances)[n]) {
+  args.struct_size = sizeof args;
+  args.context.device = 0;
+  lol_set_cuda_launcher(launch<Params, n>, const_cast<Instance<Params>(*)[n]>(&instances));
+  if (!lol::check(args) && !lol::cuda::run(args)) return;
+  std::fprintf(stderr, "emulator: %s\n", lol::last_error());
   std::exit(1);
 }

@@ -23,8 +23,6 @@ static lol_tensor tokens(lol_tensor t, int64_t begin, int64_t end) {
 
 void run(emulator::Arguments& a) {
   lol_hybrid_attention_step_args args = {};
-  args.struct_size = sizeof args;
-  args.context.device = -1;  // checked as for a CPU: the tensors are in its memory
   args.feature_q = features_of(a, "q");
   args.feature_k = features_of(a, "k");
   args.gate = tensor_of(a, "gate");
@@ -45,6 +43,6 @@ void run(emulator::Arguments& a) {
     args.k = tokens(tensor_of(a, "k"), at[i], at[i + 1]);
     args.v = tokens(tensor_of(a, "v"), at[i], at[i + 1]);
     args.o = tokens(tensor_of(a, "o"), at[i], at[i + 1]);
-    launch(args, instances);
+    run_emulated(args, instances);
   }
 }
