@@ -326,6 +326,7 @@ class Step {
     }
     l = warp_sum(l);
     const float factor = exp2f(before - m);
+    __syncwarp();  // all lanes have read the maximum before
     if (me.lane() == 0) {
       query.m = m;
       query.l = query.l * factor + l;

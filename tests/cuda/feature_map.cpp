@@ -5,7 +5,7 @@
 static const Instance<lol::cuda::FeatureMapParams> instances[] = {
 #define ENTRY(T, wide) \
   {"lol::cuda::feature_map<" #T ", " #wide ">", lol::cuda::feature_map<T, wide>},
-    LOL_FEATURE_MAP_INSTANCES(ENTRY)
+    INSTANCES(ENTRY)
 #undef ENTRY
 };
 
