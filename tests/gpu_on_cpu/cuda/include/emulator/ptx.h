@@ -15,8 +15,6 @@ inline T* dynamic_shared() {
 
 inline int opaque(int x) { return x; }
 
-inline int opaque(int x) { return x; }
-
 // ---- Asynchronous copies: they land at the wait, as late as a GPU may let them. Until then their
 // destination is NaN, and the address sanitizer reports whoever reads it.
 
