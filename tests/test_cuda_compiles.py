@@ -82,6 +82,9 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     assert_same_state(state, final, torch.float32)
 
     moved = {name: report.global_bytes[1 + i] for i, name in enumerate(names.values())}
+    print({n: (t.loaded, t.stored, t.loaded_sectors, t.stored_sectors) for n, t in moved.items()})
+    for a in report.accesses:
+        if a.sectors: print(a.instruction[:70], a.requests, a.sectors, a.ideal_sectors)
     least = sum(t.nbytes for t in (q, k, v, out)) + sum(
         t.nbytes for t in (state.kv, state.ksum, state.kv, state.ksum, state.k_ring, state.v_ring)
     )
