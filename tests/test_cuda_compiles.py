@@ -1,11 +1,11 @@
-"""What nvcc makes of the CUDA kernels: within the budget, and its PTX, run on the CPU, right and frugal.
+"""nvcc keeps the CUDA kernels within a budget; the PTX is run on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py renews tests/cuda_budget.json.
 """
 
 import json
 import os
-import shutil
+import re
 from pathlib import Path
 
 import pytest
@@ -82,9 +82,6 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     assert_same_state(state, final, torch.float32)
 
     moved = {name: report.global_bytes[1 + i] for i, name in enumerate(names.values())}
-    print({n: (t.loaded, t.stored, t.loaded_sectors, t.stored_sectors) for n, t in moved.items()})
-    for a in report.accesses:
-        if a.sectors: print(a.instruction[:70], a.requests, a.sectors, a.ideal_sectors)
     least = sum(t.nbytes for t in (q, k, v, out)) + sum(
         t.nbytes for t in (state.kv, state.ksum, state.kv, state.ksum, state.k_ring, state.v_ring)
     )
@@ -94,7 +91,5 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     assert sum(moved[name].sectors for name in weights) == 2 * feature_q.weight.nbytes
     for access in report.accesses:
         assert access.sectors <= 1.01 * access.ideal_sectors, access
-    wide = ("kv", "k_ring", "v_ring", *weights)
-    scalar = [a for a in report.accesses if a.sectors and ".v4" not in a.instruction]
-    few = sum(a.sectors for a in scalar if "cp.async" not in a.instruction) * 32
-    assert few <= 0.05 * least, (wide, few, scalar)
+    narrow = [a for a in report.accesses if not re.search(r"\.v4|cp\.async\.cg", a.instruction)]
+    assert sum(a.sectors for a in narrow) * 32 <= 0.05 * least  # ksum, counters, the gate

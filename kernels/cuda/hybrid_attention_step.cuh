@@ -82,7 +82,7 @@ class Step {
     for (int other = 0; p.Hs != p.Hk && other < p.Hk; other++) remember(other);
     if (threadIdx.x == 0) {
       p.length[2 * s().slot] = s().total;
-      p.length[2 * s().slot + 1] = 0;
+      if (p.Hs > 1) atomicExch(arrived(), 0u);
       p.folded[s().slot] = s().folded_after;
     }
   }
@@ -562,14 +562,17 @@ class Step {
     }
   }
 
+  // How many blocks of the sequence have.
+  __device__ unsigned* arrived() const {
+    return reinterpret_cast<unsigned*>(p.length + 2 * s().slot + 1);
+  }
   // Whether the other blocks of the sequence have read all that they need.
   __device__ bool is_last() {
     const Thread me = this_thread();
     if (p.Hs == 1) return true;
     bool* last = at<bool>(p.shared.pairs);
     if (me.index == 0) {
-      unsigned* arrived = reinterpret_cast<unsigned*>(p.length + 2 * s().slot + 1);
-      *last = ptx::atomic_add_acq_rel(arrived, 1) == static_cast<unsigned>(p.Hs - 1);
+      *last = ptx::atomic_add_acq_rel(arrived(), 1) == static_cast<unsigned>(p.Hs - 1);
     }
     __syncthreads();
     return *last;
