@@ -185,7 +185,7 @@ int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params
 
   const int64_t sequences = a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0];
   *params = p;
-  *plan = {instance.kernel, a.q.shape[0] * p.T ? sequences * p.Hs : 0, threads, at.bytes()};
+  *plan = {instance.kernel, a.q.shape[0] * p.T > 0 ? sequences * p.Hs : 0, threads, at.bytes()};
   return LOL_OK;
 }
 
