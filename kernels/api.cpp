@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "cpu/problem.h"
+#include "cuda/launch.h"
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -92,6 +93,13 @@ Layout make_layout(const lol_hybrid_attention_step_args& a) {
   return Layout(a.q, a.cu_seqlens, a.key_padding_mask, a.state_indices);
 }
 
+// Operators that have CUDA kernels run there when they are asked to.
+template <class Args>
+int run_on_cuda(const Args& args) {
+  const int status = check(args);
+  return status ? status : cuda::run(args);
+}
+
 int report(int status) {
   if (status == LOL_ENOMEM) fail("lolcats_ops: out of memory for scratch buffers");
   return status;
@@ -140,7 +148,10 @@ using lol::Kernels;
 
 extern "C" {
 
-int lol_feature_map(const lol_feature_map_args* a) { return lol::run(a, &Kernels::feature_map); }
+int lol_feature_map(const lol_feature_map_args* a) {
+  if (a && a->context.device >= 0) return lol::run_on_cuda(*a);
+  return lol::run(a, &Kernels::feature_map);
+}
 int lol_feature_map_backward(const lol_feature_map_backward_args* a) {
   return lol::run(a, &Kernels::feature_map_backward);
 }
@@ -157,6 +168,7 @@ int lol_hybrid_attention_backward(const lol_hybrid_attention_backward_args* a) {
   return lol::run(a, &Kernels::hybrid_attention_backward);
 }
 int lol_hybrid_attention_step(const lol_hybrid_attention_step_args* a) {
+  if (a && a->context.device >= 0) return lol::run_on_cuda(*a);
   return lol::run(a, &Kernels::hybrid_attention_step);
 }
 int lol_attention_transfer(const lol_attention_transfer_args* a) {
@@ -168,7 +180,6 @@ int lol_attention_transfer_backward(const lol_attention_transfer_backward_args* 
 
 int lol_abi_version(void) { return LOL_ABI_VERSION; }
 const char* lol_last_error(void) { return lol::last_error(); }
-int lol_has_cuda(void) { return 0; }
 int lol_max_threads(void) {
 #ifdef _OPENMP
   return omp_get_max_threads();

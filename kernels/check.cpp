@@ -19,7 +19,7 @@ int check_size(const char* op, const Args& a) {
 
 // What the hybrid and its transfer share: everything but the output.
 int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
-  LOL_TRY(c.context(a.context));
+  LOL_TRY(c.on_cpu());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2];
   LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, a.q.shape[3], H, a.k.shape[1]));
@@ -32,7 +32,7 @@ int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
 }
 
 int check_forward(const Checker& c, const lol_linear_attention_args& a) {
-  LOL_TRY(c.context(a.context));
+  LOL_TRY(c.on_cpu());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
@@ -63,9 +63,9 @@ int fail(const char* format, ...) {
 const char* last_error() { return message; }
 
 int check(const lol_feature_map_args& a) {
-  const Checker c("feature_map");
+  const Checker c("feature_map", a.context);
   LOL_TRY(check_size("feature_map", a));
-  LOL_TRY(c.context(a.context));
+  LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(c.sequence("x", a.x));
   const int64_t* s = a.x.shape;
   if (a.features.weight.ndim == 3 && a.features.weight.shape[0] > 0 &&
@@ -78,8 +78,9 @@ int check(const lol_feature_map_args& a) {
 }
 
 int check(const lol_feature_map_backward_args& a) {
-  const Checker c("feature_map_backward");
+  const Checker c("feature_map_backward", a.context);
   LOL_TRY(check_size("feature_map_backward", a));
+  LOL_TRY(c.on_cpu());
   lol_feature_map_args forward = {sizeof(forward), a.context, a.x, a.features, a.dy};
   LOL_TRY(check(forward));
   LOL_TRY(c.like("dx", a.dx, a.x));
@@ -87,7 +88,7 @@ int check(const lol_feature_map_backward_args& a) {
 }
 
 int check(const lol_linear_attention_args& a) {
-  const Checker c("linear_attention");
+  const Checker c("linear_attention", a.context);
   LOL_TRY(check_size("linear_attention", a));
   LOL_TRY(check_forward(c, a));
   int64_t N;
@@ -99,7 +100,7 @@ int check(const lol_linear_attention_args& a) {
 }
 
 int check(const lol_linear_attention_backward_args& a) {
-  const Checker c("linear_attention_backward");
+  const Checker c("linear_attention_backward", a.forward.context);
   LOL_TRY(check_size("linear_attention_backward", a));
   const lol_linear_attention_args& f = a.forward;
   LOL_TRY(check_forward(c, f));
@@ -119,14 +120,14 @@ int check(const lol_linear_attention_backward_args& a) {
 }
 
 int check(const lol_hybrid_attention_args& a) {
-  const Checker c("hybrid_attention");
+  const Checker c("hybrid_attention", a.context);
   LOL_TRY(check_size("hybrid_attention", a));
   LOL_TRY(check_student(c, a));
   return c.strided("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]});
 }
 
 int check(const lol_hybrid_attention_backward_args& a) {
-  const Checker c("hybrid_attention_backward");
+  const Checker c("hybrid_attention_backward", a.forward.context);
   LOL_TRY(check_size("hybrid_attention_backward", a));
   LOL_TRY(check(a.forward));
   const lol_hybrid_attention_args& f = a.forward;
@@ -139,9 +140,9 @@ int check(const lol_hybrid_attention_backward_args& a) {
 
 int check(const lol_hybrid_attention_step_args& a) {
   const char* op = "hybrid_attention_step";
-  const Checker c(op);
+  const Checker c(op, a.context);
   LOL_TRY(check_size(op, a));
-  LOL_TRY(c.context(a.context));
+  LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 Hk = a.k.shape[1], V = a.v.shape[3];
@@ -170,13 +171,17 @@ int check(const lol_hybrid_attention_step_args& a) {
                 (long long)span);
   }
   const bool wide = a.state_indices.dtype == LOL_I64;
+  if (a.lazy < 0 || a.lazy > R - span) {
+    return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
+                (long long)(R - span));
+  }
   if (!present(a.state_indices)) {
     if (P != N)
       return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);
     return LOL_OK;
   }
   LOL_TRY(c.contiguous("state_indices", a.state_indices, wide ? LOL_I64 : LOL_I32, {N}));
-  for (int64_t i = 0; i < N; i++) {
+  for (int64_t i = 0; !c.on_device() && i < N; i++) {
     const auto slot = [&](int64_t j) {
       return wide ? ((const int64_t*)a.state_indices.data)[j]
                   : (int64_t)((const int32_t*)a.state_indices.data)[j];
@@ -203,7 +208,7 @@ static int check_transfer(const Checker& c, const lol_attention_transfer_args& a
 }
 
 int check(const lol_attention_transfer_args& a) {
-  const Checker c("attention_transfer");
+  const Checker c("attention_transfer", a.student.context);
   LOL_TRY(check_size("attention_transfer", a));
   LOL_TRY(check_transfer(c, a));
   const lol_tensor& q = a.student.q;
@@ -214,7 +219,7 @@ int check(const lol_attention_transfer_args& a) {
 }
 
 int check(const lol_attention_transfer_backward_args& a) {
-  const Checker c("attention_transfer_backward");
+  const Checker c("attention_transfer_backward", a.forward.student.context);
   LOL_TRY(check_size("attention_transfer_backward", a));
   LOL_TRY(check_transfer(c, a.forward));
   LOL_TRY(c.contiguous("d_mse", a.d_mse, LOL_F32, {}));

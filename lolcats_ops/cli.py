@@ -193,6 +193,9 @@ def evaluate(
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
 
+NO_CUDA = "not built (LOLCATS_CUDA=ON needs nvcc); a program can compile them itself: docs/gpu.md"
+
+
 @app.command()
 def info(
     model: Annotated[
@@ -224,6 +227,8 @@ def info(
         import torch
         import transformers
 
+        from . import _C
+
         choice = lo.backend_for("hybrid_attention")
         rows = {
             "lolcats_ops": lo.__version__,
@@ -231,6 +236,7 @@ def info(
             "transformers": transformers.__version__,
             "backends": ", ".join(lo.backends()),
             "on this CPU": choice.backend or choice.why,
+            "CUDA kernels": "built in, for C programs" if _C.has_cuda() else NO_CUDA,
         }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():

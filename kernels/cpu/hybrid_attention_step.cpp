@@ -21,17 +21,17 @@ struct Step {
          0.0f};
     chunks = p.by_pairs();
     ring = a.state.k_ring.shape[2];
-    slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
+    slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1) - a.lazy;
   }
 
   int64_t length(const Sequence& s) const { return ((const int64_t*)a.state.length.data)[s.slot]; }
   int64_t folded(const Sequence& s) const { return ((const int64_t*)a.state.folded.data)[s.slot]; }
-  // Positions in (kv, ksum) once `total` tokens have come: all that no query would need after
-  // `slack` tokens are taken back.
+  // Positions in (kv, ksum) once `total` tokens have come. Tokens are folded when the ring has no
+  // room for them, and then all that no query would need after `slack` tokens are taken back.
   int64_t folded_after(const Sequence& s, int64_t total) const {
+    if (total - folded(s) <= ring) return folded(s);
     const Window without_sink = {p.window.size, p.window.kind, 0};
-    const int64_t earliest = total - 1 - slack;
-    return earliest < 0 ? folded(s) : at_least(folded(s), without_sink.start(earliest));
+    return at_least(folded(s), without_sink.start(total - 1 - slack));
   }
   float* kv(const Sequence& s, int64_t state_head) const {
     return (float*)a.state.kv.data + (s.slot * p.state_heads() + state_head) * p.F() * p.V();

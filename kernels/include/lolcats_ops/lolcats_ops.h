@@ -73,7 +73,8 @@ typedef struct lol_features {
   double eps;
 } lol_features;
 
-/* Which device runs a call. device -1 is the CPU; a CUDA call is asynchronous on `stream`. */
+/* Which device runs a call. device -1 is the CPU; a CUDA call is asynchronous on `stream`, a
+ * cudaStream_t. */
 typedef struct lol_context {
   int32_t device;
   void* stream;
@@ -180,6 +181,8 @@ typedef struct lol_hybrid_attention_step_args {
                                b uses slot b */
   lol_tensor cu_seqlens, key_padding_mask;
   lol_tensor o;
+  int64_t lazy; /* so much of the ring's slack need not be kept for rewinding: tokens are folded
+                   when the ring is full, then lazy + 1 at once, and kv is only read in between */
 } lol_hybrid_attention_step_args;
 
 /* Attention transfer (SPEC 7). */
@@ -223,6 +226,24 @@ LOL_API int lol_cpu_isa_count(void);           /* instruction sets that this CPU
 LOL_API const char* lol_cpu_isa_name(int index); /* best first */
 LOL_API int lol_max_threads(void);
 LOL_API int lol_has_cuda(void); /* built with CUDA kernels */
+
+/* One launch of a CUDA kernel. Whoever compiles kernels/cuda (NVRTC, say) can run the operators of
+ * a build without CUDA, or replace those of one with it: with context.device >= 0, feature_map and
+ * hybrid_attention_step check their arguments, plan, and call the launcher. Pointers then are the
+ * device's; what lies behind them is not checked. */
+typedef struct lol_cuda_launch {
+  const char* kernel; /* C++ name expression, such as "lol::cuda::feature_map<float, true>" */
+  uint32_t blocks, threads, shared_bytes; /* of one dimension; dynamic shared memory */
+  const void* params;                     /* the kernel's only parameter, by value */
+  size_t params_size;
+  lol_context context;
+} lol_cuda_launch;
+/* LOL_OK, or LOL_ECUDA. */
+typedef int (*lol_cuda_launcher)(const lol_cuda_launch* launch, void* user);
+/* For the whole process; null for the library's own. Not while another thread calls an operator. */
+LOL_API void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user);
+/* Whether operators run on CUDA: built with the kernels, or a launcher is set. */
+LOL_API int lol_can_launch_cuda(void);
 
 #ifdef __cplusplus
 }

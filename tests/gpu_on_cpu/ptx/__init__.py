@@ -2,6 +2,7 @@
 
 from .errors import Fault, NotSupported, PtxError
 from .kernel import PtxKernel
+from .memory import Struct
 from .report import Access, Finding, Hazard, Report, Traffic
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "PtxError",
     "PtxKernel",
     "Report",
+    "Struct",
     "Traffic",
 ]

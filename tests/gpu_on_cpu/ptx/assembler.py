@@ -58,7 +58,8 @@ class _Registers:
         self.places: dict[object, tuple[int, int]] = {}
         self.constants: list[tuple[int, bytes]] = []
         self.end = 0
-        self.shared = {v.name: v.offset for v in entry.shared}
+        # Addresses in a space of their own: those of shared memory and those of the parameters.
+        self.named = {v.name: v.offset for v in (*entry.shared, *entry.parameters)}
 
     def place(self, key: object, size: int) -> tuple[int, int]:
         if key not in self.places:
@@ -91,8 +92,8 @@ class _Registers:
             if own_size != size and not any_width:
                 raise NotSupported(f"{text} of {own_size} bytes as {type}")
             return self.place(key, own_size)
-        if text in self.shared:
-            return self.constant(self.shared[text], size)
+        if text in self.named:
+            return self.constant(self.named[text], size)
         return self.constant(_literal(text, type), size)
 
     def _declared(self, text: str, scope: int) -> tuple[object, int] | None:
@@ -128,7 +129,6 @@ class Assembler:
     def __init__(self, entry: Entry, operations: Mapping[str, int]):
         self.entry, self.operations = entry, operations
         self.registers = _Registers(entry)
-        self.parameters = {p.name: p.offset for p in entry.parameters}
         self.operands: list[tuple[int, int]] = []
         # Falling off the end is an exit.
         self.code = [self._instruction(s) for s in entry.statements]
@@ -169,11 +169,6 @@ class Assembler:
         if encoding.target:
             immediates[0] = self._target(s, encoding.target)
         sources = encoding.sources
-        if sources and sources[0].type == "parameter":
-            if sources[0].text not in self.parameters:
-                raise NotSupported(str(s))
-            immediates[1] += self.parameters[sources[0].text]
-            sources = ()
         first = len(self.operands)
         for typed in (*encoding.destinations, *sources):
             self.operands.append(self.registers.operand(typed, s.scope))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import struct
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ class PtxKernel:
 
         grid: blocks, up to three numbers.
         arguments: one per parameter: tensors or arrays in CPU memory, which are all that the kernel
-            may touch; integers, floats, or bytes for a struct. Missing ones at the end are 0.
+            may touch; integers, floats, bytes for a struct, or a ``Struct`` that points to tensors,
+            which then count as arguments after all others. Missing ones at the end are 0.
         shared_bytes: dynamic shared memory.
         threads: of a block, where the PTX does not say (.reqntid).
         check_races: shared memory and asynchronous operations.
@@ -95,7 +97,13 @@ class PtxKernel:
         return (c_int32 * 3)(*sizes, *(1,) * (3 - len(sizes)))
 
     def _launch(self, options: machine.Options, arguments: Sequence[Any]) -> Report:
-        ranges = memory.place(arguments)
+        inside = [
+            tensor
+            for argument in arguments
+            if isinstance(argument, memory.Struct)
+            for tensor in argument.pointers.values()
+        ]
+        ranges = memory.place([*arguments, *inside])
         parameters = self._pack(arguments, {r.argument: r.begin for r in ranges})
         counters = (machine.Counters * self.program.instructions)()
         traffic = (machine.Traffic * max(1, len(ranges)))()
@@ -131,8 +139,12 @@ class PtxKernel:
     def _pack(self, arguments: Sequence[Any], addresses: dict[int, int]) -> bytes:
         end = max((p.offset + p.bytes for p in self.entry.parameters), default=0)
         buffer = bytearray(end + 8)
+        inside = itertools.count(len(arguments))
         for index, parameter in enumerate(self.entry.parameters[: len(arguments)]):
-            packed = _packed(parameter, addresses.get(index, arguments[index]))
+            argument = addresses.get(index, arguments[index])
+            if isinstance(argument, memory.Struct):
+                argument = argument.placed([addresses[next(inside)] for _ in argument.pointers])
+            packed = _packed(parameter, argument)
             buffer[parameter.offset : parameter.offset + len(packed)] = packed
         return bytes(buffer)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import PtxError
@@ -12,6 +13,21 @@ from .machine import Range
 _APART = 1 << 40
 # The low bits of an address stay, because alignment is checked.
 _KEPT = (1 << 16) - 1
+
+
+@dataclass(frozen=True)
+class Struct:
+    """A struct by value: its bytes, and at which of them the address of a tensor belongs."""
+
+    data: bytes
+    pointers: Mapping[int, Any]
+
+    def placed(self, addresses: Sequence[int]) -> bytes:
+        """The bytes as the kernel sees them."""
+        data = bytearray(self.data)
+        for offset, address in zip(self.pointers, addresses, strict=True):
+            data[offset : offset + 8] = address.to_bytes(8, "little")
+        return bytes(data)
 
 
 def place(arguments: Sequence[Any]) -> list[Range]:

@@ -18,23 +18,26 @@ void check_copy(const Copy& copy, Site site) {
   if (!block->memory.is_shared(copy.shared, bytes))
     fault(site, "cp.async: the destination is not inside of shared memory");
   if (block->memory.is_shared(copy.global, 1)) fault(site, "cp.async: the source is shared memory");
-  if (current->copies.size() == current->copies.capacity())
-    fault(site, "cp.async: more than %zu in flight in one thread", current->copies.size());
+  if (current->in_flight == kMaxCopies)
+    fault(site, "cp.async: more than %zu in flight in one thread", current->in_flight);
 }
 
 void issue(const Copy& copy) {
-  current->copies.push_back(copy);
-  current->copies.back().group = current->open_group;
+  auto& copies = current->copies;
+  Copy& issued = copies[(current->oldest + current->in_flight++) % kMaxCopies];
+  issued = copy;
+  issued.group = current->open_group;
   poison(copy.shared, static_cast<std::size_t>(copy.bytes));
 }
 
 void commit_copies() { current->open_group++; }
 
 bool land_copy(int groups, Copy* copy) {
-  auto& copies = current->copies;
-  if (copies.empty() || copies.front().group >= current->open_group - groups) return false;
-  *copy = copies.front();
-  copies.erase(copies.begin());
+  const Copy& next = current->copies[current->oldest];
+  if (current->in_flight == 0 || next.group >= current->open_group - groups) return false;
+  *copy = next;
+  current->oldest = (current->oldest + 1) % kMaxCopies;
+  current->in_flight--;
   unpoison(copy->shared, static_cast<std::size_t>(copy->bytes));
   return true;
 }

@@ -25,7 +25,7 @@ namespace {
 // Most that a block may have: of an H100, and 163 KB of an A100.
 constexpr std::size_t kMaxSharedBytes = 227 << 10;
 constexpr int kFaultStatus = 70;  // as of sysexits.h; sanitizers end with 1 and 66
-constexpr std::size_t kMaxCopies = 1024, kMaxAtomics = 64;
+constexpr std::size_t kMaxAtomics = 64;
 
 const char launch_begins = 0, launch_ends = 0;  // for the thread sanitizer
 
@@ -34,7 +34,7 @@ void run_thread() {
   acquire(&launch_begins);
   block->launch.kernel(block->launch.arguments);
   release(&launch_ends);
-  if (!current->copies.empty())
+  if (current->in_flight)
     fault(current->barrier, "a thread ends with asynchronous copies in flight; its last barrier");
   current->state = Thread::State::done;
   current->fiber.finish();
@@ -96,7 +96,7 @@ Block::Block(const Launch& launch, uint3 index)
     thread.number = i;
     thread.state = Thread::State::ready;
     // Threads must not allocate: others would free it, unordered in the thread sanitizer's eyes.
-    thread.copies.reserve(kMaxCopies);
+    thread.copies.reset(new Copy[kMaxCopies]);
     thread.atomics.reserve(kMaxAtomics);
     thread.fiber.start(memory.stack(i), BlockMemory::kStackBytes, run_thread);
   }

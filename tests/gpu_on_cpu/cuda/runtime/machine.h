@@ -4,6 +4,7 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "emulator/language.h"
@@ -28,6 +29,8 @@ struct Meeting {
   void* brought;
 };
 
+constexpr std::size_t kMaxCopies = 1024;  // in flight
+
 struct Thread {
   enum class State { ready, in_warp, at_barrier, done };
 
@@ -38,7 +41,9 @@ struct Thread {
   const Meeting* meeting;  // in_warp
   Site barrier;            // at_barrier
 
-  std::vector<Copy> copies;  // in flight
+  // A ring: nothing is moved within it, which would be an access for the sanitizers.
+  std::unique_ptr<Copy[]> copies;
+  std::size_t oldest = 0, in_flight = 0;
   int open_group;
   std::vector<const void*> atomics;  // since the last fence
   bool fenced;                       // since the last atomic

@@ -14,8 +14,7 @@ from ..parser import Statement
 class Typed:
     """An operand as it is written, and the type to read it as.
 
-    "any b16": a register of any width, or a constant of that type; "address": a base address;
-    "parameter": the name of one.
+    "any b16": a register of any width, or a constant of that type; "address": a base address.
     """
 
     text: str

@@ -58,8 +58,6 @@ def _load(s: Statement) -> Encoding:
     base, offset = address_of(address)
     immediates = (TYPE_BYTES[type], offset, type[0] == "s")
     results = typed(vector(registers), f"any {type}")
-    if space == "param":
-        return Encoding("ld.param", results, (Typed(base, "parameter"),), immediates)
     return Encoding(f"ld.{space}", results, (Typed(base, "address"),), immediates)
 
 

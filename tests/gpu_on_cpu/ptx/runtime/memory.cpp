@@ -102,14 +102,17 @@ void store_generic(Warp& w, const Instruction& i, u32 lanes) {
       [&]<class Space>(Space, u32 some, const Addresses& a) { store_to<Space>(w, i, some, a); });
 }
 
-// immediate[1] is the offset into the parameters; there is no address.
+// Addresses are offsets into the parameters.
 void load_parameter(Warp& w, const Instruction& i, u32 lanes) {
   const int size = i.immediate[0], unused = 64 - 8 * size;
+  const Addresses from = addresses(w, i, i.destinations, lanes, i.immediate[1]);
   for (int k = 0; k < i.destinations; k++) {
-    u64 bits = 0;
-    std::memcpy(&bits, w.launch.parameters + i.immediate[1] + k * size, size);
-    if (i.immediate[2]) bits = u64(s64(bits << unused) >> unused);
-    for_lanes(lanes, [&](int l) { w.set(i, k, l, bits); });
+    for_lanes(lanes, [&](int l) {
+      u64 bits = 0;
+      std::memcpy(&bits, w.launch.parameters + from[l] + k * size, size);
+      if (i.immediate[2]) bits = u64(s64(bits << unused) >> unused);
+      w.set(i, k, l, bits);
+    });
   }
 }
 

@@ -1,0 +1,138 @@
+// The feature map (SPEC 1) of four rows at a time: phi(x) = clamp(act(x W + b (+ x)), eps).
+#pragma once
+#include "memory.cuh"
+
+namespace lol {
+namespace cuda {
+
+// The codes of lol_activation.
+enum Kind { kSoftmax, kExp, kElu1, kRelu, kIdentity, kFavor };
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLowest = -3.4e38f;  // below any score; not infinite, since inf - inf is no number
+
+// What a block needs in shared memory.
+struct FeatureBuffers {
+  float4* partial;  // [kRows x threads]
+  float* x;         // [kRows x ld]
+  float* z;         // [kRows x f]
+};
+
+// What belongs to row r, without an index into registers.
+template <class X>
+__device__ __forceinline__ X of_row(const X (&x)[kRows], int r) {
+  return r == 0 ? x[0] : r == 1 ? x[1] : r == 2 ? x[2] : x[3];
+}
+
+// z = x W + b, row r by map number map_of(r): a thread sums four columns of every row over its
+// share of D. A weight that all rows share is read once.
+template <int kThreads, bool kWide, class MapOf>
+__device__ __forceinline__ void project(const FeatureBuffers& at, const Maps& maps,
+                                        const MapOf& map_of, bool shared, int rows,
+                                        const MapShape& shape, bool skip) {
+  const int thread = ptx::opaque(threadIdx.x), groups = kThreads >> shape.quad_shift;
+  const int quad = thread & ((1 << shape.quad_shift) - 1);
+  const int group = thread >> shape.quad_shift;
+  float4 sum[kRows] = {zero4(), zero4(), zero4(), zero4()};
+#pragma unroll 1
+  for (int pass = 0; pass < (shared ? 1 : rows); pass++) {
+    const float* weight = maps.weight + static_cast<int64>(map_of(pass)) * shape.D * shape.f;
+#pragma unroll kThreads> 256 ? 2 : 4  // as many loads in flight as registers allow
+    for (int d = group; d < shape.D; d += groups) {
+      const float4 w = load_quad<kWide>(weight + d * shape.f, quad, shape.f);
+#pragma unroll
+      for (int r = 0; r < kRows; r++) {
+        if (r < rows && (shared || r == pass)) sum[r] = fma4(at.x[r * shape.ld + d], w, sum[r]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRows; r++) {
+    if (r < rows) at.partial[r * kThreads + thread] = sum[r];
+  }
+  __syncthreads();
+  constexpr int share = kThreads / kRows;
+  const int r = thread / share;
+  if (r < rows) {
+    const float* bias = maps.bias ? maps.bias + map_of(r) * shape.f : nullptr;
+    const float* partial = reinterpret_cast<const float*>(at.partial + r * kThreads);
+#pragma unroll 1
+    for (int c = thread % share; c < shape.f; c += share) {
+      float z = bias ? bias[c] : 0.f;
+      if (skip) z += at.x[r * shape.ld + c];
+#pragma unroll 4
+      for (int g = 0; g < groups; g++) z += partial[4 * (g << shape.quad_shift) + c];
+      at.z[r * shape.f + c] = z;
+    }
+  }
+  __syncthreads();
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+  return x;
+}
+
+// A warp turns z[f] of one row into its features, phi[i * kRows].
+__device__ __forceinline__ void activate(const Activation& activation, const float* x, int D,
+                                         const float* z, int f, float* phi) {
+  const int lane = ptx::opaque(threadIdx.x) % 32;
+  if (activation.kind == kSoftmax || activation.kind == kExp) {
+#pragma unroll 1
+    for (int side = 0; side < (activation.two_sided ? 2 : 1); side++) {
+      const float sign = side ? -kLog2e : kLog2e;
+      float top = kLowest, sum = 0.f;
+#pragma unroll 2  // f is 64 more often than not
+      for (int i = lane; i < f; i += 32) top = fmaxf(top, sign * z[i]);
+      top = warp_max(top);
+#pragma unroll 2  // f is 64 more often than not
+      for (int i = lane; i < f; i += 32) sum += exp2f(sign * z[i] - top);
+      sum = warp_sum(sum);
+      const float factor = activation.kind == kSoftmax ? 1.f / sum : 1.f;
+#pragma unroll 2  // f is 64 more often than not
+      for (int i = lane; i < f; i += 32)
+        phi[(side * f + i) * kRows] = fmaxf(exp2f(sign * z[i] - top) * factor, activation.eps);
+    }
+    return;
+  }
+  float half_norm = 0.f;
+  if (activation.kind == kFavor) {
+    for (int d = lane; d < D; d += 32) half_norm += 0.5f * x[d] * x[d];
+    half_norm = warp_sum(half_norm);
+  }
+  const float favor_factor = rsqrtf(static_cast<float>(f));
+#pragma unroll 2
+  for (int i = lane; i < f; i += 32) {
+    float y = z[i];
+    if (activation.kind == kElu1) y = y > 0.f ? y + 1.f : exp2f(kLog2e * y);
+    if (activation.kind == kFavor) y = exp2f(kLog2e * (y - half_norm)) * favor_factor;
+    phi[i * kRows] = activation.kind == kIdentity ? y : fmaxf(y, activation.eps);
+  }
+}
+
+// phi[F x kRows] of the rows of at.x; zeros for rows from `rows` on. The threads have met when it
+// starts and when it returns.
+template <int kThreads, bool kWide, class MapOf>
+__device__ __forceinline__ void features(const FeatureBuffers& at, const Maps& maps,
+                                         const MapOf& map_of, bool shared,
+                                         const Activation& activation, int rows,
+                                         const MapShape& shape, float* phi) {
+  static_assert(kThreads >= 32 * kRows, "a warp for every row");
+  project<kThreads, kWide>(at, maps, map_of, shared, rows, shape, activation.skip);
+  const int thread = ptx::opaque(threadIdx.x), r = thread / 32;
+  if (r < rows) {
+    activate(activation, at.x + r * shape.ld, shape.D, at.z + r * shape.f, shape.f, phi + r);
+  } else if (r < kRows) {
+    for (int i = thread % 32; i < shape.F; i += 32) phi[i * kRows + r] = 0.f;
+  }
+  __syncthreads();
+}
+
+}  // namespace cuda
+}  // namespace lol

@@ -1,0 +1,55 @@
+#include "launch.h"
+
+#include "../check.h"
+#include "plan.h"
+
+namespace lol {
+namespace cuda {
+namespace {
+
+#ifdef LOL_HAVE_CUDA
+constexpr lol_cuda_launcher built_in = launch_built_in;
+#else
+constexpr lol_cuda_launcher built_in = nullptr;
+#endif
+
+struct Launcher {
+  lol_cuda_launcher launch = built_in;
+  void* user = nullptr;
+} launcher;
+
+template <class Params, class Args>
+int plan_and_launch(const Args& a) {
+  Plan planned;
+  Params params;
+  if (const int status = plan(a, &planned, &params)) return status;
+  if (planned.blocks == 0) return LOL_OK;
+  if (planned.blocks > INT32_MAX) return fail("lolcats_ops: too many blocks for one launch");
+  const lol_cuda_launch launch = {planned.kernel,
+                                  static_cast<uint32_t>(planned.blocks),
+                                  static_cast<uint32_t>(planned.threads),
+                                  static_cast<uint32_t>(planned.shared_bytes),
+                                  &params,
+                                  sizeof(params),
+                                  a.context};
+  return launcher.launch(&launch, launcher.user);
+}
+
+}  // namespace
+
+bool can_launch() { return launcher.launch != nullptr; }
+int run(const lol_feature_map_args& a) { return plan_and_launch<FeatureMapParams>(a); }
+int run(const lol_hybrid_attention_step_args& a) { return plan_and_launch<StepParams>(a); }
+
+}  // namespace cuda
+}  // namespace lol
+
+extern "C" {
+
+void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user) {
+  lol::cuda::launcher = {launcher ? launcher : lol::cuda::built_in, user};
+}
+int lol_can_launch_cuda(void) { return lol::cuda::can_launch(); }
+int lol_has_cuda(void) { return lol::cuda::built_in != nullptr; }
+
+}  // extern "C"

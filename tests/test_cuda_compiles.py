@@ -1,0 +1,95 @@
+"""nvcc keeps the CUDA kernels within a budget; the PTX is run on the CPU and its bytes are counted.
+
+UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py renews tests/cuda_budget.json.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_on_cpu.ptx import PtxKernel, Struct
+from helpers import emulated, nvcc
+from helpers.cases import Case
+from helpers.compare import assert_close, assert_same_state
+
+pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="there is no nvcc")
+BUDGET = Path(__file__).with_name("cuda_budget.json")
+STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    ("kernel", "params"),
+    [(STEP, "StepParams"), ("lol::cuda::feature_map<lol::bf16, true>", "FeatureMapParams")],
+)
+def test_kernels_stay_within_their_budget(kernel, params, target):
+    entries = json.loads(BUDGET.read_text())
+    name, needs = f"{kernel} {target}", nvcc.resources(kernel, params, target)
+    assert needs["spill_bytes"] == 0
+    if os.environ.get("UPDATE_CUDA_BUDGET"):
+        BUDGET.write_text(json.dumps({**entries, name: needs}, indent=1, sort_keys=True) + "\n")
+        return
+    for what, most in entries[name].items():
+        assert needs[what] <= most, f"{name}: {what} {needs[what]}, at most {most}"
+
+
+def planned(tensors, settings):
+    """The launch, and the params with the tensors that they point to."""
+    results = {
+        "launch": torch.zeros(4, dtype=torch.int64),
+        "params": torch.zeros(1024, dtype=torch.uint8),
+        "kernel": torch.zeros(256, dtype=torch.uint8),
+        "addresses": torch.zeros(13, dtype=torch.int64),
+    }
+    emulated.program("plan_step", "")(**emulated.described(tensors), **settings, **results)
+    blocks, threads, shared, size = results["launch"].tolist()
+    data = bytes(results["params"][:size].tolist())
+    names = (
+        *("q", "k", "v", "o", "weight_q", "weight_k", "gate", "kv", "ksum"),
+        *("k_ring", "v_ring", "length", "folded"),
+    )
+    where = dict(zip(results["addresses"].tolist(), names, strict=True))
+    words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
+    pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
+    kernel = bytes(results["kernel"].tolist()).split(b"\0")[0].decode()
+    return kernel, (blocks, threads, shared), data, pointers
+
+
+def test_the_compiled_step_is_right_and_moves_no_byte_twice():
+    """bf16, D = f = 64, a sliding window of 64: one step of a state whose ring is full."""
+    from conformance.test_state import arguments, empty_state, prepare, reference_of
+
+    case = Case(D=64, G=1, window=64, batch=(1, 2))
+    x = prepare(case, 71, torch.bfloat16)
+    want, final = reference_of(x)
+    state = empty_state(x)
+    emulated.hybrid_attention_step_(*arguments(x, 0, 70), state)
+    q, k, v, feature_q, feature_k, gate = arguments(x, 70, 71)
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    out = torch.full_like(q, float("nan"))
+    tensors = emulated.step_tensors(q, k, v, out, feature_q, feature_k, gate, state)
+    settings = emulated.step_settings(q, feature_q, state)
+    kernel, (blocks, threads, shared), data, names = planned(tensors, settings)
+    assert kernel == STEP
+    pointers = {at: tensors[name] for at, name in names.items()}
+    compiled = PtxKernel(nvcc.ptx(kernel, "StepParams", "sm_80"))
+    report = compiled((blocks,), [Struct(data, pointers)], shared_bytes=shared, threads=threads)
+    report.assert_clean()
+    assert_close("out", out, want[:, :, 70:], torch.bfloat16)
+    assert_same_state(state, final, torch.float32)
+
+    moved = {name: report.global_bytes[1 + i] for i, name in enumerate(names.values())}
+    least = sum(t.nbytes for t in (q, k, v, out)) + sum(
+        t.nbytes for t in (state.kv, state.ksum, state.kv, state.ksum, state.k_ring, state.v_ring)
+    )
+    weights = ("weight_q", "weight_k")  # for all sequences of a batch: from the L2
+    sectors = sum(t.sectors for name, t in moved.items() if name not in weights)
+    assert sectors <= 1.05 * least
+    assert sum(moved[name].sectors for name in weights) == 2 * feature_q.weight.nbytes
+    for access in report.accesses:
+        assert access.sectors <= 1.01 * access.ideal_sectors, access
+    narrow = [a for a in report.accesses if not re.search(r"\.v4|cp\.async\.cg", a.instruction)]
+    assert sum(a.sectors for a in narrow) * 32 <= 0.05 * least  # ksum, counters, the gate
