@@ -16,7 +16,6 @@ from .cases import (
     LONG,
     LONGEST,
     ONE_HEAD,
-    ONE_HEAD_THREAD,
     PUBLISHED,
     SHORT,
     SMOLLM2,
@@ -166,11 +165,8 @@ _CPU = (
         (Quantity(SHORT[-1]),),
         at_most=1.05 * 16,
     ),
-    Bar(
-        "hybrid forward, one head: all threads faster than one",
-        (Quantity(ONE_HEAD_THREAD),),
-        (Quantity(ONE_HEAD),),
-        at_least=1.8,
+    _faster(
+        "hybrid forward, one head: all threads faster than one", ONE_HEAD, "lolcats:one_thread", 1.8
     ),
     Bar(
         "hybrid forward: extra memory / q, k, v, o",

@@ -31,7 +31,6 @@ class Case:
     f: int = 64
     window: int = 64
     dtype: str = "float32"
-    threads: int = 0  # 0: as many as the run has
     peers: tuple[str, ...] = ()  # what the standard set compares with
 
     def __str__(self) -> str:
@@ -126,8 +125,7 @@ BACKWARD = replace(HYBRID, pass_="backward", peers=())
 BACKWARD_BF16 = replace(BACKWARD, dtype="bfloat16")
 FORWARD_BF16 = replace(HYBRID, dtype="bfloat16", peers=())
 TRAINING = replace(HYBRID, pass_="forward+backward", peers=("sdpa",))
-ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=())
-ONE_HEAD_THREAD = replace(ONE_HEAD, threads=1)
+ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=("lolcats:one_thread",))
 TRANSFER = Case("attention_transfer", "forward+backward")
 FEATURES = Case("feature_map", T=8192, peers=("eager",))
 LINEAR = Case(
@@ -155,7 +153,6 @@ STANDARD: tuple[Case, ...] = (
     WIDE,
     WIDE_BF16,
     ONE_HEAD,
-    ONE_HEAD_THREAD,
     FEATURES,
     LINEAR,
     STEPS,
@@ -191,7 +188,7 @@ FILLED: tuple[Case, ...] = (
 
 CASES = {
     "cpu": STANDARD,
-    "cuda": (*FILLED, *(case for case in STANDARD if not case.threads)),
+    "cuda": (*FILLED, *STANDARD),
 }
 
 

@@ -45,16 +45,21 @@ class LocalTimer:
         Short calls follow one that is not timed: they are wanted with the caches and the threads
         as they leave them, not as whatever ran in between did.
         """
+        threads = torch.get_num_threads()
         if self.peer is not None:
             use_isa(self.peer)
-        if number > 1:
-            self.call()
-        synchronize(self.device)
-        start = perf_counter()
-        for _ in range(number):
-            self.call()
-        synchronize(self.device)
-        return perf_counter() - start
+            torch.set_num_threads(self.peer.threads or threads)
+        try:
+            if number > 1:
+                self.call()
+            synchronize(self.device)
+            start = perf_counter()
+            for _ in range(number):
+                self.call()
+            synchronize(self.device)
+            return perf_counter() - start
+        finally:
+            torch.set_num_threads(threads)
 
     def cold(self, budget_s: float) -> list[float]:
         """Seconds of calls on a GPU, each with an empty L2, by the GPU's own clock."""

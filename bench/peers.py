@@ -39,6 +39,7 @@ class Peer:
     why_not: Callable[[Case, str], str | None] = lambda case, device: None
     device: str | None = None  # the only one it runs on
     isa: str | None = None  # ours alone: the instruction set of CPUs to use
+    threads: int = 0  # 0: as many as the run has
     compiled: bool = False  # for every shape anew: too slow to check on small shapes
 
     def refusal(self, case: Case, device: str) -> str | None:
@@ -105,6 +106,9 @@ def peers() -> dict[str, Peer]:
             device="cuda",
         ),
     }
+    named["lolcats:one_thread"] = Peer(
+        "this library, one thread", ours, device="cpu", isa=best, threads=1
+    )
     for isa in _C.cpu_isas():
         named[f"lolcats:{isa}"] = Peer(f"this library, {isa}", ours, device="cpu", isa=isa)
     for backend in ("cuda", "triton"):

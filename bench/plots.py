@@ -72,7 +72,7 @@ def crossover(ours: Sequence[tuple[int, float]], softmax: Sequence[tuple[int, fl
 
 def _against_length(rows: list[Row], like: Case, what: str, x_label: str) -> Any:
     """Median time against T of the rows of a case; None if fewer than two lengths."""
-    same = [f.name for f in fields(Case) if f.name not in ("T", "threads", "peers")]
+    same = [f.name for f in fields(Case) if f.name not in ("T", "peers")]
     chosen = [row for row in rows if all(getattr(row, n) == getattr(like, n) for n in same)]
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in chosen:
@@ -120,8 +120,6 @@ def _mark_crossover(axes: Any, T: float, softmax: list[tuple[int, float]]) -> No
 def _roofline(rows: list[Row]) -> Any:
     """GFLOP/s against FLOPs per byte of our rows, best of each kind, under the two ceilings."""
     rows = [row for row in rows if row.implementation == "lolcats"]
-    threads = max((row.threads for row in rows), default=0)
-    rows = [row for row in rows if row.threads == threads]
     if not rows:
         return None
     mm = median(row.mm_gflops_per_s for row in rows)

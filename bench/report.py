@@ -123,10 +123,10 @@ def model_rows(results: Results, interval: Callable[..., Any]) -> list[tuple[str
 
 def unsteady(results: Results) -> str | None:
     """A warning if torch.mm was not equally fast in all cases: something else used the machine."""
-    by_threads: dict[tuple[int, str], list[float]] = {}
+    by_isa: dict[str, list[float]] = {}
     for row in results.rows:
-        by_threads.setdefault((row.threads, row.isa), []).append(row.mm_gflops_per_s)
-    slow, fast = max(((min(x), max(x)) for x in by_threads.values()), key=lambda x: x[1] / x[0])
+        by_isa.setdefault(row.isa, []).append(row.mm_gflops_per_s)
+    slow, fast = max(((min(x), max(x)) for x in by_isa.values()), key=lambda x: x[1] / x[0])
     if fast < STEADY * slow:
         return None
     return (

@@ -18,7 +18,7 @@ from .cases import Case
 from .device import CEILINGS, isa, machine
 from .inputs import make_inputs
 from .measure import LocalTimer, Timer, copy_timer, extra_bytes, mm_timer, sample
-from .peers import Peer, find
+from .peers import Peer, find, peers
 from .remote import Refused, Server
 from .results import Row, Skip
 
@@ -99,7 +99,7 @@ def run_case(
     entries: dict[str, Entry] = {}
     skips: list[Skip] = []
     agreed = {} if agreed is None else agreed
-    with settings(case.threads):
+    with restored():
         makers = {name: lambda name=name: prepare(name, case, device, agreed) for name in names}
         for name, server in (compiled or {}).items():
             if name in names:
@@ -186,7 +186,8 @@ def _row(
     middle = median(seconds)
     gflops, gbytes = (1e-9 * work / middle for work in (case.flops, case.bytes))
     shape = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "peers"}
-    shape["threads"] = torch.get_num_threads()
+    peer = peers().get(name)  # None: this library at another commit
+    shape["threads"] = (peer and peer.threads) or torch.get_num_threads()
     return Row(
         case=str(case),
         implementation=name,
@@ -215,12 +216,11 @@ def _row(
 
 
 @contextmanager
-def settings(threads: int) -> Iterator[None]:
-    """So many threads; afterwards threads and instruction set are what they were."""
-    before, isa = torch.get_num_threads(), _C.cpu_isa()
-    torch.set_num_threads(threads or before)
+def restored() -> Iterator[None]:
+    """Afterwards threads and instruction set are what they were."""
+    threads, isa = torch.get_num_threads(), _C.cpu_isa()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
         _C.set_cpu_isa(isa)

@@ -10,14 +10,14 @@ import pytest
 
 from .cases import STANDARD
 from .remote import Refused
-from .run import prepare, settings
+from .run import prepare, restored
 
 RUNS = [(case, name) for case in STANDARD for name in ("lolcats", *case.peers)]
 
 
 @pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{case}-{name}" for case, name in RUNS])
 def test_time(case, name, benchmark) -> None:
-    with settings(case.threads):
+    with restored():
         try:
             entry = prepare(name, case)
         except Refused as refused:

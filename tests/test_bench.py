@@ -25,7 +25,7 @@ TINY = Case("hybrid_attention", H=2, Hk=2, T=3, D=2, V=5, f=3, window=4)
 
 @pytest.fixture(autouse=True)
 def same_settings():
-    with run.settings(0):
+    with run.restored():
         yield
 
 
@@ -52,10 +52,10 @@ def synthetic(seconds=lambda case, name: case.flops / (1e11 if name == "lolcats"
             results.Row(
                 case=str(case),
                 implementation=name,
-                **{k: v for k, v in vars(case).items() if k not in ("peers", "threads")},
+                **{k: v for k, v in vars(case).items() if k != "peers"},
                 device="cpu",
                 isa="avx512_bf16",
-                threads=case.threads or 2,
+                threads=2,
                 flops=case.flops,
                 bytes=case.bytes,
                 **numbers,
