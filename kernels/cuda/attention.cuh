@@ -127,6 +127,9 @@ class Attention {
   }
   // The queries of this warp, of which nobody else knows.
   __device__ __forceinline__ Tile<T, kD> own_queries() const { return q.rows(16 * warp()); }
+  __device__ __forceinline__ int first_query(int chunk) const {
+    return ptx::opaque(chunk) * kChunk + 16 * warp();
+  }
   __device__ __forceinline__ int own_row(int half) const {
     return 16 * warp() + lane() / 4 + 8 * half;
   }
@@ -201,29 +204,28 @@ class Attention {
   // ---- A chunk
 
   __device__ __forceinline__ void attend(int chunk) {
-    const int i = chunk * kChunk + 16 * warp();
     float unit = 1.f;  // of the sums
 #pragma unroll 1
     for (int tile = chunk; tile >= first_tile(chunk); tile--) {
       visit(tile, tile > first_tile(chunk) ? tile - 1 : chunk + 1);
       if (tile == chunk) {
-        begin_queries(i);
+        begin_queries();
         if (has_state(chunk)) unit = share_state(first_tile(chunk));
-        if (kHybrid && p.sink) attend_keys<kSinks, true>(k_sink, v_sink, i, 0);
+        if (kHybrid && p.sink) attend_keys<kSinks, true>(k_sink, v_sink, chunk, 0);
       }
       const bool leaves = absorbs(chunk, tile);
       if (leaves || tile * kChunk < last_start(chunk)) {
         make_key_features(tile);
         __syncthreads();
       }
-      attend_keys<kChunk, false>(keys(tile), values(tile), i, tile * kChunk);
+      attend_keys<kChunk, false>(keys(tile), values(tile), chunk, tile * kChunk);
       if (leaves) state.absorb(phi_k, values(tile));
     }
     if (has_state(chunk)) {
       __syncthreads();
       read_state(unit);
     }
-    store_outputs(i, unit);
+    store_outputs(chunk, unit);
     if ((chunk + 1) * kChunk < at.length) load_queries(chunk + 1);
   }
   // The start of the window of a chunk's last query.
@@ -239,7 +241,7 @@ class Attention {
     return tile < first_tile(next) && (p.kv || next * kChunk < at.length);
   }
 
-  __device__ __forceinline__ void begin_queries(int i) {
+  __device__ __forceinline__ void begin_queries() {
 #pragma unroll
     for (int n = 0; n <= kSum; n++) {
 #pragma unroll
@@ -279,14 +281,14 @@ class Attention {
     }
   }
 
-  // Adds keys to the sums of the warp's queries, which start at i: those of a tile that starts at
-  // j, or the sinks. Groups of 16 keys that no query of the warp attends are passed over.
+  // Adds keys to the sums of the warp's queries: those of a tile that starts at j, or the sinks. Groups of 16 keys that no query of the warp attends are passed over.
   template <int kKeys, bool kAreSinks>
   __device__ __forceinline__ void attend_keys(const Tile<T, kD>& keys, const Tile<T, kV>& values,
-                                              int i, int j) {
+                                              int chunk, int j) {
     constexpr int groups = kKeys / 16;
+    const int i = first_query(chunk);
     const int first_start = window_start(p, i), last_start = window_start(p, i + 15);
-    const int row = ptx::opaque(i) + lane() / 4;  // of the thread's
+    const int row = i + lane() / 4;  // of the thread's
     const int start[2] = {window_start(p, row), window_start(p, row + 8)};
     bool near[groups], far[groups], any_near = false;
 #pragma unroll
@@ -427,7 +429,8 @@ class Attention {
 
   // Of the warp's queries; the sums are in units of 1 / unit. The rows of y are put together where
   // the queries were.
-  __device__ __forceinline__ void store_outputs(int i, float unit) {
+  __device__ __forceinline__ void store_outputs(int chunk, float unit) {
+    const int i = first_query(chunk);
     const Tile<T, kV> y = {own_queries().data};
     const float factor = (kHybrid ? 1.f : p.scale) / unit;
     __syncwarp();  // all lanes are done with the queries

@@ -1,19 +1,18 @@
-"""hybrid_attention and linear_attention of the CUDA kernels, run by the emulator on CPU tensors."""
+"""hybrid_attention and linear_attention of the CUDA kernels, on CPU tensors."""
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from gpu_on_cpu.cuda.program import Program, build
 from torch import Tensor
 
 from lolcats_ops._codes import WINDOW_KINDS
 from lolcats_ops.features import Features
 from lolcats_ops.state import HybridState
 
-from .emulated import ROOT, activation, described
+from .emulated import activation, described
 
 # What a program has of the kernels, so that few are compiled.
 NARROW = "X(lol::bf16, 64, 64, 2, 64) X(lol::f16, 64, 64, 2, 64)"
@@ -21,22 +20,15 @@ WIDE = "X(lol::bf16, 128, 64, 2, 64) X(lol::bf16, 64, 128, 1, 64)"
 ONE = "X(lol::bf16, 64, 64, 2, 64)"
 
 
-@cache
-def program(instances: str, sanitizer: str | None = None) -> Program:
-    include, defines = (ROOT, ROOT / "kernels" / "include"), {"INSTANCES(X)": instances}
-    source = ROOT / "tests" / "cuda" / "attention.cpp"
-    return build(source, sanitizer=sanitizer, include=include, defines=defines)
-
-
 class Kernels:
     """The public functions, as the tests of operators call them.
 
-    ``saved`` has what the last call returned for a backward pass, by name.
+    ``run`` gets the arguments as tests/cuda/attention_arguments.h has them. ``saved`` has what the
+    last call left for a backward pass, by name.
     """
 
-    def __init__(self, instances: str, sanitizer: str | None = None, order: int = 0):
-        self.run = program(instances, sanitizer)
-        self.order = order
+    def __init__(self, run: Callable[..., None]):
+        self.run = run
         self.saved = SimpleNamespace()
 
     def hybrid_attention(
@@ -106,5 +98,5 @@ class Kernels:
         if feature_q is not None:
             codes = activation(feature_q)
         detached = {n: None if t is None else t.detach() for n, t in tensors.items()}
-        self.run(**described(detached), **codes, **settings, order=self.order)
+        self.run(**described(detached), **codes, **settings)
         return out
