@@ -281,7 +281,8 @@ class Attention {
     }
   }
 
-  // Adds keys to the sums of the warp's queries: those of a tile that starts at j, or the sinks. Groups of 16 keys that no query of the warp attends are passed over.
+  // Adds keys to the sums of the warp's queries: those of a tile that starts at j, or the sinks.
+  // Groups of 16 keys that no query of the warp attends are passed over.
   template <int kKeys, bool kAreSinks>
   __device__ __forceinline__ void attend_keys(const Tile<T, kD>& keys, const Tile<T, kV>& values,
                                               int chunk, int j) {
@@ -323,6 +324,12 @@ class Attention {
         unsigned a[4];
         pack_left<T>(a, s[2 * g], s[2 * g + 1]);
         multiply_row_and_ones(acc, a, values, 16 * g);
+        // Without the denominator, which has the same error, rounding a weight would show in y.
+        if (!kHybrid && !p.normalize) {
+          subtract_rounded<T>(s[2 * g], s[2 * g + 1], a);
+          pack_left<T>(a, s[2 * g], s[2 * g + 1]);
+          multiply_row_and_ones(acc, a, values, 16 * g);
+        }
       }
     }
   }

@@ -98,6 +98,19 @@ __device__ __forceinline__ void pack_left(unsigned (&a)[4], const float (&left)[
   a[3] = pack<T>(right[2], right[3]);
 }
 
+// What rounding in pack_left lost.
+template <class T>
+__device__ __forceinline__ void subtract_rounded(float (&left)[4], float (&right)[4],
+                                                 const unsigned (&a)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    left[2 * half] -= low<T>(a[half]);
+    left[2 * half + 1] -= high<T>(a[half]);
+    right[2 * half] -= low<T>(a[2 + half]);
+    right[2 * half + 1] -= high<T>(a[2 + half]);
+  }
+}
+
 // ---- A row of sums belongs to four threads
 
 __device__ __forceinline__ float quad_max(float x) {
