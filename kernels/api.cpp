@@ -156,12 +156,14 @@ int lol_feature_map_backward(const lol_feature_map_backward_args* a) {
   return lol::run(a, &Kernels::feature_map_backward);
 }
 int lol_linear_attention(const lol_linear_attention_args* a) {
+  if (a && a->context.device >= 0) return lol::run_on_cuda(*a);
   return lol::run(a, &Kernels::linear_attention);
 }
 int lol_linear_attention_backward(const lol_linear_attention_backward_args* a) {
   return lol::run(a, &Kernels::linear_attention_backward);
 }
 int lol_hybrid_attention(const lol_hybrid_attention_args* a) {
+  if (a && a->context.device >= 0) return lol::run_on_cuda(*a);
   return lol::run(a, &Kernels::hybrid_attention);
 }
 int lol_hybrid_attention_backward(const lol_hybrid_attention_backward_args* a) {

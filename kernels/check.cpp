@@ -19,7 +19,6 @@ int check_size(const char* op, const Args& a) {
 
 // What the hybrid and its transfer share: everything but the output.
 int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
-  LOL_TRY(c.on_cpu());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2];
   LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, a.q.shape[3], H, a.k.shape[1]));
@@ -32,7 +31,6 @@ int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
 }
 
 int check_forward(const Checker& c, const lol_linear_attention_args& a) {
-  LOL_TRY(c.on_cpu());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
@@ -90,6 +88,7 @@ int check(const lol_feature_map_backward_args& a) {
 int check(const lol_linear_attention_args& a) {
   const Checker c("linear_attention", a.context);
   LOL_TRY(check_size("linear_attention", a));
+  LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(check_forward(c, a));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, a.q.shape[0], a.q.shape[2], &N));
@@ -102,6 +101,7 @@ int check(const lol_linear_attention_args& a) {
 int check(const lol_linear_attention_backward_args& a) {
   const Checker c("linear_attention_backward", a.forward.context);
   LOL_TRY(check_size("linear_attention_backward", a));
+  LOL_TRY(c.on_cpu());
   const lol_linear_attention_args& f = a.forward;
   LOL_TRY(check_forward(c, f));
   int64_t N;
@@ -122,6 +122,7 @@ int check(const lol_linear_attention_backward_args& a) {
 int check(const lol_hybrid_attention_args& a) {
   const Checker c("hybrid_attention", a.context);
   LOL_TRY(check_size("hybrid_attention", a));
+  LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(check_student(c, a));
   return c.strided("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]});
 }
@@ -129,6 +130,7 @@ int check(const lol_hybrid_attention_args& a) {
 int check(const lol_hybrid_attention_backward_args& a) {
   const Checker c("hybrid_attention_backward", a.forward.context);
   LOL_TRY(check_size("hybrid_attention_backward", a));
+  LOL_TRY(c.on_cpu());
   LOL_TRY(check(a.forward));
   const lol_hybrid_attention_args& f = a.forward;
   LOL_TRY(c.like("do", a.do_, f.o));
@@ -199,6 +201,7 @@ int check(const lol_hybrid_attention_step_args& a) {
 }
 
 static int check_transfer(const Checker& c, const lol_attention_transfer_args& a) {
+  LOL_TRY(c.on_cpu());
   LOL_TRY(check_student(c, a.student));
   const int64_t B = a.student.q.shape[0], H = a.student.q.shape[1], T = a.student.q.shape[2],
                 V = a.student.v.shape[3];

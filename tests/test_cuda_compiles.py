@@ -11,19 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 from gpu_on_cpu.ptx import PtxKernel, Struct
-from helpers import emulated, nvcc
-from helpers.cases import Case
+from helpers import emulated, nvcc, operators
+from helpers.cases import Case, make_inputs
 from helpers.compare import assert_close, assert_same_state
+from helpers.emulated_attention import Kernels
 
 pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="there is no nvcc")
 BUDGET = Path(__file__).with_name("cuda_budget.json")
+INPUTS = ("q", "k", "v", "o", "weight_q", "weight_k", "gate")
+HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64>"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize(
     ("kernel", "params"),
-    [(STEP, "StepParams"), ("lol::cuda::feature_map<lol::bf16, true>", "FeatureMapParams")],
+    [
+        (STEP, "StepParams"),
+        ("lol::cuda::feature_map<lol::bf16, true>", "FeatureMapParams"),
+        (HYBRID, "AttentionParams"),
+    ],
 )
 def test_kernels_stay_within_their_budget(kernel, params, target):
     entries = json.loads(BUDGET.read_text())
@@ -36,21 +43,17 @@ def test_kernels_stay_within_their_budget(kernel, params, target):
         assert needs[what] <= most, f"{name}: {what} {needs[what]}, at most {most}"
 
 
-def planned(tensors, settings):
-    """The launch, and the params with the tensors that they point to."""
+def planned(operator, names, arguments):
+    """The launch, and the params with the tensors that they point to, out of ``names``."""
     results = {
         "launch": torch.zeros(4, dtype=torch.int64),
         "params": torch.zeros(1024, dtype=torch.uint8),
         "kernel": torch.zeros(256, dtype=torch.uint8),
-        "addresses": torch.zeros(13, dtype=torch.int64),
+        "addresses": torch.zeros(len(names), dtype=torch.int64),
     }
-    emulated.program("plan_step", "")(**emulated.described(tensors), **settings, **results)
+    emulated.program(f"plan_{operator}", "")(**arguments, **results)
     blocks, threads, shared, size = results["launch"].tolist()
     data = bytes(results["params"][:size].tolist())
-    names = (
-        *("q", "k", "v", "o", "weight_q", "weight_k", "gate", "kv", "ksum"),
-        *("k_ring", "v_ring", "length", "folded"),
-    )
     where = dict(zip(results["addresses"].tolist(), names, strict=True))
     words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
     pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
@@ -72,7 +75,9 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     out = torch.full_like(q, float("nan"))
     tensors = emulated.step_tensors(q, k, v, out, feature_q, feature_k, gate, state)
     settings = emulated.step_settings(q, feature_q, state)
-    kernel, (blocks, threads, shared), data, names = planned(tensors, settings)
+    of_step = (*INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
+    arguments_of_step = {**emulated.described(tensors), **settings}
+    kernel, (blocks, threads, shared), data, names = planned("step", of_step, arguments_of_step)
     assert kernel == STEP
     pointers = {at: tensors[name] for at, name in names.items()}
     compiled = PtxKernel(nvcc.ptx(kernel, "StepParams", "sm_80"))
@@ -93,3 +98,31 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
         assert access.sectors <= 1.01 * access.ideal_sectors, access
     narrow = [a for a in report.accesses if not re.search(r"\.v4|cp\.async\.cg", a.instruction)]
     assert sum(a.sectors for a in narrow) * 32 <= 0.05 * least  # ksum, counters, the gate
+
+
+def test_the_compiled_attention_is_right_and_reads_every_tensor_once():
+    """bf16, D = f = V = 64, a sliding window of 64, two heads."""
+    case = Case(D=64, window=64, batch=(1, 2), dtype=torch.bfloat16)
+    traffic = {}
+
+    def run(**arguments):
+        of_attention = (*INPUTS, "m", "den")
+        kernel, (blocks, threads, shared), data, names = planned(
+            "hybrid_attention", of_attention, arguments
+        )
+        assert kernel == HYBRID
+        pointers = {at: arguments[name] for at, name in names.items()}
+        compiled = PtxKernel(nvcc.ptx(kernel, "AttentionParams", "sm_80"))
+        report = compiled((blocks,), [Struct(data, pointers)], shared_bytes=shared, threads=threads)
+        report.assert_clean()
+        for i, name in enumerate(names.values()):
+            traffic[name] = (report.global_bytes[1 + i], arguments[name].nbytes)
+
+    want = operators.expected(operators.hybrid_attention, case).outputs["out"]
+    got = operators.hybrid_attention(
+        Kernels(run), make_inputs(case).as_dtype(torch.bfloat16, "plain")
+    )["out"]
+    assert_close("out", got, want.detach(), torch.bfloat16)
+    for name in ("q", "k", "v", "o", "weight_q", "weight_k", "m", "den"):
+        moved, size = traffic[name]
+        assert moved.loaded + moved.stored == size, (name, moved, size)

@@ -5,10 +5,13 @@
 #include <cstring>
 
 #include "../check.h"
+#include "attention_instances.h"
 #include "feature_map.cuh"
+#include "hybrid_attention.cuh"
 #include "hybrid_attention_step.cuh"
 #include "instances.h"
 #include "launch.h"
+#include "linear_attention.cuh"
 
 namespace lol {
 namespace cuda {
@@ -30,6 +33,15 @@ const Instance instances[] = {
    reinterpret_cast<const void*>(                                                \
        static_cast<void (*)(StepParams)>(hybrid_attention_step<T, lanes, rows, wide>))},
         LOL_STEP_INSTANCES(LOL_ENTRY)
+#undef LOL_ENTRY
+#define LOL_ENTRY(T, D, f, sides, V)                                                  \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">",         \
+   reinterpret_cast<const void*>(                                                     \
+       static_cast<void (*)(AttentionParams)>(hybrid_attention<T, D, f, sides, V>))}, \
+      {"lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">",     \
+       reinterpret_cast<const void*>(                                                 \
+           static_cast<void (*)(AttentionParams)>(linear_attention<T, D, f, sides, V>))},
+            LOL_ATTENTION_INSTANCES(LOL_ENTRY)
 #undef LOL_ENTRY
 };
 

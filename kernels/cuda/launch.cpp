@@ -39,6 +39,8 @@ int plan_and_launch(const Args& a) {
 
 bool can_launch() { return launcher.launch != nullptr; }
 int run(const lol_feature_map_args& a) { return plan_and_launch<FeatureMapParams>(a); }
+int run(const lol_linear_attention_args& a) { return plan_and_launch<AttentionParams>(a); }
+int run(const lol_hybrid_attention_args& a) { return plan_and_launch<AttentionParams>(a); }
 int run(const lol_hybrid_attention_step_args& a) { return plan_and_launch<StepParams>(a); }
 
 }  // namespace cuda

@@ -7,6 +7,8 @@ namespace cuda {
 
 bool can_launch();
 int run(const lol_feature_map_args& a);
+int run(const lol_linear_attention_args& a);
+int run(const lol_hybrid_attention_args& a);
 int run(const lol_hybrid_attention_step_args& a);
 
 // The launcher of builds that have the kernels (kernels.cu).

@@ -1,10 +1,9 @@
 #include "plan.h"
-
-#include <cstdint>
 #include <initializer_list>
 
 #include "../check.h"
 #include "instances.h"
+#include "plan_tensors.h"
 
 namespace lol {
 namespace cuda {
@@ -13,33 +12,6 @@ namespace {
 // What a block may use on every GPU from sm_80 on (sm_86 and sm_89 have 99 KB), and what of it the
 // tile of keys gets: at most so much that two blocks share a multiprocessor of the larger ones.
 constexpr int kSharedBytes = 99 * 1024, kTileBytes = 48 * 1024;
-
-int size_of(int dtype) { return dtype == LOL_F32 ? 4 : 2; }
-int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
-Rows rows_of(const lol_tensor& t) { return {t.data, t.stride[0], t.stride[1], t.stride[2]}; }
-Maps maps_of(const lol_features& f, int64_t heads) {
-  return {static_cast<const float*>(f.weight.data), static_cast<const float*>(f.bias.data),
-          static_cast<int>(heads / f.weight.shape[0])};
-}
-Activation activation_of(const lol_features& f) {
-  return {f.activation, f.two_sided != 0, f.skip != 0, static_cast<float>(f.eps)};
-}
-MapShape shape_of(const lol_features& f) {
-  const int D = static_cast<int>(f.weight.shape[1]), width = static_cast<int>(f.weight.shape[2]);
-  int shift = 0;
-  while (4 << shift < width) shift++;
-  return {D, width, f.two_sided ? 2 * width : width, round_up(D, 8), shift};
-}
-Indices indices_of(const lol_tensor& t) { return {t.data, t.dtype == LOL_I64}; }
-
-// Whether every row starts at and is a multiple of 16 bytes.
-bool is_wide(const lol_tensor& t) {
-  const int64_t chunk = 16 / size_of(t.dtype);
-  bool wide = reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.shape[t.ndim - 1] % chunk == 0;
-  for (int i = 0; i + 1 < t.ndim; i++) wide &= t.shape[i] == 1 || t.stride[i] % chunk == 0;
-  return wide;
-}
 
 const char* const feature_map_instances[] = {
 #define LOL_NAME(T, wide) "lol::cuda::feature_map<" #T ", " #wide ">",

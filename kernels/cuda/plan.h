@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 
+#include "attention_params.h"
 #include "lolcats_ops/lolcats_ops.h"
 #include "params.h"
 
@@ -19,6 +20,8 @@ struct Plan {
 
 // LOL_OK, or an error and its message.
 int plan(const lol_feature_map_args& a, Plan* plan, FeatureMapParams* params);
+int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params);
+int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params);
 int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params);
 
 }  // namespace cuda

@@ -10,6 +10,7 @@
 #include "kernels/check.cpp"
 #include "kernels/cuda/launch.cpp"
 #include "kernels/cuda/plan.cpp"
+#include "kernels/cuda/plan_attention.cpp"
 
 // A tensor of the Python side with its shape and strides, which come as numbers; absent if None.
 inline lol_tensor tensor_of(const emulator::Arguments& a, const std::string& name) {

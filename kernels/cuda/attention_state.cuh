@@ -1,0 +1,99 @@
+// The recurrent state of a block (SPEC 5), kV columns of it, in fp32 registers.
+#pragma once
+#include "attention_params.h"
+#include "tiles.cuh"
+
+namespace lol {
+namespace cuda {
+
+// A warp has every kAttentionWarps-th part of the rows of kv [F, V], in fragments of sums. ksum is
+// one more column, the product with ones: the first of tile kSum.
+template <class T, int kf, int kSides, int kV>
+struct State {
+  static constexpr int kF = kSides * kf, kTiles = kF / 16 / kAttentionWarps, kSum = kV / 8;
+  float sums[kTiles][kSum + 1][4];
+
+  static __device__ __forceinline__ int row_of_thread(int tile, int half) {
+    return 16 * (kTiles * warp() + tile) + lane() / 4 + 8 * half;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+#pragma unroll
+      for (int n = 0; n <= kSum; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) sums[t][n][e] = 0.f;
+      }
+    }
+  }
+
+  // Loads or stores what the thread has of kv [.., V] and ksum, from row `first` on, the first
+  // column being `column`. Columns at 0 have ksum.
+  template <bool kLoad>
+  __device__ __forceinline__ void move(float* kv, float* ksum, int64 first, int f, int V,
+                                       int column) {
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int padded = row_of_thread(t, half), feature = padded % kf;
+        if (feature >= f) continue;
+        const int64 row = first + padded / kf * f + feature;
+#pragma unroll
+        for (int n = 0; n < kSum; n++) {
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int c = column + 8 * n + lane() % 4 * 2 + e;
+            if (c < V) move_one<kLoad>(sums[t][n][2 * half + e], kv + row * V + c);
+          }
+        }
+        if (lane() % 4 == 0 && (kLoad || column == 0))
+          move_one<kLoad>(sums[t][kSum][2 * half], ksum + row);
+      }
+    }
+  }
+  template <bool kLoad>
+  static __device__ __forceinline__ void move_one(float& mine, float* there) {
+    if (kLoad) {
+      mine = *there;
+    } else {
+      *there = mine;
+    }
+  }
+
+  // Rounds unit * state for all warps to read; ksum in two columns, with what rounding lost in the
+  // second.
+  __device__ __forceinline__ void share(const Tile<T, kV>& kv, const Tile<T, 8>& ksum,
+                                        float unit) const {
+#pragma unroll
+    for (int t = 0; t < kTiles; t++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = row_of_thread(t, half);
+#pragma unroll
+        for (int n = 0; n < kSum; n++)
+          kv.pair(row, 4 * n + lane() % 4) =
+              pack<T>(unit * sums[t][n][2 * half], unit * sums[t][n][2 * half + 1]);
+        const float sum = unit * sums[t][kSum][2 * half];
+        ksum.pair(row, lane() % 4) = pack<T>(sum, sum - to_float(from_float<T>(sum)));
+      }
+    }
+  }
+
+  // += phi_k^T values
+  __device__ __forceinline__ void absorb(const Tile<T, kF>& phi_k, const Tile<T, kV>& values) {
+#pragma unroll
+    for (int j = 0; j < kChunk; j += 16) {
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+        unsigned a[4];
+        load_left_transposed(a, phi_k, 16 * (kTiles * warp() + t), j);
+        multiply_row_and_ones(sums[t], a, values, j);
+      }
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace lol

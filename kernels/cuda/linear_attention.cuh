@@ -1,0 +1,15 @@
+// linear_attention (SPEC 4): attention.cuh without a softmax window, with the state in and out.
+#pragma once
+#include "attention.cuh"
+
+namespace lol {
+namespace cuda {
+
+template <class T, int kD, int kf, int kSides, int kV>
+__global__ void __launch_bounds__(32 * kAttentionWarps)
+    linear_attention(const __grid_constant__ AttentionParams params) {
+  Attention<T, kD, kf, kSides, kV, false>(params, ptx::dynamic_shared<unsigned char>()).run();
+}
+
+}  // namespace cuda
+}  // namespace lol

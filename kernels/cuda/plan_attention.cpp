@@ -1,0 +1,108 @@
+#include "../check.h"
+#include "attention_instances.h"
+#include "plan.h"
+#include "plan_tensors.h"
+
+namespace lol {
+namespace cuda {
+namespace {
+
+struct AttentionInstance {
+  const char *hybrid, *linear;
+  int dtype;
+  AttentionTiles tiles;
+};
+constexpr int type_code(const char* name) { return name[5] == 'b' ? LOL_BF16 : LOL_F16; }
+const AttentionInstance attention_instances[] = {
+#define LOL_NAME(T, D, f, sides, V)                                           \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
+   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
+   type_code(#T),                                                             \
+   {D, f, sides, V}},
+    LOL_ATTENTION_INSTANCES(LOL_NAME)
+#undef LOL_NAME
+};
+
+int unsupported(const char* op, const char* why) {
+  fail("%s: %s is not for the CUDA kernels: use the Triton kernels", op, why);
+  return LOL_EUNSUPPORTED;
+}
+
+// What both operators have; Args: of either.
+template <class Args>
+int plan_attention(const char* op, const Args& a, const char* AttentionInstance::* kernel,
+                   Plan* plan, AttentionParams* params) {
+  if (a.q.dtype == LOL_F32) return unsupported(op, "fp32");
+  if (a.key_padding_mask.data) return unsupported(op, "key_padding_mask");
+  const bool mapped = a.feature_k.weight.data != nullptr;
+  const int sides = mapped && a.feature_k.two_sided ? 2 : 1;
+  AttentionParams& p = *params;
+  p.q = rows_of(a.q);
+  p.k = rows_of(a.k);
+  p.v = rows_of(a.v);
+  p.o = rows_of(a.o);
+  p.H = static_cast<int>(a.q.shape[1]);
+  p.Hk = static_cast<int>(a.k.shape[1]);
+  p.Hs = mapped ? static_cast<int>(a.feature_k.weight.shape[0]) : p.Hk;
+  p.T = static_cast<int>(a.q.shape[2]);
+  p.D = static_cast<int>(a.q.shape[3]);
+  p.V = static_cast<int>(a.v.shape[3]);
+  p.f = mapped ? static_cast<int>(a.feature_k.weight.shape[2]) : p.D;
+  if (mapped) {
+    p.map_q = maps_of(a.feature_q, p.H);
+    p.map_k = maps_of(a.feature_k, p.H);
+  }
+  p.activation = activation_of(a.feature_k);
+  if (!mapped) p.activation = {LOL_IDENTITY, false, false, 0.f};
+  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP)
+    return unsupported(op, "fp16 with features that have no bound");
+  p.scale = static_cast<float>(a.scale);
+  p.den = static_cast<float*>(a.den.data);
+  p.cu_seqlens = indices_of(a.cu_seqlens);
+  p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
+  p.wide = is_wide(a.q) && is_wide(a.k) && is_wide(a.v) && is_wide(a.o);
+
+  for (const AttentionInstance& at : attention_instances) {
+    const AttentionTiles& tiles = at.tiles;
+    if (at.dtype != a.q.dtype || tiles.D < p.D || tiles.f < p.f || tiles.sides != sides) continue;
+    const int64 slices = (p.V + tiles.V - 1) / tiles.V;
+    // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
+    const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] * p.T ? 1 : 0;
+    *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, tiles.shared_bytes()};
+    return LOL_OK;
+  }
+  return unsupported(op, "D > 128, f > 64 (two-sided) or 128, or both D and f > 64 (one-sided)");
+}
+
+}  // namespace
+
+int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params) {
+  const char* op = "hybrid_attention";
+  AttentionParams p = {};
+  if (a.sink > kSinks) return unsupported(op, "sink > 16");
+  p.gate = static_cast<const float*>(a.gate.data);
+  p.affine = a.affine != 0;
+  p.normalize = true;
+  p.window = static_cast<int>(a.window);
+  p.terrace = a.window_kind == LOL_TERRACE;
+  p.sink = static_cast<int>(a.sink);
+  p.m = static_cast<float*>(a.m.data);
+  *params = p;
+  return plan_attention(op, a, &AttentionInstance::hybrid, plan, params);
+}
+
+int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params) {
+  AttentionParams p = {};
+  p.normalize = a.normalize != 0;
+  p.eps = static_cast<float>(a.eps);
+  p.kv0 = static_cast<const float*>(a.kv0.data);
+  p.ksum0 = static_cast<const float*>(a.ksum0.data);
+  const bool any = !a.cu_seqlens.data || a.cu_seqlens.shape[0] > 1;
+  p.kv = any ? static_cast<float*>(a.kv.data) : nullptr;
+  p.ksum = any ? static_cast<float*>(a.ksum.data) : nullptr;
+  *params = p;
+  return plan_attention("linear_attention", a, &AttentionInstance::linear, plan, params);
+}
+
+}  // namespace cuda
+}  // namespace lol

@@ -1,0 +1,152 @@
+// Tiles of 16-bit numbers in shared memory, and products of them by tensor cores.
+//
+// Fragments are those of mma.m16n8k16. Of a 16 x 8 tile of sums, a thread has the columns 2 (lane
+// % 4) and the next one, of the rows lane / 4 (sums 0 and 1) and 8 below it (2 and 3). Two such
+// tiles side by side, rounded and packed, are a left operand: nothing moves between products.
+#pragma once
+#include "memory.cuh"
+
+namespace lol {
+namespace cuda {
+
+// Rows of kColumns numbers, in chunks of 16 bytes. The chunks of a row are permuted by its number,
+// so that the eight rows that are loaded or stored at once lie in different banks.
+template <class T, int kColumns>
+struct Tile {
+  static_assert(sizeof(T) == 2 && (kColumns & (kColumns - 1)) == 0 && kColumns >= 8, "");
+  static constexpr int kChunks = kColumns / 8;
+  T* data;
+
+  __device__ __forceinline__ T* at(int row, int chunk) const {
+    constexpr int rows_per_line = kChunks < 8 ? 8 / kChunks : 1,
+                  mask = kChunks < 8 ? kChunks - 1 : 7;
+    return data + row * kColumns + (chunk ^ (row / rows_per_line & mask)) * 8;
+  }
+  // Columns 2 i and the next one.
+  __device__ __forceinline__ unsigned& pair(int row, int i) const {
+    return reinterpret_cast<unsigned*>(at(row, i / 4))[i % 4];
+  }
+  // From row `first` on, a multiple of 8.
+  __device__ __forceinline__ Tile rows(int first) const { return {data + first * kColumns}; }
+};
+
+__device__ __forceinline__ int lane() { return ptx::opaque(threadIdx.x) % 32; }
+__device__ __forceinline__ int warp() { return ptx::opaque(threadIdx.x) / 32; }
+
+// ---- Operands of 16 x 16
+
+// Left, tile[m][k].
+template <class T, int n>
+__device__ __forceinline__ void load_left(unsigned (&a)[4], const Tile<T, n>& tile, int m, int k) {
+  ptx::ldmatrix(a, tile.at(m + lane() % 16, k / 8 + lane() / 16));
+}
+// Left, tile[k][m].
+template <class T, int n>
+__device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const Tile<T, n>& tile,
+                                                     int m, int k) {
+  ptx::ldmatrix_trans(a, tile.at(k + lane() / 16 * 8 + lane() % 8, m / 8 + lane() / 8 % 2));
+}
+// Right, tile[k][n]: the left half of the columns in b[0], b[1].
+template <class T, int width>
+__device__ __forceinline__ void load_right(unsigned (&b)[4], const Tile<T, width>& tile, int k,
+                                           int n) {
+  ptx::ldmatrix_trans(b, tile.at(k + lane() % 16, n / 8 + lane() / 16));
+}
+// Right, tile[n][k].
+template <class T, int width>
+__device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const Tile<T, width>& tile,
+                                                      int k, int n) {
+  ptx::ldmatrix(b, tile.at(n + lane() / 16 * 8 + lane() % 8, k / 8 + lane() / 8 % 2));
+}
+
+// The left and right half of 16 columns.
+template <class T>
+__device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4],
+                                         const unsigned (&a)[4], const unsigned (&b)[4]) {
+  mma_m16n8k16<T>(left, a, {b[0], b[1]});
+  mma_m16n8k16<T>(right, a, {b[2], b[3]});
+}
+
+// d[16 x 8 n] += a tile[k .. k + 15][0 .. 8 n - 1]
+template <class T, int kTiles, int n>
+__device__ __forceinline__ void multiply_row(float (&d)[kTiles][4], const unsigned (&a)[4],
+                                             const Tile<T, n>& tile, int k) {
+#pragma unroll
+  for (int column = 0; column < n; column += 16) {
+    unsigned b[4];
+    load_right(b, tile, k, column);
+    multiply<T>(d[column / 8], d[column / 8 + 1], a, b);
+  }
+}
+
+// The same, and a times a column of ones.
+template <class T, int kTiles, int n>
+__device__ __forceinline__ void multiply_row_and_ones(float (&d)[kTiles][4], const unsigned (&a)[4],
+                                                      const Tile<T, n>& tile, int k) {
+  multiply_row(d, a, tile, k);
+  const unsigned ones = lane() < 4 ? pack<T>(1.f, 1.f) : 0u;
+  mma_m16n8k16<T>(d[n / 8], a, {ones, ones});
+}
+
+// Two tiles of sums as a left operand.
+template <class T>
+__device__ __forceinline__ void pack_left(unsigned (&a)[4], const float (&left)[4],
+                                          const float (&right)[4]) {
+  a[0] = pack<T>(left[0], left[1]);
+  a[1] = pack<T>(left[2], left[3]);
+  a[2] = pack<T>(right[0], right[1]);
+  a[3] = pack<T>(right[2], right[3]);
+}
+
+// What rounding in pack_left lost.
+template <class T>
+__device__ __forceinline__ void subtract_rounded(float (&left)[4], float (&right)[4],
+                                                 const unsigned (&a)[4]) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    left[2 * half] -= low<T>(a[half]);
+    left[2 * half + 1] -= high<T>(a[half]);
+    right[2 * half] -= low<T>(a[2 + half]);
+    right[2 * half + 1] -= high<T>(a[2 + half]);
+  }
+}
+
+// ---- A row of sums belongs to four threads
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// ---- Copies
+
+// Threads `thread`, `thread` + kThreads, ... bring their share of `rows` rows of `width` numbers to
+// a tile of kRows rows; zeros elsewhere. Asynchronously, if the rows are wide (memory.cuh).
+template <int kRows, int kThreads, class T, int kColumns>
+__device__ __forceinline__ void copy_rows(const Tile<T, kColumns>& to, const T* from, int64 stride,
+                                          int rows, int width, bool wide, int thread) {
+  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+  if (wide) {
+#pragma unroll
+    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+      const int row = i / kChunks, chunk = i % kChunks;
+      const bool inside = row < rows && 8 * chunk < width;
+      ptx::cp_async<16>(to.at(row, chunk), from + (inside ? row * stride + 8 * chunk : 0),
+                        inside ? 16 : 0);
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = thread; i < kRows * kColumns; i += kThreads) {
+    const int row = i / kColumns, column = i % kColumns;
+    to.at(row, column / 8)[column % 8] =
+        row < rows && column < width ? from[row * stride + column] : T{};
+  }
+}
+
+}  // namespace cuda
+}  // namespace lol

@@ -1,0 +1,162 @@
+"""hybrid_attention and linear_attention in CUDA C++ against the fp64 reference, run by the emulator
+(gpu_on_cpu.cuda), through the C ABI's checks and the plan."""
+
+from functools import partial
+
+import pytest
+import torch
+from gpu_on_cpu.cuda.program import KernelError
+from helpers import emulated, operators
+from helpers.cases import FACTORS, Case, cases, make_inputs
+from helpers.compare import assert_close
+from helpers.emulated_attention import NARROW, ONE, WIDE, Kernels
+
+from lolcats_ops._native import load_torch_ops
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def check(call, case, instances=NARROW, sanitizer=None, order=0):
+    """Outputs against the reference; returns the kernels, with what they left for backward."""
+    want = operators.expected(call, case).outputs
+    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
+    kernels = Kernels(partial(emulated.program("attention", instances, sanitizer), order=order))
+    for name, y in call(kernels, inputs).items():
+        assert_close(name, y, want[name].detach(), case.dtype, floor=1e-3)
+    return kernels
+
+
+# Two-sided and narrow: one pair of kernels runs them all. Windows below, at and above a tile.
+SMALL = {
+    "D": (16, 60, 64),
+    "V": ("D", 20, 72),
+    "f": (24, 64),
+    "G": (1, 3),
+    "batch": ((1, 1), (2, 1), (1, 2)),
+    "window": (0, 1, 16, 64, 100),
+    "length": ("0", "1", "w-1", "w+1", "3w+7"),
+    "activation": ("softmax", "exp"),
+    "two_sided": (True,),
+    "skip": (False,),
+    "packing": (None, "packed"),
+    "dtype": (BF16, FP16),
+}
+# One-sided: every activation, and q and k as the features.
+ONE_SIDED = {
+    **SMALL,
+    "f": ("D", 24),
+    "two_sided": (False,),
+    "skip": (False, True),
+    "activation": FACTORS["activation"],
+    "dtype": (BF16,),
+}
+
+
+def small(factors, *names):
+    others = {n: factors.get(n, FACTORS[n]) for n in names}
+    selected = cases(**others)
+    return pytest.mark.parametrize("case", selected, ids=map(str, selected))
+
+
+@small(SMALL, *operators.HYBRID)
+def test_hybrid_attention_equals_the_reference(case):
+    check(operators.hybrid_attention, case)
+
+
+LINEAR = (*operators.MAPS, *operators.SEQUENCES, "activation", "normalize", "initial")
+
+
+@small(SMALL, *LINEAR)
+def test_linear_attention_equals_the_reference(case):
+    check(operators.linear_attention, case)
+
+
+@small(ONE_SIDED, "D", "f", "two_sided", "bias", "skip", "activation", "window", "affine", "dtype")
+def test_every_activation(case):
+    check(operators.hybrid_attention, case, WIDE)
+
+
+CASES_OF_WIDE = [
+    (operators.hybrid_attention, Case(D=128, f=64, G=2, window=64, sink=4, dtype=BF16)),
+    (operators.hybrid_attention, Case(D=96, f=64, window=256, window_kind="terrace", dtype=BF16)),
+    (operators.linear_attention, Case("500", D=128, f=64, batch=(1, 1), initial=True, dtype=BF16)),
+    (operators.linear_attention, Case("500", D=60, activation=None, batch=(1, 1), dtype=BF16)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_WIDE, ids=str)
+def test_wide_heads_and_features(call, case):
+    check(call, case, WIDE)
+
+
+def test_long_sequences_keep_their_precision_in_fp16():
+    check(operators.linear_attention, Case("2048", D=64, batch=(1, 1), initial=True, dtype=FP16))
+    check(operators.hybrid_attention, Case("2048", D=64, batch=(1, 1), dtype=FP16))
+
+
+@pytest.mark.parametrize("packing", [None, "packed"])
+def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing):
+    case = Case(D=64, G=2, window=64, sink=1, batch=(1, 1), packing=packing, dtype=BF16)
+    saved = check(operators.hybrid_attention, case).saved
+    x = make_inputs(case).as_dtype(torch.float32, "plain")
+    maps = [x.leaves.get(f"{n}_{side}") for side in "qk" for n in ("weight", "bias")]
+    codes = (*x.features("q").codes,)
+    args = (*x.qkv, *maps, x.leaves["gate"], x.sequences.get("cu_seqlens"), None)
+    settings = (case.window, 0, case.sink, case.D**-0.5, False, *codes)
+    load_torch_ops()
+    _, m, den = torch.ops.lolcats_ops.hybrid_attention(*args, *settings)
+    assert_close("m", saved.m, m.detach().double(), torch.float32)
+    assert_close("den", saved.den, den.detach().double(), BF16)
+
+
+def test_tokens_after_the_last_sequence_get_zero():
+    case = Case("3w+7", D=64, window=16, batch=(1, 1), dtype=BF16)
+    x = make_inputs(case).as_dtype(BF16, "plain")
+    run = emulated.program("attention", NARROW)
+    for bounds in ([0, 20], [0]):
+        x.sequences = {"cu_seqlens": torch.tensor(bounds)}
+        kernels, end = Kernels(run), bounds[-1]
+        out = operators.hybrid_attention(kernels, x)["out"]
+        assert out[:, :, :end].isfinite().all()
+        assert (out[:, :, end:] == 0).all()
+        assert (kernels.saved.den[:, :, end:] == 1).all()
+        assert (kernels.saved.m[:, :, end:] == 0).all()
+
+
+REFUSED = {
+    "fp32": Case(D=64),
+    "key_padding_mask": Case(D=64, packing="left", dtype=BF16),
+    "fp16 with features that have no bound": Case(D=64, activation="relu", dtype=FP16),
+    "D > 128": Case(D=256, f=64, dtype=BF16),
+    "sink > 16": Case(D=64, sink=17, dtype=BF16),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_it_cannot_run_is_refused_with_the_reason_and_what_would_do(reason):
+    with pytest.raises(KernelError, match=f"{reason}.* CUDA kernels: use the Triton kernels"):
+        check(operators.hybrid_attention, REFUSED[reason])
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize(
+    ("call", "case"),
+    [
+        (
+            operators.hybrid_attention,
+            Case(D=60, V=72, sink=4, window=48, batch=(1, 1), layout="strided", dtype=BF16),
+        ),
+        (
+            operators.hybrid_attention,
+            Case(D=64, G=2, window=100, window_kind="terrace", batch=(1, 1), dtype=BF16),
+        ),
+        (
+            operators.linear_attention,
+            Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
+        ),
+    ],
+    ids=str,
+)
+def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
+    check(call, case, ONE, sanitizer, order=3)
