@@ -6,7 +6,7 @@ VENV := .venv
 PIP_INSTALL = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja
 LINT_TOOLS := clang-format mypy numpy pydantic rich ruff torch typer types-PyYAML
-CXX_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cuh' '*.h')
+CXX_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 
 # Python sources are used from the checkout, and a rebuild compiles what changed. Machines without
 # AVX-512 test its source at the same width.

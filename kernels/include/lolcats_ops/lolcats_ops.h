@@ -228,9 +228,9 @@ LOL_API int lol_max_threads(void);
 LOL_API int lol_has_cuda(void); /* built with CUDA kernels */
 
 /* One launch of a CUDA kernel. Whoever compiles kernels/cuda (NVRTC, say) can run the operators of
- * a build without CUDA, or replace those of one with it: with context.device >= 0, feature_map and
- * hybrid_attention_step check their arguments, plan, and call the launcher. Pointers then are the
- * device's; what lies behind them is not checked. */
+ * a build without CUDA, or replace those of one with it: with context.device >= 0, feature_map, the
+ * forward attentions and hybrid_attention_step check their arguments, plan, and call the launcher.
+ * Pointers then are the device's; what lies behind them is not checked. */
 typedef struct lol_cuda_launch {
   const char* kernel; /* C++ name expression, such as "lol::cuda::feature_map<float, true>" */
   uint32_t blocks, threads, shared_bytes; /* of one dimension; dynamic shared memory */
