@@ -67,7 +67,7 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
     if (at.dtype != a.q.dtype || tiles.D < p.D || tiles.f < p.f || tiles.sides != sides) continue;
     const int64 slices = (p.V + tiles.V - 1) / tiles.V;
     // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
-    const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] * p.T ? 1 : 0;
+    const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
     *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, tiles.shared_bytes()};
     return LOL_OK;
   }

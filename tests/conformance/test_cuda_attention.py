@@ -53,6 +53,11 @@ ONE_SIDED = {
 }
 
 
+def name(value):
+    """Of an operator or a case."""
+    return getattr(value, "__name__", str(value))
+
+
 def small(factors, *names):
     others = {n: factors.get(n, FACTORS[n]) for n in names}
     selected = cases(**others)
@@ -85,7 +90,7 @@ CASES_OF_WIDE = [
 ]
 
 
-@pytest.mark.parametrize(("call", "case"), CASES_OF_WIDE, ids=str)
+@pytest.mark.parametrize(("call", "case"), CASES_OF_WIDE, ids=name)
 def test_wide_heads_and_features(call, case):
     check(call, case, WIDE)
 
@@ -156,7 +161,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason_and_what_would_do(reason)
             Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
         ),
     ],
-    ids=str,
+    ids=name,
 )
 def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
     check(call, case, ONE, sanitizer, order=3)
