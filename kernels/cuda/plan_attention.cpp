@@ -71,7 +71,7 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
     *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, tiles.shared_bytes()};
     return LOL_OK;
   }
-  return unsupported(op, "D > 128, f > 64 (two-sided) or 128, or both D and f > 64 (one-sided)");
+  return unsupported(op, "D > 128 or f > 64 (two-sided), D > 64 or f > 128 (one-sided)");
 }
 
 }  // namespace
