@@ -25,7 +25,6 @@ CI: tuple[tuple[str, Case], ...] = tuple(
     (target, replace(_USUAL, calls=calls))
     for target, calls in (
         ("sm_90", ("feature_map", "linear", "hybrid")),
-        ("sm_90", ("xent",)),
         ("sm_90", ("step", "steps")),
         ("sm_80", ("hybrid", "step")),
         ("sm_100", HYBRID),
