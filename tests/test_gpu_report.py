@@ -233,7 +233,7 @@ def row_of(case: Case, name: str, s: float) -> Row:
     shape = {k: v for k, v in vars(case).items() if k != "peers"}
     gflops, gbytes = 1e-9 * case.flops / s, 1e-9 * case.bytes / s
     return Row(
-        case=str(case), implementation=name, **shape, device="cuda", isa="sm_90",
+        case=str(case), implementation=name, **shape, threads=16, device="cuda", isa="sm_90",
         flops=case.flops, bytes=case.bytes, samples=5, min_s=s, p20_s=s, median_s=s, p80_s=s,
         gflops_per_s=gflops, gbytes_per_s=gbytes, mm_gflops_per_s=6e5, copy_gbytes_per_s=2500.0,
         ceiling_fraction=max(gflops / 6e5, gbytes / 2500), extra_bytes=0, lolcats_ops="0.1.0",
