@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,10 +14,11 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 
 from .base import BaseError, base_server, describe
-from .cases import CASES, Case, select
-from .device import DEVICES, why_absent
+from .cases import Case
+from .device import why_absent
 from .measure import keep_freed_memory
-from .peers import find, peers
+from .options import make_parser, parse
+from .peers import peers
 from .plots import draw
 from .report import (
     BAR_HEAD,
@@ -46,14 +46,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     """Runs the suite as the command line says."""
     parser = _parser(prog)
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(arguments)
+    options, cases = parse(parser, arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    try:
-        cases = select(options.case, CASES[options.device])
-        for name in options.implementations:
-            find(name)
-    except ValueError as error:
-        parser.error(str(error))
     if options.list:
         _list(cases)
         return
@@ -109,33 +103,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="only cases whose name contains this text or matches this glob; repeat for more",
-    )
-    parser.add_argument(
-        "--implementations",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="these instead of lolcats and the peers of each case",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET_S,
-        metavar="SECONDS",
-        help="of samples for each implementation of a case (default %(default)s)",
-    )
+    parser = make_parser(prog, __doc__, EXAMPLES, budget_s=BUDGET_S, out="out/bench", device="cpu")
     parser.add_argument(
         "--base",
         action="append",
@@ -143,15 +111,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="REF",
         help="also build and time the library of this commit; repeat for more",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/bench"),
-        metavar="DIR",
-        help="where to write (default %(default)s)",
-    )
     parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu")
     parser.add_argument("--list", action="store_true", help="show cases and implementations")
     return parser
 

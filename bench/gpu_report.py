@@ -16,7 +16,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -25,11 +24,10 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from . import conformance
 from .apart import run_apart, runs
 from .base import describe
-from .cases import CASES, Case, select
+from .cases import Case
 from .conformance import Result, run_tests
-from .device import DEVICES, machine, why_absent
-from .isolated import summary
-from .peers import find
+from .device import machine, why_absent
+from .options import make_parser, parse
 from .plots import draw
 from .report import MODEL_HEAD, model_rows, sections, table
 from .results import Results, Row
@@ -83,31 +81,17 @@ class Report:
             messages = [(test.name, " ".join(test.message.split())) for test in failed]
             parts.append(table(("failed", "message"), messages))
         parts += ["## Benchmarks", *sections(self.results, folder)]
-        return [*parts, "## Beside the static model", self._beside_model()]
-
-    def _beside_model(self) -> str:
-        """A table; or why there is none, which is no reason to lose the measurements."""
-        try:
-            interval = import_module("bench.gpu_model").interval
-            compared = model_rows(self.results, interval)
-        except (AttributeError, ImportError, LookupError, OSError, TypeError, ValueError) as error:
-            return f"Not compared: {summary(error)}."
-        if not compared:
-            return "Not compared: it has no interval of a case and an architecture of this run."
-        return table(MODEL_HEAD, compared)
+        compared = model_rows(self.results)
+        none = "It has no interval of a case and an architecture of this run."
+        beside = table(MODEL_HEAD, compared) if compared else none
+        return [*parts, "## Beside the static model", beside]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the stages that the command line asks for, and exits with the code of the report."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        cases = select(options.case, CASES[options.device])
-        for name in options.implementations:
-            find(name)
-    except ValueError as error:
-        parser.error(str(error))
+    options, cases = parse(parser, arguments)
     if reason := why_absent(options.device):
         number = len(runs(cases, options.implementations))
         parser.exit(
@@ -189,27 +173,16 @@ def _show(report: Report, folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu_report",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "python -m bench.gpu_report",
+        __doc__,
+        EXAMPLES,
+        budget_s=BUDGET_S,
+        out="out/gpu",
+        device="cuda",
     )
     parser.add_argument(
         "--tests", metavar="EXPRESSION", help="only these conformance tests, as pytest's -k"
-    )
-    parser.add_argument(
-        "--case", action="append", default=[], metavar="PATTERN", help="as for python -m bench"
-    )
-    parser.add_argument(
-        "--implementations", nargs="+", default=[], metavar="NAME", help="as for python -m bench"
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=BUDGET_S,
-        metavar="SECONDS",
-        help="of samples for each implementation of a case (default %(default)s)",
     )
     parser.add_argument(
         "--timeout",
@@ -224,16 +197,6 @@ def _parser() -> argparse.ArgumentParser:
         default=JOBS,
         metavar="N",
         help="tests that run at a time; cases have the device alone (default %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/gpu"),
-        metavar="DIR",
-        help="where to write (default %(default)s)",
-    )
-    parser.add_argument(
-        "--device", choices=DEVICES, default="cuda", help="cpu tries the command itself"
     )
     return parser
 

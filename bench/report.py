@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from . import published
 from .bars import BARS, Verdict, judge
 from .cases import PUBLISHED, PUBLISHED_HYBRID, Case
 from .device import CEILINGS
+from .gpu_model import interval
 from .results import Results, Row
 
 PLOTS = {
@@ -93,7 +92,7 @@ def published_rows(results: Results) -> list[tuple[str, ...]]:
     return rows
 
 
-def model_rows(results: Results, interval: Callable[..., Any]) -> list[tuple[str, ...]]:
+def model_rows(results: Results) -> list[tuple[str, ...]]:
     """Of our rows that ``gpu_model.interval`` knows: from and to, measured, and where that lies.
 
     The model is of hybrid attention in bf16 with f = w = 64, V = D and as many key/value heads as

@@ -1,0 +1,68 @@
+"""What both commands, ``python -m bench`` and ``python -m bench.gpu_report``, can be told."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cases import CASES, Case, select
+from .device import DEVICES
+from .peers import find
+
+
+def make_parser(
+    prog: str, about: str | None, examples: str, *, budget_s: float, out: str, device: str
+) -> argparse.ArgumentParser:
+    """A parser of the options that the commands share, with their defaults."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=about,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="only cases whose name contains this text or matches this glob; repeat for more",
+    )
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="these instead of lolcats and the peers of each case",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=budget_s,
+        metavar="SECONDS",
+        help="of samples for each implementation of a case (default %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(out),
+        metavar="DIR",
+        help="where to write (default %(default)s)",
+    )
+    parser.add_argument(
+        "--device", choices=DEVICES, default=device, help="what to measure (default %(default)s)"
+    )
+    return parser
+
+
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, list[Case]]:
+    """The options and the cases that they select; ends the process where a name is unknown."""
+    options = parser.parse_args(arguments)
+    try:
+        for name in options.implementations:
+            find(name)
+        return options, select(options.case, CASES[options.device])
+    except ValueError as error:
+        parser.error(str(error))
