@@ -14,6 +14,7 @@
 // sums what the numerator does, rounded weights, and a query with one key gets its value. ksum is
 // that column of the state.
 #pragma once
+#include "attention_block.cuh"
 #include "attention_state.cuh"
 #include "tile_features.cuh"
 
@@ -28,21 +29,15 @@ constexpr bool kHoldsSums = true;
 template <>
 constexpr bool kHoldsSums<f16> = false;  // its largest number is 65504
 
-// First key of query i's softmax window, sinks apart (SPEC 2).
-__device__ __forceinline__ int window_start(const AttentionParams& p, int i) {
-  if (p.window == 0) return i + 1;
-  return max(p.terrace ? (i / p.window - 1) * p.window : i - p.window + 1, 0);
-}
-
 template <class T, int kD, int kf, int kSides, int kV, bool kHybrid>
-class Attention {
+class Attention : AttentionBlock {
  public:
   static constexpr int kThreads = 32 * kAttentionWarps, kF = kSides * kf;
   static constexpr AttentionTiles kTiles = {kD, kf, kSides, kV};
   static_assert(kV <= kD, "outputs pass through the tile of queries");
 
   __device__ __forceinline__ Attention(const AttentionParams& params, unsigned char* shared)
-      : p(params), at(*reinterpret_cast<Place*>(shared)) {
+      : AttentionBlock(params, shared) {
     T* free = reinterpret_cast<T*>(shared + kPlaceBytes);
     q = take<kChunk, kD>(free);
     k = take<kSlots * kChunk, kD>(free);
@@ -57,7 +52,7 @@ class Attention {
   }
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) find_place();
+    if (threadIdx.x == 0) find_place(kV, kHybrid);
     __syncthreads();
     const int chunks = (at.length + kChunk - 1) / kChunk;
     load_weights(weight_q, p.map_q);
@@ -70,50 +65,11 @@ class Attention {
     }
     for (int chunk = 0; chunk < chunks; chunk++) attend(chunk);
     store_state();
-    if (at.sequence + 1 >= p.sequences) clear_rest();
+    if (at.sequence + 1 >= p.sequences) clear_rest<T, kV>(kThreads);
   }
 
  private:
   static constexpr int kSum = kV / 8;  // the tile of sums whose first column is that of the ones
-
-  // ---- Where what is
-
-  // What all threads know is in shared memory: registers are for the state.
-  struct Place {
-    int sequence, batch, head, kv_head, column;
-    int length, first;  // of the sequence; its first token
-    float log2_gate, lambda;
-    const float *bias_q, *bias_k;
-  };
-  static_assert(sizeof(Place) <= kPlaceBytes, "");
-
-  __device__ __forceinline__ void find_place() {
-    const int slices = (p.V + kV - 1) / kV, pair = blockIdx.x / slices;
-    Place found = {};
-    found.column = blockIdx.x % slices * kV;
-    found.head = pair % p.H;
-    found.kv_head = found.head / (p.H / p.Hk);
-    found.sequence = pair / p.H;
-    if (!p.cu_seqlens.data) {
-      found.batch = found.sequence;
-      found.length = p.T;
-    } else if (p.sequences) {
-      found.first = static_cast<int>(index_at(p.cu_seqlens, found.sequence));
-      found.length = static_cast<int>(index_at(p.cu_seqlens, found.sequence + 1)) - found.first;
-    }
-    found.lambda = 1.f;
-    if (kHybrid) {
-      const float g = p.gate[found.head];
-      found.log2_gate = -log2f(1.f + exp2f(-kLog2e * g));
-      if (p.affine) found.lambda = 1.f / (1.f + exp2f(kLog2e * g));
-    }
-    found.bias_q = bias_of(p.map_q, found.head);
-    found.bias_k = bias_of(p.map_k, found.head);
-    at = found;
-  }
-  __device__ __forceinline__ const float* bias_of(const Maps& maps, int head) const {
-    return maps.bias ? maps.bias + head / maps.group * p.f : nullptr;
-  }
 
   template <int rows, int columns>
   static __device__ __forceinline__ Tile<T, columns> take(T*& free) {
@@ -390,22 +346,18 @@ class Attention {
 
   // ---- The state
 
-  // Where the state of the sequence and head is, in rows of F.
-  __device__ __forceinline__ int64 state_row() const {
-    return (static_cast<int64>(at.sequence) * p.Hs + at.head / (p.H / p.Hs)) * kSides * p.f;
-  }
   __device__ __forceinline__ void load_state() {
     state.clear();
     bound = 1.f;
     if (!p.kv0) return;
-    state.template move<true>(const_cast<float*>(p.kv0), const_cast<float*>(p.ksum0), state_row(),
-                              p.f, p.V, at.column);
-    for (int i = 0; i < kSides * p.f; i++) bound = fmaxf(bound, p.ksum0[state_row() + i]);
+    state.template move<true>(const_cast<float*>(p.kv0), const_cast<float*>(p.ksum0),
+                              state_row(kSides), p.f, p.V, at.column);
+    for (int i = 0; i < kSides * p.f; i++) bound = fmaxf(bound, p.ksum0[state_row(kSides) + i]);
   }
   __device__ __forceinline__ void store_state() {
     // Query heads that share a state have the same one.
     if (p.kv && at.head % (p.H / p.Hs) == 0)
-      state.template move<false>(p.kv, p.ksum, state_row(), p.f, p.V, at.column);
+      state.template move<false>(p.kv, p.ksum, state_row(kSides), p.f, p.V, at.column);
   }
   // Rounds the state for all warps to read; in which units. fp16 does not hold sums, but their
   // means. Its features are at most 1 (plan_attention.cpp), and so ksum at most the number of keys.
@@ -475,23 +427,6 @@ class Attention {
     }
     __syncwarp();  // before the next queries arrive
   }
-  __device__ __forceinline__ int64 statistic(int position) const {
-    return (static_cast<int64>(at.batch) * p.H + at.head) * p.T + at.first + position;
-  }
-
-  // Tokens after the last sequence belong to none: y = 0, m = 0, den = 1.
-  __device__ __forceinline__ void clear_rest() {
-    for (int token = at.first + at.length + threadIdx.x; token < p.T; token += kThreads) {
-      T* to = row_of<T>(p.o, at.batch, at.head, token) + at.column;
-      for (int c = 0; c < min(kV, p.V - at.column); c++) to[c] = T{};
-      const int64 own = statistic(token - at.first);
-      if (at.column == 0 && p.m) p.m[own] = 0.f;
-      if (at.column == 0) p.den[own] = 1.f;
-    }
-  }
-
-  const AttentionParams& p;
-  Place& at;
   Tile<T, kD> q, k, k_sink;
   Tile<T, kV> v, v_sink, kv;
   Tile<T, kF> phi_k;

@@ -17,50 +17,18 @@
 // sequence to arrive. Blocks count themselves in the upper half of the sequence's `length`, which
 // is zero again afterwards: positions have 31 bits.
 #pragma once
-#include "features.cuh"
+#include "step_block.cuh"
 
 namespace lol {
 namespace cuda {
 
-__device__ __forceinline__ int at_least(int x, int least) { return x < least ? least : x; }
-__device__ __forceinline__ int at_most(int x, int most) { return x > most ? most : x; }
-
-// First key of query i's softmax window, sinks apart (SPEC 2).
-__device__ __forceinline__ int window_start(const StepParams& p, int i) {
-  if (p.window == 0) return i + 1;
-  return at_least(p.terrace ? (i / p.window - 1) * p.window : i - p.window + 1, 0);
-}
-
-// A new token and a head.
-struct Query {
-  int token, head, map;  // map: which one of map_q
-  int position, start;   // of the token; of its window
-  float gate;
-  float m, l;    // the maximum of the scores, in powers of 2, and the sum of their exponentials
-  float factor;  // by which the last tile of keys lowered what had been summed before
-  float den;
-};
-
-// What a block does for its sequence.
-struct Sequence {
-  int head, heads, kv_head;      // of the state; query heads that read it
-  int64 batch, first_row, slot;  // where the new tokens and the state are
-  int count, past, total;        // tokens: new, before, after
-  int past_in_ring;              // where the first new token will be in the ring
-  int begin, end, folded_after;  // positions that leave for the state in this call
-  int sinks, first_key, keys;    // what some query attends by softmax: sinks, then the window
-  int last_start;                // of the last query's window
-};
-
-static_assert(sizeof(Sequence) <= kSequenceBytes && sizeof(Query) <= kQueryBytes, "as planned");
-
 template <class T, int kLanes, int kPerThread, bool kWide>
-class Step {
+class Step : StepBlock {
  public:
   static constexpr int kThreads = kGroups * kLanes, kColumns = 4 * kLanes;
 
   __device__ Step(const StepParams& params, unsigned char* shared_memory)
-      : p(params), shared(shared_memory) {}
+      : StepBlock(params, shared_memory) {}
 
   __device__ void run() {
     if (threadIdx.x == 0) find_sequence();
@@ -88,55 +56,13 @@ class Step {
   }
 
  private:
-  struct Thread {
-    int index;
-    __device__ int lane() const { return index % 32; }
-    __device__ int warp() const { return index / 32; }
+  struct Thread : ThreadOfBlock {
     __device__ int column() const { return index % kLanes; }  // of four
     __device__ int group() const { return index / kLanes; }
   };
-  // Anew in every function, so that no address is kept in registers meanwhile.
-  static __device__ Thread this_thread() { return {ptx::opaque(threadIdx.x)}; }
+  static __device__ Thread this_thread() { return {StepBlock::this_thread()}; }
 
   // ---- The sequence
-
-  // count = 0 where there is nothing to do.
-  __device__ void find_sequence() {
-    const int n = blockIdx.x / p.Hs;
-    Sequence found = {};
-    found.head = blockIdx.x % p.Hs;
-    found.heads = p.H / p.Hs;
-    found.kv_head = found.head / (p.Hs / p.Hk);
-    found.batch = n;
-    int64 count = p.T;
-    if (p.cu_seqlens.data) {
-      found.batch = 0;
-      found.first_row = index_at(p.cu_seqlens, n);
-      count = index_at(p.cu_seqlens, n + 1) - found.first_row;
-    }
-    found.slot = p.state_indices.data ? index_at(p.state_indices, n) : n;
-    if (count > 0 && found.slot >= 0 && found.slot < p.slots) {
-      found.count = static_cast<int>(count);
-      found.past = p.length[2 * found.slot];  // the upper word counts blocks
-      found.total = found.past + found.count;
-      found.past_in_ring = p.ring ? found.past % p.ring : 0;
-      const int was = static_cast<int>(p.folded[found.slot]);
-      // Keys are folded when the ring has no room for them, and then all that no query would need
-      // after `slack` tokens were taken back.
-      found.folded_after = found.total - was <= p.ring
-                               ? was
-                               : at_least(window_start(p, found.total - 1 - p.slack), was);
-      found.begin = at_least(was, p.sink);
-      found.end = at_least(found.folded_after, p.sink);
-      found.sinks = at_most(p.sink, found.total);
-      found.first_key = start_of(found.past);
-      found.keys = found.sinks + at_least(found.total - found.first_key, 0);
-      found.last_start = start_of(found.total - 1);
-    }
-    s() = found;
-  }
-
-  __device__ int start_of(int i) const { return at_least(window_start(p, i), p.sink); }
 
   // Key and value at a position: new ones, or where they are remembered.
   __device__ void find_row(int position, const T** k, const T** v) const {
@@ -157,12 +83,6 @@ class Step {
     *k = static_cast<const T*>(sink ? p.k_sink : p.k_ring) + row * p.map.D;
     *v = static_cast<const T*>(sink ? p.v_sink : p.v_ring) + row * p.V;
   }
-  // Of the keys that some query attends by softmax: sinks, then the window.
-  __device__ int position_of(int key) const {
-    const Thread me = this_thread();
-    return key < s().sinks ? key : s().first_key + key - s().sinks;
-  }
-
   // A warp copies a row as floats, filled up with zeros to `columns` of them, a multiple of 8.
   __device__ void load_row(float* to, int columns, const T* row, int width) {
     const Thread me = this_thread();
@@ -180,8 +100,6 @@ class Step {
   __device__ float* kv_row(int i) const {
     return p.kv + ((s().slot * p.Hs + s().head) * p.map.F + i) * p.V + column;
   }
-  __device__ float* ksum_of_head() const { return p.ksum + (s().slot * p.Hs + s().head) * p.map.F; }
-
   __device__ void load_state() {
     const Thread me = this_thread();
 #pragma unroll
@@ -305,35 +223,6 @@ class Step {
     }
   }
 
-  // A warp turns a row of scores into weights and brings its sums up to date.
-  __device__ void weigh_tile(int rows) {
-    const Thread me = this_thread();
-    const int r = me.warp();
-    if (r >= rows) return;
-    float* row = scores() + r * p.keys;
-    const int in_tile = at_most(s().keys - tile * p.keys, p.keys);
-    Query& query = queries()[r];
-    const float before = query.m;
-    float m = before, l = 0.f;
-#pragma unroll 2
-    for (int key = me.lane(); key < in_tile; key += 32) m = fmaxf(m, row[key]);
-    m = warp_max(m);
-#pragma unroll 2
-    for (int key = me.lane(); key < in_tile; key += 32) {
-      const float weight = row[key] == kLowest ? 0.f : exp2f(row[key] - m);
-      row[key] = weight;
-      l += weight;
-    }
-    l = warp_sum(l);
-    const float factor = exp2f(before - m);
-    __syncwarp();  // all lanes have read the maximum before
-    if (me.lane() == 0) {
-      query.m = m;
-      query.l = query.l * factor + l;
-      query.factor = factor;
-    }
-  }
-
   __device__ float4 value_quad(int key) const {
     const Thread me = this_thread();
     const T* v = v_tile() + key * kColumns + 4 * me.column();
@@ -350,7 +239,7 @@ class Step {
       __syncthreads();
       score_tile(rows);
       __syncthreads();
-      weigh_tile(rows);
+      weigh_tile(tile, rows);
       __syncthreads();
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
@@ -468,28 +357,6 @@ class Step {
     }
   }
 
-  // pairs[r] = phi_q phi_k of the keys [first, last) of phi_k, and a thread's share
-  // of their sum; by one warp.
-  __device__ float weigh_pairs(int r, int first, int last) {
-    const Thread me = this_thread();
-
-    float4 weights = zero4();
-#pragma unroll 2
-    for (int f = me.lane(); f < p.map.F; f += 32) {
-      const float4 k = *reinterpret_cast<const float4*>(phi_k() + f * kRows);
-      weights = fma4(phi_q()[f * kRows + r], k, weights);
-    }
-    const float of_key[kRows] = {weights.x, weights.y, weights.z, weights.w};
-    float sum = 0.f;
-#pragma unroll
-    for (int j = 0; j < kRows; j++) {
-      const bool counts = j >= first && j < last;
-      const float weight = warp_sum(of_key[j]);
-      if (counts) sum += of_key[j];
-      if (me.lane() == 0) pairs()[r * kRows + j] = counts ? weight : 0.f;
-    }
-    return sum;
-  }
   __device__ void add_pairs(int from, int to, int first, int last) {
     const Thread me = this_thread();
     if (me.group() < first || me.group() >= last) return;  // group j adds key j
@@ -562,47 +429,8 @@ class Step {
     }
   }
 
-  // How many blocks of the sequence have.
-  __device__ unsigned* arrived() const {
-    return reinterpret_cast<unsigned*>(p.length + 2 * s().slot + 1);
-  }
-  // Whether the other blocks of the sequence have read all that they need.
-  __device__ bool is_last() {
-    const Thread me = this_thread();
-    if (p.Hs == 1) return true;
-    bool* last = at<bool>(p.shared.pairs);
-    if (me.index == 0) {
-      *last = ptx::atomic_add_acq_rel(arrived(), 1) == static_cast<unsigned>(p.Hs - 1);
-    }
-    __syncthreads();
-    return *last;
-  }
-
-  // ---- Shared memory. What all threads know is there as well: registers are for the state.
-
-  template <class X>
-  __device__ X* at(int offset) const {
-    return reinterpret_cast<X*>(shared + offset);
-  }
-  __device__ Sequence& s() const { return *at<Sequence>(p.shared.sequence); }
-  __device__ float* q() const { return at<float>(p.shared.q); }                // [kRows x ld]
-  __device__ float* phi_q() const { return at<float>(p.shared.phi_q); }        // [F x kRows]
-  __device__ float* phi_k() const { return at<float>(p.shared.phi_k); }        // [F x kRows]
-  __device__ float4* leaving() const { return at<float4>(p.shared.leaving); }  // [kRows x kLanes]
-  __device__ float* ksum() const { return at<float>(p.shared.ksum); }          // [F]
-  __device__ float* pairs() const { return at<float>(p.shared.pairs); }        // [kRows x kRows]
-  __device__ Query* queries() const { return at<Query>(p.shared.queries); }    // [kRows]
-  __device__ float* scores() const { return at<float>(p.shared.scores); }      // [kRows x keys]
   __device__ T* k_tile(int key) const { return at<T>(p.shared.k + key * p.k_row); }  // [keys x D]
-  __device__ T* v_tile() const { return at<T>(p.shared.v); }                   // [keys x kColumns]
-  __device__ float4* partial() const { return at<float4>(p.shared.partial); }  // [kRows x kThreads]
-  __device__ FeatureBuffers buffers(float* x) const {
-    return {partial(), x, at<float>(p.shared.z)};
-  }
-  __device__ float* x() const { return at<float>(p.shared.x); }  // [kRows x ld]
-
-  const StepParams& p;
-  unsigned char* const shared;
+  __device__ T* v_tile() const { return at<T>(p.shared.v); }  // [keys x kColumns]
 
   int column;                  // the slice of V starts here
   int tile, tile_of_keys;      // in shared memory: values of this slice, keys
