@@ -58,7 +58,8 @@ def test_wheel_holds_the_library_its_header_and_nothing_outside_its_package(whee
     for part in ("include/lolcats_ops/lolcats_ops.h", "cmake/lolcats_opsConfig.cmake", "py.typed"):
         assert f"lolcats_ops/{part}" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lolcats_ops"}
-    assert not [name for name in names if name.endswith((".cpp", ".map", "CMakeLists.txt"))]
+    sources = (".cpp", ".cu", ".cuh", ".map", "CMakeLists.txt")
+    assert not [name for name in names if name.endswith(sources)]
 
 
 @pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
