@@ -53,7 +53,9 @@ class Plan:
 
 def rows(x: Tensor) -> Rows:
     """x [B, H, T, width]."""
-    return Rows(x, x.stride(0), x.stride(1), x.stride(2), constant(x.shape[3]))
+    width = x.shape[3]
+    token = x.stride(2) if x.shape[2] > 1 else width
+    return Rows(x, x.stride(0), x.stride(1), constant(token), constant(width))
 
 
 def feature_map_of(

@@ -30,15 +30,18 @@ from .map_gradient import (
 )
 from .state import add_rows, empty_state, key_features, load_state, query_features, store_state
 from .tokens import (
+    chunk_of,
     chunk_range,
     load_k,
     load_q,
     load_v,
+    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
+    unpacked,
 )
 from .window import end_chunk, folds, pair_masks, window_start
 
@@ -56,6 +59,21 @@ def load_queries(p, at, left, incoming, tokens, WITH_SCORES: tl.constexpr):
         m = tl.load(left.m + own, mask=tokens.valid, other=0.0)
         tie = tl.load(left.tie + part, mask=tokens.valid, other=0.0)
     return Queries(load_q(p, at, tokens), row, m, tie)
+
+
+@triton.jit
+def packed_queries(x):
+    """The same, to be carried through a loop."""
+    return Queries(
+        packed(x.q), RowGradient(packed(x.row.do), x.row.factor, x.row.delta), x.m, x.tie
+    )
+
+
+@triton.jit
+def unpacked_queries(x, dtype: tl.constexpr, arithmetic):
+    """The chunk that was packed; dtype of its q."""
+    do = unpacked(x.row.do, arithmetic.dtype)
+    return Queries(unpacked(x.q, dtype), RowGradient(do, x.row.factor, x.row.delta), x.m, x.tie)
 
 
 class KeyPass(NamedTuple):
@@ -149,14 +167,13 @@ def backward_keys(
     own_weight = share_of(p.map_k, d_weight, program)
     dw, db = zero_weight(p, p.map_k, d_weight), zero_bias(p.map_k, d_bias)
     WITH_INPUTS: tl.constexpr = dk is not None
-    newer = None
+    carried = None
     if p.window.lag == 1:
-        newer = load_queries(
-            p, at, left, incoming, tokens_at(p, at, end * p.chunk, p.chunk), WITH_INPUTS
-        )
+        after = tokens_at(p, at, end * p.chunk, p.chunk)
+        carried = packed_queries(load_queries(p, at, left, incoming, after, WITH_INPUTS))
 
     for step in tl.range(0, end - begin, disable_licm=True):
-        t = end - 1 - step
+        t = chunk_of(at, end - 1 - step)
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         j = tokens.position
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
@@ -185,12 +202,13 @@ def backward_keys(
         elif p.window.lag == 1:
             start = (t + 1) * p.chunk
             after = tokens_at(p, at, start, p.chunk)
+            newer = unpacked_queries(carried, k.dtype, p.arithmetic)
             sums = add_softmax_queries(p, sums, newer, start, p.chunk, k, v, log2_g)
             phi_far = query_features(p, at, after, newer.q, weight_q, factor)
             if p.window.far_linear:
                 sums = add_linear_queries(p, sums, newer, start, p.chunk, phi_far, v, phi_k)
             state = add_queries(p, state, phi_far, newer.row)
-            newer = queries
+            carried = packed_queries(queries)
         else:
             sums = add_far_queries(
                 p, at, sums, t, left, incoming, k, v, phi_k, weight_q, factor, log2_g

@@ -27,15 +27,18 @@ from .map_gradient import (
 from .problem import INF
 from .state import absorb, absorb_tiles, key_features, load_state
 from .tokens import (
+    chunk_of,
     chunk_range,
     load_k,
     load_q,
     load_v,
+    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
+    unpacked,
 )
 from .window import first_tile, pair_masks, sink_mask, window_start
 
@@ -134,39 +137,43 @@ def backward_queries(
     if dk_sink is not None:
         dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
         dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
-    k_old, v_old = None, None
+    k_carried, v_carried = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
-        k_old, v_old = load_k(p, at, old), load_v(p, at, old)
+        k_carried, v_carried = packed(load_k(p, at, old)), packed(load_v(p, at, old))
 
-    for c in tl.range(begin, end, disable_licm=True):
+    for turn in tl.range(begin, end, disable_licm=True):
+        c = chunk_of(at, turn)
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
-        q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
+        q = load_q(p, at, tokens)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
         row = incoming_of(p, at, incoming, tokens)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
         tl.store(left.delta + part, row.delta, mask=tokens.valid)
+        k_old, v_old = None, None
+        if p.window.lag == 1:
+            k_old, v_old = unpacked(k_carried, q.dtype), unpacked(v_carried, q.dtype)
 
         d_phi = state_product(p, row.do, row.factor, row.delta, state)
-        if p.window.near_linear:
-            phi_k = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, c * p.chunk, 0)
-            d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
                 inside, outside = pair_masks(p, c * p.chunk, p.chunk)
                 d_phi = linear_pairs(p, row, v_old, phi_old, outside, d_phi)
-        elif p.window.lag == 2 and p.window.far_linear:
-            d_phi = far_pairs(p, at, row, c, weight_k, d_phi)
+            state = absorb(p, state, old, phi_old, v_old)
+        elif p.window.lag == 2:
+            if p.window.far_linear:
+                d_phi = far_pairs(p, at, row, c, weight_k, d_phi)
+            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
+        k, v = load_k(p, at, tokens), load_v(p, at, tokens)
+        if p.window.near_linear:
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            inside, outside = pair_masks(p, c * p.chunk, 0)
+            d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
         if p.window.lag == 0:
             state = absorb(p, state, tokens, phi_k, v)
-        elif p.window.lag == 1:
-            state = absorb(p, state, old, phi_old, v_old)
-        else:
-            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
 
         d_phi = times(d_phi, factor)
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
@@ -200,7 +207,7 @@ def backward_queries(
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         if p.window.lag == 1:
-            k_old, v_old = k, v
+            k_carried, v_carried = packed(k), packed(v)
 
     store_map_gradients(p, p.map_q, dw, db, own_weight, d_bias, program)
     if d_gate is not None:

@@ -5,11 +5,13 @@ A program takes a sequence, a query head, BLOCK_V columns of the values and a se
     y_c = (W: tiles by softmax, N: phi_q(q_c) . state + tiles by features) / the same with v = 1
     state += tiles first_tile(c) .. first_tile(c + 1) - 1
 
-The softmax keys come first: the sums are rescaled as their running maximum grows, and the linear
-part, which must not be rescaled (SPEC 3), joins them when it is final.
+The linear part is summed first, apart: the softmax sums are rescaled as their running maximum
+grows, and the linear part must not be (SPEC 3).
 
 Where the oldest tile is one chunk back, it is carried over from the chunk before: q, k and v are
-read once, and the features of the tile serve the pairs and the state.
+read once, and the features of the tile serve the pairs and the state. Registers bound a chunk's
+size. So the older tile is done with before the chunk's own keys and values are loaded, and what is
+live at a time is the state, both sums, a tile of scores, and keys and values of one tile.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .features import inner_product, load_weight, product
-from .problem import INF, LN2, LOG2E, Sums
+from .problem import INF, LN2, LOG2E, LOWEST, Sums
 from .state import (
     absorb,
     absorb_tiles,
@@ -32,15 +34,18 @@ from .state import (
     store_state,
 )
 from .tokens import (
+    chunk_of,
     chunk_range,
     load_k,
     load_q,
     load_v,
+    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
+    unpacked,
 )
 from .window import first_tile, pair_masks, sink_mask, window_start
 
@@ -60,6 +65,15 @@ def log2_gate(p, at):
         return 0.0
     else:
         return -tl.log2(1.0 + tl.exp2(-tl.load(p.gate + at.head) * LOG2E))
+
+
+@triton.jit
+def softmax_gate(p, at):
+    """g, None for 1."""
+    if p.gate is None:
+        return None
+    else:
+        return tl.exp2(log2_gate(p, at))
 
 
 @triton.jit
@@ -137,34 +151,34 @@ def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
 
 
 @triton.jit
-def softmax_sums(p, at, q, k, v, k_old, v_old, i, c):
-    """Sums over all keys that a chunk attends by softmax, walked in any order (SPEC 2: W).
-
-    The gate comes last: the largest weight of a query is then 1, which bf16 holds exactly.
-    """
-    sums = empty_sums(p, -INF)
+def softmax_before(p, at, q, k_old, v_old, i, c):
+    """Sums over what a chunk attends by softmax in the tiles before it, and over the sinks."""
+    sums = empty_sums(p, LOWEST)
     if p.window.sink > 0:
         first = tokens_at(p, at, 0, p.window.sink_block)
         s_first, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
         sinks = sink_mask(p, at, i, first.position)
         sums = add_softmax(sums, s_first, sinks, v_first, p.arithmetic)
-    if p.window.size > 0:
-        inside, outside = pair_masks(p, c * p.chunk, 0)
-        sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)
-        if p.window.lag == 1:
-            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
-        elif p.window.lag == 2:
-            for t in tl.range(first_tile(p, c), c, disable_licm=True):
-                tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-                s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
-                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
-                sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
-    if p.window.size > 0 or p.window.sink > 0:
-        g = tl.exp2(log2_gate(p, at))
-        return Sums(sums.m, sums.den * g, sums.acc * g)
+    if p.window.lag == 1:
+        inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+        sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
+    elif p.window.lag == 2:
+        for t in tl.range(first_tile(p, c), c, disable_licm=True):
+            tokens = tokens_at(p, at, t * p.chunk, p.chunk)
+            s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
+            inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+            sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
+    return sums
+
+
+@triton.jit
+def gated_sum(gate, sums, linear):
+    """g * sums + linear. The gate comes last: the largest weight of a query is then 1, which bf16
+    holds exactly."""
+    if gate is None:
+        return Sums(sums.m, sums.den + linear.den, sums.acc + linear.acc)
     else:
-        return sums
+        return Sums(sums.m, sums.den * gate + linear.den, sums.acc * gate + linear.acc)
 
 
 @triton.jit
@@ -193,32 +207,47 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     factor = linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot, False)
-    k_old, v_old = None, None
+    gate = softmax_gate(p, at)
+    k_carried, v_carried = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
-        k_old, v_old = load_k(p, at, old), load_v(p, at, old)
+        k_carried, v_carried = packed(load_k(p, at, old)), packed(load_v(p, at, old))
 
-    for c in tl.range(begin, end, disable_licm=True):
+    for turn in tl.range(begin, end, disable_licm=True):
+        c = chunk_of(at, turn)
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
-        i = tokens.position
-        q, k, v = load_q(p, at, tokens), load_k(p, at, tokens), load_v(p, at, tokens)
-        sums = softmax_sums(p, at, q, k, v, k_old, v_old, i, c)
-        phi_q = query_features(p, at, tokens, q, weight_q, factor)
-        den, acc = read_state(p, state, phi_q, sums.den, sums.acc)
-        sums = Sums(sums.m, den, acc)
-        if p.window.near_linear:
-            phi_k = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, c * p.chunk, 0)
-            sums = add_linear(sums, phi_q, phi_k, outside, v, p.arithmetic)
+        i, start = tokens.position, c * p.chunk
+        q = load_q(p, at, tokens)
+        k_old, v_old = None, None
         if p.window.lag == 1:
-            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
+            k_old, v_old = unpacked(k_carried, q.dtype), unpacked(v_carried, q.dtype)
+
+        phi_q = query_features(p, at, tokens, q, weight_q, factor)
+        linear = read_state(p, state, phi_q, empty_sums(p, LOWEST))
+        if p.window.lag == 1:
+            old = tokens_at(p, at, start - p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
-                inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-                sums = add_linear(sums, phi_q, phi_old, outside, v_old, p.arithmetic)
-        elif p.window.lag == 2 and p.window.far_linear:
-            sums = add_far_linear(p, at, sums, phi_q, c, weight_k)
+                inside, outside = pair_masks(p, start, p.chunk)
+                linear = add_linear(linear, phi_q, phi_old, outside, v_old, p.arithmetic)
+            state = absorb(p, state, old, phi_old, v_old)
+        elif p.window.lag == 2:
+            if p.window.far_linear:
+                linear = add_far_linear(p, at, linear, phi_q, c, weight_k)
+            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
+        sums = softmax_before(p, at, q, k_old, v_old, i, c)
 
+        k, v = load_k(p, at, tokens), load_v(p, at, tokens)
+        inside, outside = pair_masks(p, start, 0)
+        if p.window.near_linear:
+            phi_k = key_features(p, at, tokens, k, weight_k)
+            linear = add_linear(linear, phi_q, phi_k, outside, v, p.arithmetic)
+        if p.window.lag == 0:
+            state = absorb(p, state, tokens, phi_k, v)
+        if p.window.size > 0:
+            sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)
+
+        sums = gated_sum(gate, sums, linear)
         den, y = sums.den + eps, sums.acc
         if NORMALIZE:
             y *= (1.0 / den)[:, None]
@@ -228,16 +257,10 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
             own = statistic(p, at, tokens)
             tl.store(den_ptr + own, den, mask=tokens.valid)
             if m_ptr is not None:
-                m = tl.where(sums.m == -INF, 0.0, sums.m * LN2)
+                m = tl.where(sums.m == LOWEST, 0.0, sums.m * LN2)
                 tl.store(m_ptr + own, m, mask=tokens.valid)
-
-        if p.window.lag == 0:
-            state = absorb(p, state, tokens, phi_k, v)
-        elif p.window.lag == 1:
-            state = absorb(p, state, old, phi_old, v_old)
-            k_old, v_old = k, v
-        else:
-            state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
+        if p.window.lag == 1:
+            k_carried, v_carried = packed(k), packed(v)
 
     if kv1 is not None:
         if at.segment == p.segments - 1:

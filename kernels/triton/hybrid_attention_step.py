@@ -36,7 +36,7 @@ from .past import (
     sinks_at,
     with_head,
 )
-from .problem import TERRACE, Arithmetic, Group, Pool, Sums
+from .problem import LOWEST, TERRACE, Arithmetic, Group, Pool, Sums
 from .state import (
     add_rows,
     empty_state,
@@ -49,10 +49,6 @@ from .state import (
 )
 from .tokens import chunk_range, load_tile, place_of, rows_of, store_tile, tokens_at
 from .window import position_masks, sink_mask, window_start
-
-# Below any score: the maximum over no keys. Not -inf, since a query's first tile may hold no key
-# that it attends by softmax, and exp(-inf + inf) is not 1.
-LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
@@ -114,8 +110,7 @@ def attend(p, pool, group, at, new, past, state, out, c, head, folded, weight_q,
     sums = softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end)
     z = project(q, rows, queries.valid, weight_q, p.map_q, head, p.arithmetic)
     phi_q = operand(z, p.map_q, factor, p.arithmetic)
-    den, acc = read_state(p, state, phi_q, sums.den, sums.acc)
-    sums = Sums(sums.m, den, acc)
+    sums = read_state(p, state, phi_q, sums)
     if p.chunk > 1 or pool.slack > 0:  # else all keys that left the only query's window are folded
         far = tl.minimum(window_start(p.window, end - 1), end)
         sums = add_linear_keys(p, pool, group, at, new, past, sums, phi_q, i, folded, far, weight_k)

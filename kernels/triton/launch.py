@@ -78,19 +78,13 @@ SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 
 
 # By kernel and by the dtype that it computes in; the first row that fits is taken. What the
 # configurations need on each architecture is in tests/budgets/, renewed by
-# ``python -m helpers.kernel_budget``. Chosen are those that spill no registers and, of these, those
-# that move the fewest bytes; where all spill, those that spill least at the same work.
+# ``python -m helpers.kernel_budget``. Chosen are those whose busiest pipe is busy for the shortest
+# time by the static model (docs/gpu_model.md), spilled registers included.
 TABLE = {
     ("forward", "bf16"): (
-        Row(
-            SMALL,
-            usual=Tiles(32, 64, 4, 1),
-            # Two slices of V read q and k twice. One would spill.
-            sm_80=Tiles(32, 32, 4, 1),
-            # Chunks of 64 read q, k and v once for windows of 64. Elsewhere they spill.
-            gfx942=Tiles(64, 64, 4, 1),
-        ),
-        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        # For windows of 64, chunks of 64 read q, k and v once.
+        Row(SMALL, (128, 64), usual=Tiles(64, 64, 4, 1)),
+        Row((64, 128), usual=Tiles(32, 64, 8, 1)),
         Row(LARGE, usual=Tiles(32, 64, 4, 1, resident=False)),
         Row(ANY, usual=Tiles(16, 64, 4, 1, resident=False)),
     ),
@@ -98,14 +92,13 @@ TABLE = {
         Row(SMALL, usual=Tiles(32, 64, 4, 1)),
         Row(ANY, usual=Tiles(16, 32, 4, 1, resident=False, slice=32)),
     ),
-    # Twice the warps spill a quarter of the registers that four do; on AMD they halve what one may
-    # have. From sm_90 on chunks of 16 spill none, for 1.4 times the instructions per token of those
-    # of 32. On sm_80 they would still spill.
+    # Eight warps would spill a third as much, and hold, and compute, tiles of 64 rows twice.
     ("backward", "bf16"): (
         Row(
             SMALL,
-            usual=Tiles(16, 64, 8, 1),
-            sm_80=Tiles(32, 64, 8, 1),
+            usual=Tiles(64, 64, 4, 1),
+            # Larger tiles would spill thousands of registers, or half of what AMD has.
+            sm_80=Tiles(32, 64, 4, 1),
             gfx942=Tiles(16, 32, 4, 1),
         ),
         Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),

@@ -23,6 +23,8 @@ TERRACE = tl.constexpr(1)
 
 INF = tl.constexpr(float("inf"))
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is an instruction
+# Below every score: the maximum of no keys. Not -inf, since exp2(-inf + inf) is not 1.
+LOWEST = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -32,7 +34,7 @@ class Rows(NamedTuple):
     pointer: Any
     batch: Any
     head: Any
-    token: Any
+    token: Any  # constant: distances within a tile then need no registers
     width: Any  # constant
 
 

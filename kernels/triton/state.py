@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .features import operand, outer_product, product, project
-from .problem import Sides, State
+from .problem import Sides, State, Sums
 from .tokens import load_k, load_v, rows_of, tokens_at
 from .window import folds
 
@@ -174,13 +174,13 @@ def query_features(p, at, tokens, q, weight_q, factor):
 
 
 @triton.jit
-def read_state(p, state, phi, den, acc):
-    """den and acc with what queries of features phi read from the state."""
-    acc = product(phi.plus, state.kv.plus, acc, p.arithmetic)
+def read_state(p, state, phi, sums):
+    """sums with what queries of features phi read from the state."""
+    acc = product(phi.plus, state.kv.plus, sums.acc, p.arithmetic)
     ksum = columns(p, state.ksum.plus, 0b01, 0b10)
     total = product(phi.plus, ksum, None, p.arithmetic)
     if phi.minus is not None:
         acc = product(phi.minus, state.kv.minus, acc, p.arithmetic)
         ksum = columns(p, state.ksum.minus, 0b01, 0b10)
         total = product(phi.minus, ksum, total, p.arithmetic)
-    return den + tl.sum(total, 1), acc
+    return Sums(sums.m, sums.den + tl.sum(total, 1), acc)

@@ -47,6 +47,16 @@ def chunk_range(p, at):
 
 
 @triton.jit
+def chunk_of(at, turn):
+    """turn, in a way that hides from the compiler how it grows.
+
+    Else the compiler would carry a pointer into every tensor from chunk to chunk, in registers that
+    the tiles need.
+    """
+    return tl.minimum(turn, at.length)  # a sequence has no more chunks than tokens
+
+
+@triton.jit
 def tokens_at(p, at, position, BLOCK: tl.constexpr):
     """The tokens at positions [position, position + BLOCK)."""
     r = tl.arange(0, BLOCK)
@@ -76,6 +86,28 @@ def load_tile(rows, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
     else:
         mask = valid[:, None] & (columns < width)[None, :]
     return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def packed(x):
+    """A tile to be carried to the next turn of a loop. In that, numbers of 16 bits would take a
+    register each."""
+    if x.dtype.primitive_bitwidth == 16:
+        pairs = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], x.shape[1] // 2, 2)
+        low, high = tl.split(pairs)
+        return low | (high << 16)
+    else:
+        return x
+
+
+@triton.jit
+def unpacked(x, dtype):
+    """The tile that was packed."""
+    if x.dtype == tl.uint32:
+        pairs = tl.join(x & 0xFFFF, x >> 16).reshape(x.shape[0], 2 * x.shape[1])
+        return pairs.to(tl.uint16).to(dtype, bitcast=True)
+    else:
+        return x
 
 
 @triton.jit
