@@ -1,4 +1,5 @@
 // lolcats_ops._C: the operators on NumPy arrays, and the switches of the C library.
+#include "described_call.h"
 #include "numpy_call.h"
 
 using namespace lolcats;
@@ -13,6 +14,19 @@ py::list cpu_isas() {
   py::list names;
   for (int i = 0; i < lol_cpu_isa_count(); ++i) names.append(lol_cpu_isa_name(i));
   return names;
+}
+
+py::list cuda_launches(const std::string& name, py::args args) {
+  for (const Operator& op : kOperators) {
+    if (name != op.name) continue;
+    DescribedCall call(std::move(args));
+    op.run(call);
+    py::list launches;
+    for (const CudaLaunch& at : call.launches())
+      launches.append(py::make_tuple(at.kernel, at.blocks, at.threads, at.shared_bytes));
+    return launches;
+  }
+  throw py::key_error(name);
 }
 
 }  // namespace
@@ -35,4 +49,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another instruction set.");
   m.def("max_threads", &lol_max_threads, "Threads that a CPU kernel uses at most.");
   m.def("has_cuda", [] { return lol_has_cuda() != 0; }, "Whether CUDA kernels were built.");
+  m.def(
+      "can_launch_cuda", [] { return lol_can_launch_cuda() != 0; },
+      "Whether they were built, or a program has set a launcher that compiles them.");
+  m.def("cuda_launches", &cuda_launches,
+        "What an operator would launch on a GPU, (kernel, blocks, threads, bytes of shared memory) "
+        "each. Arguments are in schema order, tensors (lol_dtype, shape) or None. Launches nothing "
+        "and needs neither GPU nor kernels. ValueError: what the kernels cannot do.");
 }
