@@ -57,6 +57,7 @@ class Case:
     two_sided: bool = True
     tokens: int = 1
     window: int = 64
+    window_kind: str = "sliding"
     sink: int = 0
     key_padding_mask: bool = False
 
@@ -162,8 +163,9 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
         op: the name of a public operator, such as "hybrid_attention".
         backend: the one that would be asked for; None for the best on the device.
         case: device, dtype, head_dim, value_dim, feature_dim (f; 0 where q and k are the features),
-            activation, two_sided, tokens, window, sink, key_padding_mask (whether there is one).
-            What is not given is cpu, float32, 64, 64, 64, "softmax", True, 1, 64, 0, False.
+            activation, two_sided, tokens, window, window_kind, sink, key_padding_mask (whether
+            there is one). What is not given is cpu, float32, 64, 64, 64, "softmax", True, 1, 64,
+            "sliding", 0, False.
 
     Raises:
         ValueError: an unknown op or backend.

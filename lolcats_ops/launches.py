@@ -6,8 +6,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _C
-from ._codes import ACTIVATIONS, DTYPES
+from ._codes import ACTIVATIONS, DTYPES, WINDOW_KINDS
 from .features import out_features
+from .state import window_span
 
 if TYPE_CHECKING:
     from .dispatch import Case
@@ -17,11 +18,10 @@ _F32, _I64, _BOOL = (DTYPES.index(name) for name in ("float32", "int64", "bool")
 
 
 class Launches(NamedTuple):
-    """Why the kernels cannot run a case, or None; the most shared memory that a block of them takes,
-    in bytes."""
+    """What the kernels of a case need, or why they cannot run it."""
 
     refusal: str | None
-    shared_bytes: int = 0
+    shared_bytes: int = 0  # the most that a block takes
 
 
 @lru_cache(maxsize=1024)
@@ -76,8 +76,12 @@ def _student(case: Case) -> tuple[Any, ...]:
     return *_qkv(case), *_map(case), *_map(case), (_F32, (1,))
 
 
+def _window(case: Case) -> tuple[int, int]:
+    return case.window, WINDOW_KINDS.index(case.window_kind)
+
+
 def _settings(case: Case) -> tuple[Any, ...]:
-    return case.window, 0, case.sink, 1.0, False, *_codes(case)
+    return *_window(case), case.sink, 1.0, False, *_codes(case)
 
 
 def _hybrid_attention(case: Case) -> tuple[Any, ...]:
@@ -91,12 +95,13 @@ def _attention_transfer(case: Case) -> tuple[Any, ...]:
 def _hybrid_attention_step(case: Case) -> tuple[Any, ...]:
     dtype, D, V = _rows(case, 1)[0], case.head_dim, case.value_dim
     F = out_features(case.feature_dim, case.activation, case.two_sided)
+    ring = window_span(case.window, case.window_kind)
     state = (
         *((_F32, (1, 1, F, V)), (_F32, (1, 1, F))),
-        *((dtype, (1, 1, n, width)) for n in (case.window, case.sink) for width in (D, V)),
+        *((dtype, (1, 1, n, width)) for n in (ring, case.sink) for width in (D, V)),
         *((_I64, (1,)), (_I64, (1,))),
     )
-    settings = (case.window, 0, 1.0, False, *_codes(case))
+    settings = (*_window(case), 1.0, False, *_codes(case))
     return *_student(case), *state, None, *_sequences(case), *settings
 
 

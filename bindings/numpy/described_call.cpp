@@ -5,8 +5,14 @@
 namespace lolcats {
 namespace {
 
-// Where described tensors are: nobody reads there, but kernels differ in what alignment they need.
-void* const kSomewhere = reinterpret_cast<void*>(uintptr_t{256});
+// The tensor somewhere, nobody reads where: kernels differ in what alignment they need, and an
+// empty tensor has no data.
+lol_tensor located(lol_tensor t) {
+  bool empty = false;
+  for (int i = 0; i < t.ndim; ++i) empty |= t.shape[i] == 0;
+  t.data = empty ? nullptr : reinterpret_cast<void*>(uintptr_t{256});
+  return t;
+}
 
 int note(const lol_cuda_launch* launch, void* launches) {
   static_cast<std::vector<CudaLaunch>*>(launches)->push_back(
@@ -19,14 +25,14 @@ int note(const lol_cuda_launch* launch, void* launches) {
 lol_tensor DescribedCall::described(const py::object& object) {
   const auto [dtype, shape] = object.cast<std::pair<int32_t, std::vector<int64_t>>>();
   if (shape.size() > 4) throw py::value_error("a described tensor has more than 4 dimensions");
-  lol_tensor t{kSomewhere, dtype, static_cast<int32_t>(shape.size())};
+  lol_tensor t{nullptr, dtype, static_cast<int32_t>(shape.size())};
   int64_t step = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
     t.shape[i] = shape[i];
     t.stride[i] = step;
     step *= shape[i];
   }
-  return t;
+  return located(t);
 }
 
 lol_tensor DescribedCall::optional_tensor(const char*) {
@@ -34,11 +40,7 @@ lol_tensor DescribedCall::optional_tensor(const char*) {
   return object.is_none() ? lol_tensor{} : described(object);
 }
 
-lol_tensor DescribedCall::result(const lol_tensor& like) {
-  lol_tensor t = like;
-  t.data = kSomewhere;
-  return t;
-}
+lol_tensor DescribedCall::result(const lol_tensor& like) { return located(like); }
 
 void DescribedCall::run(const std::function<int()>& kernel) {
   lol_set_thread_cuda_launcher(note, &launches_);

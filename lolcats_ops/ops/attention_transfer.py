@@ -75,8 +75,8 @@ def attention_transfer(
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
     masked = key_padding_mask is not None
-    settings = {"window": window, "sink": sink, "key_padding_mask": masked}
-    chosen = select(op, backend, q, v, feature_k, **settings)
+    windows = {"window": window, "window_kind": window_kind, "sink": sink}
+    chosen = select(op, backend, q, v, feature_k, **windows, key_padding_mask=masked)
     if chosen == "reference":
         return reference.attention_transfer(
             q,

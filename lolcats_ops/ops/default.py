@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._codes import ACTIVATIONS
+from .._codes import ACTIVATIONS, WINDOW_KINDS
 from ..dispatch import OPS, Case, chosen
 from . import triton
 
@@ -32,6 +32,7 @@ def _case(op: str, arguments: dict[str, Any]) -> Case:
         arguments["two_sided"],
         q.shape[2],
         arguments.get("window", 0),
+        WINDOW_KINDS[arguments.get("window_kind", 0)],
         sinks,
         arguments.get("key_padding_mask") is not None,
     )

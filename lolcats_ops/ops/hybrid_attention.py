@@ -107,8 +107,7 @@ def hybrid_attention(
         q,
         v,
         feature_k,
-        window=window,
-        sink=sink,
+        **settings,
         key_padding_mask=key_padding_mask is not None,
     )
     if chosen == "reference":

@@ -89,7 +89,7 @@ def hybrid_attention_step_(
     check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
     inputs = (q, k, v, feature_q, feature_k, gate, state)
     options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
-    windows = {"window": state.window, "sink": state.sink}
+    windows = {"window": state.window, "window_kind": state.window_kind, "sink": state.sink}
     chosen = select(op, backend, q, v, feature_k, **windows)
     if chosen == "reference":
         return reference.hybrid_attention_step_(*inputs, **options)

@@ -3,6 +3,8 @@
 #include <link.h>
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "machine.h"
@@ -17,12 +19,21 @@ bool is_inside(const Range& range, const char* first, std::size_t bytes) {
   return range.begin <= first && first + bytes <= range.end;
 }
 
-// The static variables of the executable: those of this thread and, for the address sanitizer,
-// which does not guard these, all others.
+// Whether the program or library is the one that has the kernels, and this.
+bool is_own(const dl_phdr_info& info) {
+  const auto here = reinterpret_cast<std::uintptr_t>(&is_own);
+  return std::any_of(info.dlpi_phdr, info.dlpi_phdr + info.dlpi_phnum, [&](const auto& header) {
+    return header.p_type == PT_LOAD && here - info.dlpi_addr - header.p_vaddr < header.p_memsz;
+  });
+}
+
+// Its static variables: those of this thread and, for the address sanitizer, which does not guard
+// these, all others.
 Range static_variables() {
   Range found{};
   dl_iterate_phdr(
       [](dl_phdr_info* info, std::size_t, void* result) {
+        if (!is_own(*info)) return 0;
         Range& range = *static_cast<Range*>(result);
         for (int i = 0; i < info->dlpi_phnum; i++) {
           const auto& header = info->dlpi_phdr[i];
@@ -33,7 +44,7 @@ Range static_variables() {
           if (!__asan_poison_memory_region && header.p_type == PT_TLS)
             range = {variables, variables + header.p_memsz};
         }
-        return 1;  // the first is the executable
+        return 1;
       },
       &found);
   return found;
