@@ -245,7 +245,7 @@ def _best_first(case: Case) -> list[Backend]:
 
 
 def _cuda_is_best(case: Case) -> bool:
-    """Where CUDA C++ is meant to be faster than Triton. Nothing of it has been measured."""
+    """Where CUDA C++ is meant to be faster than Triton: nothing of it has been measured."""
     if case.op == "hybrid_attention_step_":
         return case.tokens <= FEW_TOKENS
     attention = case.op in ("hybrid_attention", "linear_attention")

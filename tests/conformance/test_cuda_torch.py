@@ -110,6 +110,12 @@ def test_a_prompt_leaves_a_state_to_go_on_from(emulated):
     assert_same_state(state, final, torch.float32)
 
 
+def test_warmup_launches_them(emulated):
+    sizes = {"heads": 1, "head_dim": 16, "tokens": (1,), "window": 5}
+    assert lo.warmup("hybrid_attention_step_", backend="cuda", **sizes) == ()
+    assert emulated.kernel.startswith(b"lol::cuda::hybrid_attention_step<float")
+
+
 # Devices
 
 
