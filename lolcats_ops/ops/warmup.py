@@ -44,9 +44,9 @@ def warmup(
 ) -> tuple[str, ...]:
     """Loads the operators, and compiles the kernels that calls like these would launch.
 
-    Triton's kernels are compiled, not launched; compiled code is kept in the process and in Triton's
-    cache on disk. Those in CUDA C++ are launched, on zeros: where a launcher compiles them
-    (``lolcats_ops.cupy``), it does so then. For the CPU nothing is left but to load the operators.
+    Triton's kernels are compiled, not launched; compiled code is kept in the process and in
+    Triton's cache on disk. Those in CUDA C++ are launched, on zeros: where a launcher compiles them
+    (``lolcats_ops.cupy``), it does so then. The CPU's are only loaded.
 
     Args:
         ops: names of public operators; none to load alone.

@@ -13,8 +13,14 @@ from gpu_on_cpu.cuda.tensors import FIRST_STREAM, cuda_tensors
 from helpers.cases import Case, cases, make_inputs
 from helpers.compare import assert_close, assert_same_state
 from helpers.emulated_torch import launcher, on_cpu, on_cpu_tensors, on_cuda, only_notes
-from helpers.kernels import INTERPRETED
-from helpers.operators import check, feature_map, hybrid_attention, linear_attention
+from helpers.kernels import INTERPRETED, skipped_where_refused
+from helpers.operators import (
+    attention_transfer,
+    check,
+    feature_map,
+    hybrid_attention,
+    linear_attention,
+)
 from test_state import arguments, empty_state, feed, prepare, reference_of
 
 import lolcats_ops as lo
@@ -258,6 +264,18 @@ def test_backend_cuda_says_why_it_cannot_run(gpu, monkeypatch):
         assert "need compute capability 8.0, this GPU has 7.5" in why()
         monkeypatch.setattr(torch.version, "hip", "6.4")
         assert why() == "cuda: its kernels are for NVIDIA's GPUs"
+
+
+def test_conformance_skips_what_the_kernels_refuse_and_nothing_else(emulated):
+    x = make_inputs(Case("1", D=16)).as_dtype(torch.float32, "plain")
+    with (
+        pytest.raises(pytest.skip.Exception, match="no CUDA kernel"),
+        skipped_where_refused("cuda"),
+    ):
+        attention_transfer(lo, x, backend="cuda")
+    with pytest.raises(ValueError, match="gate"), skipped_where_refused("cuda"):
+        lo.hybrid_attention(*arguments(x)[:5], torch.zeros(5), backend="cuda")
+    feature_map(lo, x, backend="cuda")
 
 
 def test_torch_ops_on_cuda_tensors_run_the_default(gpu, monkeypatch):
