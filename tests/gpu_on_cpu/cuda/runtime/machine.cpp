@@ -96,8 +96,8 @@ Block::Block(const Launch& launch, uint3 index)
                     n / (launch.block.x * launch.block.y)};
     thread.number = i;
     thread.state = Thread::State::ready;
+    thread.copies = memory.copies(i);
     // Threads must not allocate: others would free it, unordered in the thread sanitizer's eyes.
-    thread.copies.reset(new Copy[kMaxCopies]);
     thread.atomics.reserve(kMaxAtomics);
     thread.fiber.start(memory.stack(i), BlockMemory::kStackBytes, run_thread);
   }
