@@ -2,6 +2,7 @@
 memory, its launches run by the emulator (helpers/emulated_torch.py), and what the default is.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,6 +28,7 @@ import lolcats_ops as lo
 from lolcats_ops import _C, dispatch
 from lolcats_ops.launches import launches_of
 from lolcats_ops.ops import default, triton
+from lolcats_ops.state import HybridState
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -276,6 +278,27 @@ def test_conformance_skips_what_the_kernels_refuse_and_nothing_else(emulated):
     with pytest.raises(ValueError, match="gate"), skipped_where_refused("cuda"):
         lo.hybrid_attention(*arguments(x)[:5], torch.zeros(5), backend="cuda")
     feature_map(lo, x, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", [None, "cuda"])
+def test_steps_on_cuda_tensors_run_on_their_device(gpu, backend):
+    gpu(H100)
+    x = prepare(Case(D=16, V=24, f=24, G=2, window=5, sink=1, batch=(1, 2)), 9, torch.float32)
+    want, final = reference_of(x)
+    state = empty_state(x)
+    there = HybridState(**on_cuda(state.tensors, 1), window=state.window)
+    moved = replace(x, leaves=on_cuda(x.leaves, 1))
+    parameters = (moved.features("q"), moved.features("k"), moved.leaves["gate"])
+    with launcher() as last:
+        outs = [
+            lo.hybrid_attention_step_(
+                *on_cuda(arguments(x, i, i + 1)[:3], 1), *parameters, there, backend=backend
+            )
+            for i in range(9)
+        ]
+    assert (last.device, last.stream) == (1, FIRST_STREAM + 1)
+    assert_close("out", torch.cat(on_cpu(outs), 2), want, torch.float32)
+    assert_same_state(state, final, torch.float32)  # in the memory of ``there``
 
 
 def test_torch_ops_on_cuda_tensors_run_the_default(gpu, monkeypatch):
