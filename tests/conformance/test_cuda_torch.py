@@ -215,7 +215,7 @@ CALL = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 512}
 
 
 @pytest.mark.parametrize(
-    ("card", "op", "others", "backend"),
+    ("card", "op", "others", "best"),
     [
         (H100, "hybrid_attention_step_", {"tokens": 1}, "cuda"),
         (A10, "hybrid_attention_step_", {"tokens": 8}, "cuda"),
@@ -228,12 +228,12 @@ CALL = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 512}
         (T4, "hybrid_attention_step_", {"tokens": 1}, "triton"),
     ],
 )
-def test_the_default_is_the_backend_that_is_meant_to_be_faster(gpu, card, op, others, backend):
+def test_the_default_is_the_backend_that_is_meant_to_be_faster(gpu, card, op, others, best):
     gpu(card)
     if not _C.has_cuda():
         assert lo.backend_for(op, **{**CALL, **others}).backend == "triton"
     with launcher(only_notes()):
-        assert lo.backend_for(op, **{**CALL, **others}).backend == backend
+        assert lo.backend_for(op, **{**CALL, **others}).backend == best
 
 
 def test_a_card_with_too_little_shared_memory_gets_triton_and_is_told_why(gpu):
@@ -280,8 +280,8 @@ def test_conformance_skips_what_the_kernels_refuse_and_nothing_else(emulated):
     feature_map(lo, x, backend="cuda")
 
 
-@pytest.mark.parametrize("backend", [None, "cuda"])
-def test_steps_on_cuda_tensors_run_on_their_device(gpu, backend):
+@pytest.mark.parametrize("asked", [None, "cuda"])
+def test_steps_on_cuda_tensors_run_on_their_device(gpu, asked):
     gpu(H100)
     x = prepare(Case(D=16, V=24, f=24, G=2, window=5, sink=1, batch=(1, 2)), 9, torch.float32)
     want, final = reference_of(x)
@@ -292,7 +292,7 @@ def test_steps_on_cuda_tensors_run_on_their_device(gpu, backend):
     with launcher() as last:
         outs = [
             lo.hybrid_attention_step_(
-                *on_cuda(arguments(x, i, i + 1)[:3], 1), *parameters, there, backend=backend
+                *on_cuda(arguments(x, i, i + 1)[:3], 1), *parameters, there, backend=asked
             )
             for i in range(9)
         ]

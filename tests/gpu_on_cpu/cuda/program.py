@@ -21,8 +21,8 @@ _CHECKOUT = HERE.parents[2]
 
 # Optimised lightly, so that what a sanitizer reports has the line it is on. A GPU's memory has no
 # types, hence no assumptions from them.
-_KERNEL_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-fno-omit-frame-pointer"]
-_KERNEL_FLAGS += ["-fPIC"]
+_KERNEL_FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC"]
+_KERNEL_FLAGS += ["-fno-strict-aliasing", "-fno-omit-frame-pointer"]
 _SANITIZER_FLAGS: Mapping[str | None, list[str]] = {
     None: [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
