@@ -1,9 +1,18 @@
-// lolcats_ops._C: the operators on NumPy arrays, and the switches of the C library.
+// lolcats_ops._C: the operators on arrays of NumPy or CuPy, and the switches of the C library.
+#include "cuda_launcher.h"
+#include "cupy_call.h"
 #include "numpy_call.h"
 
 using namespace lolcats;
 
 namespace {
+
+template <class LibraryCall>
+py::object invoke(const Operator& op, const py::args& args, const py::kwargs& kwargs) {
+  LibraryCall call(op.name, args, kwargs);
+  op.run(call);
+  return call.results();
+}
 
 void set_cpu_isa(const char* name) {
   if (lol_set_cpu_isa(name) != LOL_OK) throw py::value_error(lol_last_error());
@@ -18,14 +27,14 @@ py::list cpu_isas() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "The operators of lolcats_ops on NumPy arrays, with the schemas of torch.ops.";
+  m.doc() =
+      "The operators of lolcats_ops on arrays of NumPy or CuPy, with the schemas of torch.ops.";
   for (const Operator& op : kOperators) {
     m.def(
         op.name,
         [&op](const py::args& args, const py::kwargs& kwargs) {
-          NumpyCall call(op.name, args, kwargs);
-          op.run(call);
-          return call.results();
+          return CupyCall::is_asked_for(args, kwargs) ? invoke<CupyCall>(op, args, kwargs)
+                                                      : invoke<NumpyCall>(op, args, kwargs);
         },
         op.schema);
   }
@@ -35,4 +44,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use another instruction set.");
   m.def("max_threads", &lol_max_threads, "Threads that a CPU kernel uses at most.");
   m.def("has_cuda", [] { return lol_has_cuda() != 0; }, "Whether CUDA kernels were built.");
+  m.def(
+      "can_launch_cuda", [] { return lol_can_launch_cuda() != 0; },
+      "Whether operators run on CUDA: with kernels that were built, or by a launcher.");
+  m.def("set_cuda_launcher", &set_cuda_launcher, py::arg("launch"),
+        "Launch CUDA kernels by launch(kernel, blocks, threads, shared_bytes, params, device, "
+        "stream), in the whole process; None: by those that were built.");
 }
