@@ -6,9 +6,9 @@ strides, the last dimension contiguous; results are CuPy arrays. A call runs on 
 arrays and on CuPy's current stream of that device, and synchronises nothing, so the values behind
 pointers (``gate``, ``cu_seqlens``, ``state_indices``) are not checked.
 
-A kernel is compiled by NVRTC, which CuPy brings, when it is first called for, which takes seconds;
-a compiler of CUDA need not be installed. CuPy 14.2 and later keep what was compiled on disk, older
-ones for the process. A library that was built with the kernels uses its own.
+A kernel is compiled when it is first called for, which takes seconds, by NVRTC, which ``pip install
+'cupy-cuda13x[ctk]'`` brings; nvcc need not be there. CuPy 14.2 and later keep what was compiled on
+disk, older ones for the process. A library that was built with the kernels uses its own.
 
 >>> import cupy  # doctest: +SKIP
 >>> import lolcats_ops.cupy as lcp  # doctest: +SKIP
@@ -38,8 +38,8 @@ try:
     import cupy
 except ModuleNotFoundError as error:
     raise ImportError(
-        "lolcats_ops.cupy needs CuPy: pip install cupy-cuda13x, or cupy-cuda12x where the driver "
-        "is of CUDA 12"
+        "lolcats_ops.cupy needs CuPy: pip install 'cupy-cuda13x[ctk]', or cupy-cuda12x where the "
+        "driver is of CUDA 12"
     ) from error
 
 __all__ = [
@@ -108,7 +108,10 @@ def _on_gpu(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         if not any(isinstance(argument, cupy.ndarray) for argument in (*args, *kwargs.values())):
-            raise TypeError(f"lolcats_ops.cupy.{function.__name__}: there is no CuPy array")
+            raise TypeError(
+                f"lolcats_ops.cupy.{function.__name__} needs CuPy arrays; lolcats_ops.numpy takes "
+                "those of NumPy"
+            )
         if not _C.can_launch_cuda():
             install_launcher()
         return function(*args, **kwargs)

@@ -81,7 +81,8 @@ def test_wheel_holds_the_sources_that_nvrtc_compiles_and_no_others(wheel):
 def test_sources_in_the_wheel_compile_as_the_installed_package_says(installed, kernel):
     kernel = f"lol::cuda::{kernel}"
     code = (
-        f"import sys; sys.path[:0] = {import_path(installed)!r}; from lolcats_ops import _cuda_sources;"
+        f"import sys; sys.path[:0] = {import_path(installed)!r};"
+        "from lolcats_ops import _cuda_sources;"
         f"print(*_cuda_sources.options(), _cuda_sources.unit({kernel!r}), sep=chr(0))"
     )
     *options, unit = run(sys.executable, "-S", "-c", code).split("\0")

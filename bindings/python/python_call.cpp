@@ -102,9 +102,11 @@ void PythonCall::check_status(int status) {
 
 void PythonCall::refuse_type(const py::object& object, const char* name, const char* need) const {
   const py::object type = py::type::of(object);
+  const auto module = type.attr("__module__").cast<std::string>();
+  const auto type_name = type.attr("__qualname__").cast<std::string>();
   throw py::type_error(about(name) + " is of type " +
-                       py::str(type.attr("__module__")).cast<std::string>() + "." +
-                       py::str(type.attr("__qualname__")).cast<std::string>() + ", not " + need);
+                       (module == "builtins" ? type_name : module + "." + type_name) + ", not " +
+                       need);
 }
 
 }  // namespace lolcats
