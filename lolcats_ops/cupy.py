@@ -19,7 +19,8 @@ disk, older ones for the process. A library that was built with the kernels uses
 
 Raises, besides what :mod:`lolcats_ops.numpy` does:
     ImportError: there is no CuPy.
-    RuntimeError: no GPU, or CUDA failed.
+    RuntimeError: there is no GPU.
+    ValueError: the GPU is too small for the kernel, or it does not take the case.
     cupy.cuda.compiler.CompileException: NVRTC's log.
 """
 
@@ -82,6 +83,11 @@ def _launch(
     device: int,
     stream: int,
 ) -> None:
+    if shared_bytes > (most := _most_shared_bytes(device)):
+        raise ValueError(
+            f"{kernel} needs {shared_bytes} bytes of shared memory, a block of device {device} has "
+            f"{most}"
+        )
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream):
         function = _compiled(kernel)
         if shared_bytes > 48 * 1024:  # more has to be asked for
@@ -89,6 +95,12 @@ def _launch(
         # A NumPy array of one element goes by value.
         struct = np.frombuffer(params, np.dtype((np.void, len(params))))
         function((blocks,), (threads,), (struct,), shared_mem=shared_bytes)
+
+
+@cache
+def _most_shared_bytes(device: int) -> int:
+    runtime = cupy.cuda.runtime
+    return runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device)
 
 
 @cache

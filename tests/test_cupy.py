@@ -195,6 +195,15 @@ def test_wrong_dtypes_and_shapes_are_named(lcp, call):
         call(weight=lcp.cupy.asarray(np.ones((3, 8, 4), np.float32)))
 
 
+def test_kernels_too_large_for_the_gpu_say_what_they_need(lcp, monkeypatch):
+    monkeypatch.setattr(lcp, "_most_shared_bytes", lambda device: 99 * 1024)
+    q = lcp.cupy.asarray(np.ones((1, 1, 5, 64), np.float16))
+    features = lcp.Features(lcp.cupy.asarray(np.ones((1, 64, 64), np.float32)))
+    gate = lcp.cupy.asarray(np.ones(1, np.float32))
+    with pytest.raises(ValueError, match=r"needs \d{6} bytes .*, a block of device 0 has 101376"):
+        lcp.hybrid_attention(q, q, q, features, features, gate)
+
+
 def last_error():
     """As a caller of the C library has it."""
     function = ctypes.CDLL(_native.get_library()).lol_last_error

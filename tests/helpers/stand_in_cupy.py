@@ -134,6 +134,11 @@ def module() -> ModuleType:
         ExternalStream=ExternalStream,
         alloc=alloc,
         get_current_stream=lambda: ExternalStream(ExternalStream.entered[-1]),
-        runtime=SimpleNamespace(getDeviceCount=lambda: 2, CUDARuntimeError=RuntimeError),
+        runtime=SimpleNamespace(
+            CUDARuntimeError=RuntimeError,
+            getDeviceCount=lambda: 2,
+            cudaDevAttrMaxSharedMemoryPerBlockOptin=97,
+            deviceGetAttribute=lambda attribute, device: 163 * 1024,  # of sm_80
+        ),
     )
     return cupy
