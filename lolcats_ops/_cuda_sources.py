@@ -26,7 +26,7 @@ def unit(kernel: str) -> str:
     #include "feature_map.cuh"
     """
     operator = kernel.removeprefix("lol::cuda::").partition("<")[0]
-    # CuPy keeps binaries by what it is given, which is to say whatever the includes contain.
+    # By this text alone CuPy finds a binary again: what is included has to show in it.
     return f'// {_digest()}\n#include "{operator}.cuh"\n'
 
 

@@ -35,6 +35,10 @@ def compilers(target):
         yield nvrtc
 
 
+def test_instances_are_read_from_the_headers():
+    assert {STEP, HYBRID, HYBRID.replace("hybrid", "linear")} < set(nvrtc.instances())
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("kernel", [STEP, "lol::cuda::feature_map<lol::bf16, true>", HYBRID])
 def test_kernels_stay_within_their_budget(kernel, target):

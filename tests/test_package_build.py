@@ -87,7 +87,7 @@ def test_sources_in_the_wheel_compile_as_the_installed_package_says(installed, k
     )
     *options, unit = run(sys.executable, "-S", "-c", code).split("\0")
     assert f"-I{installed}/lolcats_ops/kernels/cuda" in options
-    assert ".target sm_90" in nvrtc.compile(unit, (*options, "-arch=compute_90"), kernel).ptx
+    assert ".target sm_90" in nvrtc.build(unit, (*options, "-arch=compute_90"), kernel).ptx
 
 
 @pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")

@@ -26,7 +26,6 @@ class CompileError(Exception):
 
 
 class Compiled(NamedTuple):
-    name: str  # the mangled one
     ptx: str
     log: str
 
@@ -43,7 +42,7 @@ def library() -> ctypes.CDLL | None:
     return ctypes.CDLL(found["libnvrtc"])
 
 
-def compile(code: str, options: Sequence[str], kernel: str) -> Compiled:
+def build(code: str, options: Sequence[str], kernel: str) -> Compiled:
     """Compiles a translation unit for one kernel, a C++ name expression."""
     program = ctypes.c_void_p()
     _call("CreateProgram", ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None)
@@ -54,9 +53,7 @@ def compile(code: str, options: Sequence[str], kernel: str) -> Compiled:
         log = _text(program, "ProgramLog")
         if failed:
             raise CompileError(log)
-        name = ctypes.c_char_p()
-        _call("GetLoweredName", program, kernel.encode(), ctypes.byref(name))
-        return Compiled(name.value.decode(), _text(program, "PTX"), log)
+        return Compiled(_text(program, "PTX"), log)
     finally:
         _call("DestroyProgram", ctypes.byref(program))
 
@@ -78,13 +75,13 @@ def _call(function: str, *arguments: object) -> None:
 def ptx(kernel: str, target: str) -> str:
     """The PTX of a kernel, for a target such as sm_80."""
     options = (*_cuda_sources.options(), f"-arch={target.replace('sm', 'compute')}")
-    return compile(_cuda_sources.unit(kernel), options, kernel).ptx
+    return build(_cuda_sources.unit(kernel), options, kernel).ptx
 
 
 def resources(kernel: str, target: str) -> dict[str, int]:
     """What a kernel needs of a target."""
     options = (*_cuda_sources.options(), f"-arch={target}", "--ptxas-options=-v")
-    return ptxas.resources(compile(_cuda_sources.unit(kernel), options, kernel).log)
+    return ptxas.resources(build(_cuda_sources.unit(kernel), options, kernel).log)
 
 
 def instances() -> list[str]:

@@ -96,7 +96,7 @@ class RawModule:
 
 @cache
 def _compiled(code: str, options: tuple[str, ...], name: str) -> PtxKernel:
-    return PtxKernel(nvrtc.compile(code, (*options, *CUPY_ADDS), name).ptx)
+    return PtxKernel(nvrtc.build(code, (*options, *CUPY_ADDS), name).ptx)
 
 
 class RawKernel:
