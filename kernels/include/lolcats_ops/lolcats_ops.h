@@ -240,6 +240,8 @@ typedef struct lol_cuda_launch {
 } lol_cuda_launch;
 /* LOL_OK; LOL_EUNSUPPORTED where the device is too small for the kernel; or LOL_ECUDA. */
 typedef int (*lol_cuda_launcher)(const lol_cuda_launch* launch, void* user);
+/* For launchers: why they failed, in lol_last_error(). */
+LOL_API void lol_set_last_error(const char* message);
 /* For the whole process; null for the library's own. Not while another thread calls an operator. */
 LOL_API void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user);
 /* Instead of the process's, in this thread alone; null ends that. A launcher that only notes what

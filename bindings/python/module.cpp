@@ -1,10 +1,19 @@
-// lolcats_ops._C: the operators on NumPy arrays, and the switches of the C library.
+// lolcats_ops._C: the operators on arrays of NumPy or CuPy, and the switches of the C library.
+#include "cuda_launcher.h"
+#include "cupy_call.h"
 #include "described_call.h"
 #include "numpy_call.h"
 
 using namespace lolcats;
 
 namespace {
+
+template <class LibraryCall>
+py::object invoke(const Operator& op, const py::args& args, const py::kwargs& kwargs) {
+  LibraryCall call(op.name, args, kwargs);
+  op.run(call);
+  return call.results();
+}
 
 void set_cpu_isa(const char* name) {
   if (lol_set_cpu_isa(name) != LOL_OK) throw py::value_error(lol_last_error());
@@ -32,14 +41,14 @@ py::list cuda_launches(const std::string& name, py::args args) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "The operators of lolcats_ops on NumPy arrays, with the schemas of torch.ops.";
+  m.doc() =
+      "The operators of lolcats_ops on arrays of NumPy or CuPy, with the schemas of torch.ops.";
   for (const Operator& op : kOperators) {
     m.def(
         op.name,
         [&op](const py::args& args, const py::kwargs& kwargs) {
-          NumpyCall call(op.name, args, kwargs);
-          op.run(call);
-          return call.results();
+          return CupyCall::is_asked_for(args, kwargs) ? invoke<CupyCall>(op, args, kwargs)
+                                                      : invoke<NumpyCall>(op, args, kwargs);
         },
         op.schema);
   }
@@ -51,9 +60,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("has_cuda", [] { return lol_has_cuda() != 0; }, "Whether CUDA kernels were built.");
   m.def(
       "can_launch_cuda", [] { return lol_can_launch_cuda() != 0; },
-      "Whether they were built, or a program has set a launcher that compiles them.");
+      "Whether operators run on CUDA: with kernels that were built, or by a launcher.");
   m.def("cuda_launches", &cuda_launches,
         "What an operator would launch on a GPU, (kernel, blocks, threads, bytes of shared memory) "
         "each. Arguments are in schema order, tensors (lol_dtype, shape) or None. Launches nothing "
         "and needs neither GPU nor kernels. ValueError: what the kernels cannot do.");
+  m.def("set_cuda_launcher", &set_cuda_launcher, py::arg("launch"),
+        "Launch CUDA kernels by launch(kernel, blocks, threads, shared_bytes, params, device, "
+        "stream), in the whole process; None: by those that were built.");
 }
