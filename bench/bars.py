@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import published
 from .cases import (
@@ -10,12 +10,14 @@ from .cases import (
     BACKWARD_BF16,
     BF16,
     FEATURES,
+    FILLING_DECODE,
     FORWARD_BF16,
     HYBRID,
     LINEAR,
     LONG,
     LONGEST,
     ONE_HEAD,
+    ONE_SEQUENCE,
     PUBLISHED,
     SHORT,
     SMOLLM2,
@@ -185,5 +187,13 @@ _GPU = tuple(
         machine=published.GPU,
     )
     for (shape, pass_), case in PUBLISHED.items()
+) + tuple(
+    Bar(
+        f"decode, {case.B} sequences: CUDA C++ as fast as Triton, as CUDA graphs",
+        (Quantity(case, "graph:lolcats:triton"),),
+        (Quantity(case, "graph:lolcats:cuda"),),
+        at_least=1.0,
+    )
+    for case in (replace(FILLING_DECODE, T=ONE_SEQUENCE.T), ONE_SEQUENCE)
 )
 BARS: dict[str, tuple[Bar, ...]] = {"cpu": _CPU, "cuda": _GPU}  # by device

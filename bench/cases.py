@@ -160,30 +160,35 @@ STANDARD: tuple[Case, ...] = (
     *DECODE,
 )
 
-# For GPUs: bf16, and heads enough to fill one.
+# For GPUs: bf16, and heads enough to fill one. ``lolcats`` is one of the two, by dispatch.
+BACKENDS = ("lolcats:cuda", "lolcats:triton")
 PUBLISHED = {
     (shape, pass_): Case(
         "linear_attention", pass_, B, H, H, T, D, D,
-        f=0, window=0, dtype="bfloat16", peers=("fla", "mamba"),
+        f=0, window=0, dtype="bfloat16", peers=(*BACKENDS, "fla", "mamba"),
     )
     for shape, times in MILLISECONDS.items()
     for pass_ in times
     for B, T, H, D in [shape]
 }  # fmt: skip
 PUBLISHED_HYBRID = {
-    key: replace(case, op="hybrid_attention", f=64, window=64, peers=("sdpa", "flex"))
+    key: replace(case, op="hybrid_attention", f=64, window=64, peers=(*BACKENDS, "sdpa", "flex"))
     for key, case in PUBLISHED.items()
 }
-FILLING = Case("hybrid_attention", B=4, H=16, Hk=16, dtype="bfloat16", peers=("sdpa",))
+FILLING = Case("hybrid_attention", B=4, H=16, Hk=16, dtype="bfloat16", peers=(*BACKENDS, "sdpa"))
+FILLING_MAP = replace(FILLING, op="feature_map", T=4096, window=0, peers=BACKENDS)
 FILLING_DECODE = Case(  # the heads of Llama 3 8B
     "hybrid_attention", "step", B=64, H=32, Hk=8, D=128, V=128, dtype="bfloat16",
-    peers=("graph:lolcats", "sdpa", "graph:sdpa"),
+    peers=(*BACKENDS, *(f"graph:{name}" for name in BACKENDS), "sdpa", "graph:sdpa"),
 )  # fmt: skip
+ONE_SEQUENCE = replace(FILLING_DECODE, B=1, T=4096)
 FILLED: tuple[Case, ...] = (
     *PUBLISHED.values(),
     *PUBLISHED_HYBRID.values(),
     *(replace(FILLING, T=T) for T in (256, 1024, 4096, 16384, 65536)),
     *(replace(FILLING_DECODE, T=T) for T in (64, 256, 1024, 4096, 16384)),
+    ONE_SEQUENCE,
+    FILLING_MAP,
 )
 
 CASES = {

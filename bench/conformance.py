@@ -12,7 +12,7 @@ from typing import Any
 
 from .isolated import Channel, end_if_broken, work_through
 
-TESTS = ("tests/conformance",)
+TESTS = ("tests/conformance", "tests/test_cupy.py")
 ON_GPU = ("-m", "gpu")  # see tests/conformance/conftest.py
 
 

@@ -113,7 +113,7 @@ def peers() -> dict[str, Peer]:
         named[f"lolcats:{isa}"] = Peer(f"this library, {isa}", ours, device="cpu", isa=isa)
     for backend in ("cuda", "triton"):
         named[f"lolcats:{backend}"] = _on_backend(backend)
-    for name in ("lolcats", "sdpa"):
+    for name in ("lolcats", "lolcats:cuda", "lolcats:triton", "sdpa"):
         named[f"graph:{name}"] = _graphed(named[name])
     for name in ("eager", "quadratic", "chunkwise"):
         named[f"compiled:{name}"] = _compiled(named[name])
@@ -166,8 +166,17 @@ def _of(module: Any, **options: Any) -> dict[str, Prepare]:
 def _on_backend(backend: str) -> Peer:
     def why_not(case: Case, device: str) -> str | None:
         op = "hybrid_attention_step_" if case.pass_ == "step" else case.op
-        sizes = {"head_dim": case.D, "value_dim": case.V, "dtype": getattr(torch, case.dtype)}
-        choice = lo.backend_for(op, backend=backend, device=device, **sizes)
+        choice = lo.backend_for(
+            op,
+            backend=backend,
+            device=device,
+            dtype=getattr(torch, case.dtype),
+            head_dim=case.D,
+            value_dim=case.V,
+            feature_dim=case.f,
+            tokens=1 if case.pass_ == "step" else case.T,
+            window=case.window,
+        )
         return None if choice.backend else choice.why
 
     about = f"this library, backend {backend}"
@@ -195,7 +204,11 @@ def _graphed(peer: Peer) -> Peer:
         return replay
 
     return Peer(
-        f"{peer.about}, as a CUDA graph", {"step": captured}, computes=peer.computes, device="cuda"
+        f"{peer.about}, as a CUDA graph",
+        {"step": captured},
+        computes=peer.computes,
+        why_not=peer.why_not,
+        device="cuda",
     )
 
 

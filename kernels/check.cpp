@@ -8,7 +8,7 @@
 namespace lol {
 namespace {
 
-thread_local char message[512] = "";
+thread_local char message[2048] = "";  // the first errors of a compiler fit
 
 template <class Args>
 int check_size(const char* op, const Args& a) {

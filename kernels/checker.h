@@ -101,7 +101,9 @@ class Checker {
     if (!on_device() || cuda::can_launch()) return LOL_OK;
     fail(
         "%s: device %d asked for, but this build has no CUDA kernels: build with "
-        "-DLOLCATS_CUDA=ON, or set a launcher that compiles them (lol_set_cuda_launcher)",
+        "-DLOLCATS_CUDA=ON, or set a launcher that compiles them (lol_set_cuda_launcher; in "
+        "Python, "
+        "lolcats_ops.cupy.install_launcher)",
         op_, context_.device);
     return LOL_EUNSUPPORTED;
   }

@@ -193,9 +193,6 @@ def evaluate(
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
 
-NO_CUDA = "not built (LOLCATS_CUDA=ON needs nvcc); a program can compile them itself: docs/gpu.md"
-
-
 @app.command()
 def info(
     model: Annotated[
@@ -227,7 +224,7 @@ def info(
         import torch
         import transformers
 
-        from . import _C
+        from . import _C, dispatch
 
         choice = lo.backend_for("hybrid_attention")
         rows = {
@@ -236,7 +233,7 @@ def info(
             "transformers": transformers.__version__,
             "backends": ", ".join(lo.backends()),
             "on this CPU": choice.backend or choice.why,
-            "CUDA kernels": "built in, for C programs" if _C.has_cuda() else NO_CUDA,
+            "CUDA kernels": "built in" if _C.has_cuda() else dispatch.NO_CUDA_KERNELS,
         }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():

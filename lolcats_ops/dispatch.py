@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from . import _C
+from .features import Features
+from .launches import launches_of
 
 OPS = (
     "feature_map",
@@ -21,6 +26,14 @@ OPS = (
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256  # the kernels' tiles of q, k and v are at most this wide
+FEW_TOKENS = 8  # of a decode step or a speculation; more are a prompt, work for tensor cores
+NO_CUDA_KERNELS = (
+    "this build has no CUDA kernels: lolcats_ops.cupy.install_launcher() compiles them with CuPy, "
+    "and -DLOLCATS_CUDA=ON builds them in, with nvcc"
+)
+
+
+_CPU = torch.device("cpu")
 
 
 class Choice(NamedTuple):
@@ -32,13 +45,21 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """What decides which backend can run a call."""
+    """What decides which backend can run a call, and which is the best."""
 
     op: str
-    device: str = "cpu"
+    device: torch.device = _CPU
     dtype: torch.dtype = torch.float32
     head_dim: int = 64
     value_dim: int = 64
+    feature_dim: int = 64  # f; 0 where q and k are the features
+    activation: str = "softmax"
+    two_sided: bool = True
+    tokens: int = 1
+    window: int = 64
+    window_kind: str = "sliding"
+    sink: int = 0
+    key_padding_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,24 +80,54 @@ def _kernel_limits(case: Case) -> str | None:
 
 
 def _cpu(case: Case) -> str | None:
-    return f"it runs on cpu, not on {case.device}" if case.device != "cpu" else _kernel_limits(case)
+    device = case.device.type
+    return f"it runs on cpu, not on {device}" if device != "cpu" else _kernel_limits(case)
+
+
+def _cuda_limits(case: Case) -> str | None:
+    """Those that no GPU can help."""
+    return _kernel_limits(case) or launches_of(case).refusal
 
 
 def _cuda(case: Case) -> str | None:
-    if case.device != "cuda":
-        return f"it runs on cuda, not on {case.device}"
-    return "this build has no CUDA kernels"
+    if case.device.type != "cuda":
+        return f"it runs on cuda, not on {case.device.type}"
+    if reason := _cuda_limits(case):
+        return reason
+    if not _C.can_launch_cuda():
+        return NO_CUDA_KERNELS
+    if torch.version.hip:
+        return "its kernels are for NVIDIA's GPUs"
+    if not torch.cuda.is_available():
+        return "this machine has no GPU"
+    gpu = _gpu(case.device)
+    if gpu.major < 8:
+        return f"its kernels need compute capability 8.0, this GPU has {gpu.major}.{gpu.minor}"
+    needed, most = launches_of(case).shared_bytes, gpu.shared_memory_per_block_optin
+    if needed > most:
+        return f"a block needs {needed} bytes of shared memory, on this GPU it has {most}"
+    return None
+
+
+def _gpu(device: torch.device) -> Any:
+    return _properties(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)
 
 
 def _triton(case: Case) -> str | None:
+    device = case.device.type
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if case.device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
-    if case.device == "cpu" and not _is_interpreted():
+    if device == "cpu" and not _is_interpreted():
         return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly"
-    if case.device not in ("cuda", "cpu"):
-        return f"it runs on cuda, not on {case.device}"
+    if device not in ("cuda", "cpu"):
+        return f"it runs on cuda, not on {device}"
     return _kernel_limits(case)
 
 
@@ -85,7 +136,6 @@ def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
-# Best first.
 _BACKENDS = {
     b.name: b
     for b in (
@@ -112,7 +162,10 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
     Args:
         op: the name of a public operator, such as "hybrid_attention".
         backend: the one that would be asked for; None for the best on the device.
-        case: device, dtype, head_dim, value_dim; what is not given is cpu, float32, 64, 64.
+        case: device, dtype, head_dim, value_dim, feature_dim (f; 0 where q and k are the features),
+            activation, two_sided, tokens, window, window_kind, sink, key_padding_mask (whether
+            there is one). What is not given is cpu, float32, 64, 64, 64, "softmax", True, 1, 64,
+            "sliding", 0, False.
 
     Raises:
         ValueError: an unknown op or backend.
@@ -125,42 +178,78 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
     """
     if op not in OPS:
         raise ValueError(f"backend_for: op is {op!r}, needs one of {', '.join(OPS)}")
-    return _choose(
-        Case(op, **{**case, "device": torch.device(case.get("device", "cpu")).type}), backend
-    )
+    return _choose(Case(op, **{**case, "device": torch.device(case.get("device", "cpu"))}), backend)
 
 
-def select(op: str, backend: str | None, q: Tensor, v: Tensor | None = None) -> str:
-    """The backend that runs ``op`` on q and v.
+def select(
+    op: str,
+    backend: str | None,
+    q: Tensor,
+    v: Tensor | None = None,
+    features: Features | None = None,
+    **others: Any,
+) -> str:
+    """The backend that runs ``op`` on q and v with maps like ``features``; others: of a Case.
 
     Raises:
         ValueError: an unknown backend, or none that can run the case.
     """
-    if backend is None and (torch.compiler.is_compiling() or isinstance(q, FakeTensor)):
-        return "native"  # tracing needs shapes alone: a machine without the device will do
-    value_dim = q.shape[-1] if v is None else v.shape[-1]
-    choice = _choose(Case(op, q.device.type, q.dtype, q.shape[-1], value_dim), backend)
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+        _check_backend(op, backend)
+        return backend or "native"  # tracing needs shapes alone: no device, no kernels
+    head_dim = q.shape[3]
+    value_dim = head_dim if v is None else v.shape[3]
+    maps = (0, "identity", False)
+    if features is not None:
+        maps = (features.width, features.activation, features.two_sided)
+    case = Case(op, q.device, q.dtype, head_dim, value_dim, *maps, q.shape[2], **others)
+    return chosen(case, backend)
+
+
+def chosen(case: Case, backend: str | None = None) -> str:
+    """The backend that runs a case.
+
+    Raises:
+        ValueError: an unknown backend, or none that can run it.
+    """
+    choice = _choose(case, backend)
     if choice.backend is None:
-        raise ValueError(f"{op}: no backend for this case: {choice.why}")
+        raise ValueError(f"{case.op}: no backend for this case: {choice.why}")
     return choice.backend
 
 
 def _choose(case: Case, name: str | None) -> Choice:
-    if name is not None and name not in _BACKENDS:
-        raise ValueError(
-            f"{case.op}: backend is {name!r}, needs one of {', '.join(_BACKENDS)} or None"
-        )
+    _check_backend(case.op, name)
     if name is not None:
         reason = _BACKENDS[name].why_not(case)
         return Choice(name, "asked for") if reason is None else Choice(None, f"{name}: {reason}")
-    reasons = []
-    for b in _BACKENDS.values():
-        if b.device == case.device:
-            if (reason := b.why_not(case)) is None:
-                return Choice(b.name, f"{b.name} is the default on {case.device}")
-            reasons.append(f"{b.name}: {reason}")
-    why = "; ".join(reasons) or f"{case.device} has no kernels"
+    reasons: list[str] = []
+    for b in _best_first(case):
+        if (reason := b.why_not(case)) is None:
+            why = f"{b.name} is the default on {case.device.type}"
+            return Choice(b.name, f"{why} ({'; '.join(reasons)})" if reasons else why)
+        reasons.append(f"{b.name}: {reason}")
+    why = "; ".join(reasons) or f"{case.device.type} has no kernels"
     return Choice(None, f"{why}; backend='reference' runs it")
+
+
+def _check_backend(op: str, name: str | None) -> None:
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"{op}: backend is {name!r}, needs one of {', '.join(_BACKENDS)} or None")
+
+
+def _best_first(case: Case) -> list[Backend]:
+    """The backends of the case's device."""
+    found = [b for b in _BACKENDS.values() if b.device == case.device.type]
+    return sorted(found, key=lambda b: b.name == "cuda" and not _cuda_is_best(case))
+
+
+def _cuda_is_best(case: Case) -> bool:
+    """Where CUDA C++ is meant to be faster than Triton: nothing of it has been measured."""
+    if case.op == "hybrid_attention_step_":
+        return case.tokens <= FEW_TOKENS
+    attention = case.op in ("hybrid_attention", "linear_attention")
+    return attention and torch.cuda.is_available() and _gpu(case.device).major == 8
 
 
 def _name(dtype: torch.dtype) -> str:

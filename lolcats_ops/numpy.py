@@ -41,8 +41,7 @@ class Features:
         return self.two_sided and self.activation in TWO_SIDED
 
     def _parameters(self) -> tuple[Array, Array | None]:
-        bias = None if self.bias is None else np.ascontiguousarray(self.bias, np.float32)
-        return np.ascontiguousarray(self.weight, np.float32), bias
+        return _contiguous(self.weight), None if self.bias is None else _contiguous(self.bias)
 
     def _settings(self) -> tuple[int, bool, bool, float]:
         activation = _code(self.activation, ACTIVATIONS, "activation")
@@ -72,15 +71,19 @@ class State(NamedTuple):
         """
         (_, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
         heads, width = feature_k.weight.shape[0], feature_k.out_features
+
+        def zeros(*shape: int, dtype: Any) -> Array:
+            return np.zeros_like(k, dtype, "C", shape=shape)
+
         return cls(
-            np.zeros((batch, heads, width, value_dim), np.float32),
-            np.zeros((batch, heads, width), np.float32),
-            np.zeros((batch, kv_heads, ring, head_dim), k.dtype),
-            np.zeros((batch, kv_heads, ring, value_dim), v.dtype),
-            np.zeros((batch, kv_heads, sink, head_dim), k.dtype),
-            np.zeros((batch, kv_heads, sink, value_dim), v.dtype),
-            np.zeros(batch, np.int64),
-            np.zeros(batch, np.int64),
+            zeros(batch, heads, width, value_dim, dtype=np.float32),
+            zeros(batch, heads, width, dtype=np.float32),
+            zeros(batch, kv_heads, ring, head_dim, dtype=k.dtype),
+            zeros(batch, kv_heads, ring, value_dim, dtype=v.dtype),
+            zeros(batch, kv_heads, sink, head_dim, dtype=k.dtype),
+            zeros(batch, kv_heads, sink, value_dim, dtype=v.dtype),
+            zeros(batch, dtype=np.int64),
+            zeros(batch, dtype=np.int64),
         )
 
 
@@ -215,8 +218,11 @@ def attention_transfer(
 def _inputs(
     q: Array, k: Array, v: Array, feature_q: Features, feature_k: Features, gate: Array
 ) -> tuple[Array | None, ...]:
-    gate = np.ascontiguousarray(gate, np.float32)
-    return q, k, v, *feature_q._parameters(), *feature_k._parameters(), gate
+    return q, k, v, *feature_q._parameters(), *feature_k._parameters(), _contiguous(gate)
+
+
+def _contiguous(parameter: Array) -> Array:
+    return parameter.astype(np.float32, order="C", copy=False)
 
 
 def _shared_settings(q: Features, k: Features) -> tuple[int, bool, bool, float]:

@@ -80,6 +80,13 @@ def test_default_configuration_is_printed_as_yaml():
     assert lolcats("info", "--config").startswith("lolcats:\n  window: 64\n")
 
 
+@pytest.mark.skipif(lo._C.has_cuda(), reason="this build has the kernels")
+def test_info_says_how_to_get_the_cuda_kernels():
+    said = lolcats("info")
+    assert "lolcats_ops.cupy.install_launcher()" in said
+    assert "LOLCATS_CUDA=ON" in said
+
+
 def test_help_needs_no_torch_and_shows_examples(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lolcats_ops.hf", None)
     assert "Exit codes" in lolcats("--help")

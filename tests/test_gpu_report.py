@@ -11,11 +11,12 @@ import pytest
 
 from bench import apart, bars, conformance, gpu_report, peers, plots, report
 from bench.__main__ import main as bench_main
-from bench.cases import CASES, FILLING_DECODE, PUBLISHED, PUBLISHED_HYBRID, STANDARD, Case
+from bench.cases import CASES, FILLED, FILLING_DECODE, PUBLISHED, PUBLISHED_HYBRID, STANDARD, Case
 from bench.isolated import Outcome, work_through
 from bench.measure import TURNS, LocalTimer, cold_turns
 from bench.published import MILLISECONDS
 from bench.results import Results, Row, Skip
+from lolcats_ops import _C
 
 CHILD = """
 import os, sys, time
@@ -223,7 +224,7 @@ def on_gpu(seconds=lambda case, name: case.bytes / 2e12) -> Results:
     """A run of all cases on an H100 that does not exist."""
     rows = []
     for case, name in apart.runs(CASES["cuda"], ()):
-        if name in ("lolcats", "sdpa", "graph:lolcats"):
+        if name in ("lolcats", "sdpa", "graph:lolcats:triton"):
             rows.append(row_of(case, name, seconds(case, name)))
     skips = [Skip(str(case), "fla", "fla is not installed") for case in PUBLISHED.values()]
     return Results("python -m bench.gpu_report", "abc", rows, skips, "cuda")
@@ -322,4 +323,16 @@ def test_implementations_say_which_device_they_need():
     assert peers.find("sequential").refusal(linear, "cuda") == "runs on cpu, not on cuda"
     assert peers.find("graph:lolcats").refusal(FILLING_DECODE, "cpu") is not None
     assert peers.find("graph:lolcats").refusal(FILLING_DECODE, "cuda") is None
-    assert "no CUDA kernels" in peers.find("lolcats:cuda").refusal(linear, "cuda")
+    if not _C.has_cuda():
+        for name in ("lolcats:cuda", "graph:lolcats:cuda"):
+            assert "no CUDA kernels" in peers.find(name).refusal(FILLING_DECODE, "cuda")
+
+
+def test_a_report_times_both_kinds_of_kernels():
+    timed = {(case.op, case.pass_): set() for case in FILLED}
+    for case, name in apart.runs(FILLED, ()):
+        timed[case.op, case.pass_].add(name)
+    for names in timed.values():
+        assert {"lolcats:cuda", "lolcats:triton"} <= names
+    graphs = {"graph:lolcats:cuda", "graph:lolcats:triton"}
+    assert graphs <= timed["hybrid_attention", "step"]

@@ -1,6 +1,7 @@
 """What is built: the wheel, the source distribution and a plain CMake installation."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import nvrtc
 
 REPOSITORY = Path(__file__).parents[1]
 TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -58,8 +60,34 @@ def test_wheel_holds_the_library_its_header_and_nothing_outside_its_package(whee
     for part in ("include/lolcats_ops/lolcats_ops.h", "cmake/lolcats_opsConfig.cmake", "py.typed"):
         assert f"lolcats_ops/{part}" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lolcats_ops"}
-    sources = (".cpp", ".cu", ".cuh", ".map", "CMakeLists.txt")
-    assert not [name for name in names if name.endswith(sources)]
+
+
+def test_wheel_holds_the_sources_that_nvrtc_compiles_and_no_others(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    of_kernels = {Path(name) for name in names if name.startswith("lolcats_ops/kernels/")}
+    sources = {path for path in of_kernels if path.suffix != ".py"}
+    wanted = [path.name for path in (REPOSITORY / "kernels" / "cuda").glob("*.cuh")]
+    for name in wanted:  # which grows by what is included
+        text = (REPOSITORY / "kernels" / "cuda" / name).read_text()
+        wanted += set(re.findall(r'#include "(.*)"', text)) - set(wanted)
+    assert sources == {Path("lolcats_ops/kernels/cuda", name) for name in wanted}
+
+
+@pytest.mark.skipif(nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed")
+@pytest.mark.parametrize(
+    "kernel", ["feature_map<lol::f16, false>", "hybrid_attention_step<float, 16, 8, true>"]
+)
+def test_sources_in_the_wheel_compile_as_the_installed_package_says(installed, kernel):
+    kernel = f"lol::cuda::{kernel}"
+    code = (
+        f"import sys; sys.path[:0] = {import_path(installed)!r};"
+        "from lolcats_ops import _cuda_sources;"
+        f"print(*_cuda_sources.options(), _cuda_sources.unit({kernel!r}), sep=chr(0))"
+    )
+    *options, unit = run(sys.executable, "-S", "-c", code).split("\0")
+    assert f"-I{installed}/lolcats_ops/kernels/cuda" in options
+    assert ".target sm_90" in nvrtc.build(unit, (*options, "-arch=compute_90"), kernel).ptx
 
 
 @pytest.mark.skipif(not shutil.which("ldd"), reason="needs ldd")
@@ -78,15 +106,18 @@ def test_library_exports_the_c_abi_alone(installed):
     assert not [symbol for symbol in symbols if not symbol.startswith("lol_")]
 
 
+def import_path(installed):
+    """The wheel and NumPy alone; with -S also without .pth files, so without the checkout."""
+    return [str(installed), str(Path(np.__file__).parents[1])]
+
+
 def test_installed_wheel_runs_without_the_checkout(installed):
-    paths = [str(installed), str(Path(np.__file__).parents[1])]
     code = (
-        f"import sys; sys.path[:0] = {paths!r}; import lolcats_ops, numpy as np;"
+        f"import sys; sys.path[:0] = {import_path(installed)!r}; import lolcats_ops, numpy as np;"
         "features = lolcats_ops.numpy.Features(np.ones((2, 4, 4)));"
         "y = lolcats_ops.numpy.feature_map(np.ones((1, 2, 3, 4), np.float32), features);"
         "print(y.sum(-1).max(), lolcats_ops.__file__)"
     )
-    # -S: without .pth files, so without an editable installation of the checkout
     value, file = run(sys.executable, "-S", "-c", code).split()
     assert float(value) == 2.0
     assert file.startswith(str(installed))

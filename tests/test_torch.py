@@ -329,11 +329,12 @@ def test_autocast_reaches_direct_calls(op):
 
 
 @of_all
-def test_fake_cuda_tensors_need_no_gpu(op):
+@pytest.mark.parametrize("backend", [None, "cuda", "triton"])
+def test_fake_cuda_tensors_need_no_gpu(op, backend):
     real = op(example())
     with FakeTensorMode():
         x = Example(*(torch.empty_strided(t.shape, t.stride(), device="cuda") for t in example()))
-        fake = op(x)
+        fake = op(x, backend=backend)
     pair = (fake, real) if isinstance(fake, tuple) else ((fake,), (real,))
     for f, r in zip(*pair, strict=True):
         assert f.device.type == "cuda"

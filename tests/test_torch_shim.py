@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from lolcats_ops import _C, _native
+from lolcats_ops import _C
+from lolcats_ops.ops.native import NAMESPACES
 
-_native.load_torch_ops()
 raw = torch.ops.lolcats_ops
 
 OPERATORS = [name for name in dir(_C) if "->" in (getattr(_C, name).__doc__ or "").splitlines()[-1]]
@@ -41,6 +41,15 @@ def test_numpy_and_torch_have_the_same_operators_with_the_same_schemas():
         schema = str(getattr(raw, name).default._schema).removeprefix(f"lolcats_ops::{name}")
         documented = getattr(_C, name).__doc__.splitlines()[-1]
         assert re.sub(r"\s", "", schema) == re.sub(r"\s", "", documented)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_every_namespace_has_the_operators_for_cuda_tensors(namespace):
+    for name in OPERATORS:
+        op = getattr(getattr(torch.ops, namespace), name).default
+        schemas = (str(o._schema).partition("(")[2] for o in (op, getattr(raw, name).default))
+        assert len(set(schemas)) == 1
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op._name, "CUDA")
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)])

@@ -1,5 +1,6 @@
-// Registers torch.ops.lolcats_ops.* when the library is loaded into a process that has torch: by
-// torch.ops.load_library, or by dlopen from C++.
+// Registers torch.ops.lolcats_ops.* on the CPU and torch.ops.lolcats_ops_cuda.*, the kernels in
+// CUDA C++, when the library is loaded into a process that has torch: by torch.ops.load_library, or
+// by dlopen from C++. What torch.ops.lolcats_ops is for CUDA tensors is Python's choice.
 #include <string>
 #include <utility>
 
@@ -21,16 +22,15 @@ bool implement(LibraryHandle library, std::index_sequence<index...>) {
   return !(torch_library_impl(library, kOperators[index].name, boxed<index>, kVersion) || ...);
 }
 
-bool register_operators() {
-  LibraryHandle definitions, cpu;
-  if (aoti_torch_library_init_fragment("lolcats_ops", __FILE__, __LINE__, &definitions))
-    return false;
+bool register_operators(const char* name_space, const char* device) {
+  LibraryHandle definitions, implementations;
+  if (aoti_torch_library_init_fragment(name_space, __FILE__, __LINE__, &definitions)) return false;
   for (const Operator& op : kOperators) {
     const std::string schema = std::string(op.name) + op.schema;
     if (aoti_torch_library_def(definitions, schema.c_str())) return false;
   }
-  return !aoti_torch_library_init_impl("lolcats_ops", "CPU", __FILE__, __LINE__, &cpu) &&
-         implement(cpu, std::make_index_sequence<kOperatorCount>());
+  return !aoti_torch_library_init_impl(name_space, device, __FILE__, __LINE__, &implementations) &&
+         implement(implementations, std::make_index_sequence<kOperatorCount>());
 }
 
 const char* load_and_register() {
@@ -42,7 +42,9 @@ const char* load_and_register() {
     case Loaded::kYes:
       break;
   }
-  return register_operators() ? nullptr : "torch refused the registration";
+  return register_operators("lolcats_ops", "CPU") && register_operators("lolcats_ops_cuda", "CUDA")
+             ? nullptr
+             : "torch refused the registration";
 }
 
 const char* const registration_error = load_and_register();

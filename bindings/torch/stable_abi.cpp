@@ -8,12 +8,20 @@ namespace lolcats::torch_abi {
 LOL_TORCH_FUNCTIONS(LOL_DEFINE)
 #undef LOL_DEFINE
 
-Loaded load() {
+namespace {
+
 #ifdef __APPLE__
-  void* torch = dlopen("libtorch_cpu.dylib", RTLD_NOLOAD | RTLD_LAZY);
+#define LOL_LIBRARY(name) "lib" name ".dylib"
 #else
-  void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+#define LOL_LIBRARY(name) "lib" name ".so"
 #endif
+
+void* loaded(const char* library) { return dlopen(library, RTLD_NOLOAD | RTLD_LAZY); }
+
+}  // namespace
+
+Loaded load() {
+  void* torch = loaded(LOL_LIBRARY("torch_cpu"));
   if (!torch) return Loaded::kNoTorch;
 #define LOL_RESOLVE(result, name, arguments)                         \
   name = reinterpret_cast<result(*) arguments>(dlsym(torch, #name)); \
@@ -21,6 +29,16 @@ Loaded load() {
   LOL_TORCH_FUNCTIONS(LOL_RESOLVE)
 #undef LOL_RESOLVE
   return Loaded::kYes;
+}
+
+Error get_current_cuda_stream(int32_t device, void** stream) {
+  using Function = Error (*)(int32_t, void**);
+  static const auto function = [] {
+    void* torch = loaded(LOL_LIBRARY("torch_cuda"));
+    return torch ? reinterpret_cast<Function>(dlsym(torch, "aoti_torch_get_current_cuda_stream"))
+                 : nullptr;
+  }();
+  return function ? function(device, stream) : 1;
 }
 
 }  // namespace lolcats::torch_abi

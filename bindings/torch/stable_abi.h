@@ -1,6 +1,6 @@
 // The part of LibTorch's stable C ABI (torch >= 2.10; torch/csrc/inductor/aoti_torch/c/shim.h and
 // torch/csrc/stable/c/shim.h) that the operators need. Declared here and resolved with dlsym, so
-// that building needs no torch and one binary serves every torch.
+// that building needs no torch and one binary serves every torch, with CUDA or without.
 #pragma once
 #include <cstdint>
 
@@ -27,10 +27,12 @@ constexpr uint64_t kVersion = (2ull << 56) | (10ull << 48);
   X(Error, aoti_torch_get_strides, (TensorHandle, int64_t**))                                      \
   X(Error, aoti_torch_get_data_ptr, (TensorHandle, void**))                                        \
   X(Error, aoti_torch_get_device_type, (TensorHandle, int32_t*))                                   \
+  X(Error, aoti_torch_get_device_index, (TensorHandle, int32_t*))                                  \
   X(Error, aoti_torch_empty_strided,                                                               \
     (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, TensorHandle*))           \
   X(Error, aoti_torch_delete_tensor_object, (TensorHandle))                                        \
   X(int32_t, aoti_torch_device_type_cpu, ())                                                       \
+  X(int32_t, aoti_torch_device_type_cuda, ())                                                      \
   X(int32_t, aoti_torch_dtype_float32, ())                                                         \
   X(int32_t, aoti_torch_dtype_bfloat16, ())                                                        \
   X(int32_t, aoti_torch_dtype_float16, ())                                                         \
@@ -46,5 +48,9 @@ enum class Loaded { kYes, kNoTorch, kTooOld };
 
 // Resolves the functions above from the torch in this process; never loads one.
 Loaded load();
+
+// The current stream of a CUDA device. Only CUDA builds of torch have it: it is looked for when it
+// is first needed, and an error where it is missing.
+Error get_current_cuda_stream(int32_t device, void** stream);
 
 }  // namespace lolcats::torch_abi

@@ -44,6 +44,12 @@ int32_t to_torch(int32_t dtype) {
   return pair->torch == kUnknownDtype ? aoti_torch_dtype_float32() : pair->torch;
 }
 
+std::string device_name(int32_t type, int32_t index) {
+  if (type == aoti_torch_device_type_cpu()) return "cpu";
+  const bool cuda = type == aoti_torch_device_type_cuda();
+  return (cuda ? "cuda:" : "another device:") + std::to_string(index);
+}
+
 }  // namespace
 
 TorchCall::~TorchCall() {
@@ -53,10 +59,10 @@ TorchCall::~TorchCall() {
 
 lol_tensor TorchCall::view(TensorHandle handle, const char* name) {
   arguments_[argument_count_++] = handle;
-  int32_t device, dtype;
+  int32_t dtype;
   int64_t ndim, *shape, *stride;
   lol_tensor t{};
-  LOL_TORCH(aoti_torch_get_device_type, handle, &device);
+  expect_device(handle, name);
   LOL_TORCH(aoti_torch_get_dtype, handle, &dtype);
   LOL_TORCH(aoti_torch_get_dim, handle, &ndim);
   LOL_TORCH(aoti_torch_get_sizes, handle, &shape);
@@ -71,9 +77,22 @@ lol_tensor TorchCall::view(TensorHandle handle, const char* name) {
   }
   std::memcpy(t.shape, shape, ndim * sizeof(int64_t));
   std::memcpy(t.stride, stride, ndim * sizeof(int64_t));
-  if (device != aoti_torch_device_type_cpu() && error_.empty())
-    error_ = std::string(name) + " is not on the CPU, as other arguments are";
   return t;
+}
+
+// Where the first tensor is, all have to be.
+void TorchCall::expect_device(TensorHandle handle, const char* name) {
+  int32_t type, index;
+  LOL_TORCH(aoti_torch_get_device_type, handle, &type);
+  LOL_TORCH(aoti_torch_get_device_index, handle, &index);
+  if (!first_) {
+    first_ = name;
+    device_type_ = type;
+    device_index_ = index;
+  } else if ((type != device_type_ || index != device_index_) && error_.empty()) {
+    error_ = std::string(name) + " is on " + device_name(type, index) + ", needs " + first_ +
+             "'s " + device_name(device_type_, device_index_);
+  }
 }
 
 lol_tensor TorchCall::tensor(const char* name) {
@@ -98,8 +117,8 @@ double TorchCall::number(const char*) {
 lol_tensor TorchCall::result(const lol_tensor& like) {
   lol_tensor t = like;
   TensorHandle handle;
-  LOL_TORCH(aoti_torch_empty_strided, t.ndim, t.shape, t.stride, to_torch(t.dtype),
-            aoti_torch_device_type_cpu(), 0, &handle);
+  LOL_TORCH(aoti_torch_empty_strided, t.ndim, t.shape, t.stride, to_torch(t.dtype), device_type_,
+            device_index_, &handle);
   results_[result_count_++] = handle;
   LOL_TORCH(aoti_torch_get_data_ptr, handle, &t.data);
   return t;
@@ -107,7 +126,10 @@ lol_tensor TorchCall::result(const lol_tensor& like) {
 
 lol_context TorchCall::context() {
   if (!error_.empty()) throw std::runtime_error("lolcats_ops: " + error_);
-  return {-1, nullptr};
+  if (device_type_ == aoti_torch_device_type_cpu()) return {-1, nullptr};
+  void* stream;
+  LOL_TORCH(get_current_cuda_stream, device_index_, &stream);
+  return {device_index_, stream};
 }
 
 void TorchCall::run(const std::function<int()>& kernel) {

@@ -30,12 +30,15 @@ class TorchCall final : public Call {
  private:
   StableIValue next() { return stack_[argument_++]; }
   lol_tensor view(TensorHandle handle, const char* name);
+  void expect_device(TensorHandle handle, const char* name);
 
   static constexpr int kMost = 24;  // tensors of one call: hybrid_attention_step_ takes 19
   StableIValue* stack_;
   int argument_ = 0;
   TensorHandle arguments_[kMost], results_[kMost];
   int argument_count_ = 0, result_count_ = 0;
+  const char* first_ = nullptr;  // the name of the first tensor, and where it and the results are
+  int32_t device_type_ = 0, device_index_ = 0;
   std::string error_;  // the first one; raised once every argument is owned
 };
 

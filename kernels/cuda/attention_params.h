@@ -14,12 +14,6 @@ constexpr int kPlaceBytes = 128;    // of shared memory, for what all threads kn
 // The tiles of an instance: D and f, padded; sides of the feature map; columns of V.
 struct AttentionTiles {
   int D, f, sides, V;
-
-  // Numbers of two bytes: q, k and v, sinks, phi_k, the state and ksum, the weights.
-  constexpr int shared_bytes() const {
-    return kPlaceBytes + 2 * (kChunk * D + kSlots * kChunk * (D + V) + kSinks * (D + V) +
-                              kChunk * sides * f + sides * f * (V + 8) + 2 * D * f);
-  }
 };
 
 struct AttentionParams {

@@ -73,6 +73,16 @@ int launch_built_in(const lol_cuda_launch* launch, void*) {
     LOL_CUDA(on_device.error);
     const int shared = static_cast<int>(launch->shared_bytes);
     if (shared > 48 * 1024) {  // more has to be asked for
+      int most;
+      LOL_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                      launch->context.device));
+      if (shared > most) {
+        fail(
+            "lolcats_ops: %s needs %d bytes of shared memory, a block of device %d has %d: use the "
+            "Triton kernels",
+            instance.name, shared, launch->context.device, most);
+        return LOL_EUNSUPPORTED;
+      }
       LOL_CUDA(cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     shared));
     }

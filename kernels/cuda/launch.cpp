@@ -14,9 +14,13 @@ constexpr lol_cuda_launcher built_in = nullptr;
 #endif
 
 struct Launcher {
-  lol_cuda_launcher launch = built_in;
-  void* user = nullptr;
-} launcher;
+  lol_cuda_launcher launch;
+  void* user;
+};
+Launcher of_process = {built_in, nullptr};
+thread_local Launcher of_thread = {nullptr, nullptr};
+
+const Launcher& launcher() { return of_thread.launch ? of_thread : of_process; }
 
 template <class Params, class Args>
 int plan_and_launch(const Args& a) {
@@ -32,12 +36,12 @@ int plan_and_launch(const Args& a) {
                                   &params,
                                   sizeof(params),
                                   a.context};
-  return launcher.launch(&launch, launcher.user);
+  return launcher().launch(&launch, launcher().user);
 }
 
 }  // namespace
 
-bool can_launch() { return launcher.launch != nullptr; }
+bool can_launch() { return launcher().launch != nullptr; }
 int run(const lol_feature_map_args& a) { return plan_and_launch<FeatureMapParams>(a); }
 int run(const lol_linear_attention_args& a) { return plan_and_launch<AttentionParams>(a); }
 int run(const lol_hybrid_attention_args& a) { return plan_and_launch<AttentionParams>(a); }
@@ -49,7 +53,10 @@ int run(const lol_hybrid_attention_step_args& a) { return plan_and_launch<StepPa
 extern "C" {
 
 void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user) {
-  lol::cuda::launcher = {launcher ? launcher : lol::cuda::built_in, user};
+  lol::cuda::of_process = {launcher ? launcher : lol::cuda::built_in, user};
+}
+void lol_set_thread_cuda_launcher(lol_cuda_launcher launcher, void* user) {
+  lol::cuda::of_thread = {launcher, user};
 }
 int lol_can_launch_cuda(void) { return lol::cuda::can_launch(); }
 int lol_has_cuda(void) { return lol::cuda::built_in != nullptr; }

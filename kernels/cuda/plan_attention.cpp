@@ -23,6 +23,12 @@ const AttentionInstance attention_instances[] = {
 #undef LOL_NAME
 };
 
+// Numbers of two bytes: q, k and v, sinks, phi_k, the state and ksum, the weights.
+int shared_bytes(const AttentionTiles& t) {
+  return kPlaceBytes + 2 * (kChunk * t.D + kSlots * kChunk * (t.D + t.V) + kSinks * (t.D + t.V) +
+                            kChunk * t.sides * t.f + t.sides * t.f * (t.V + 8) + 2 * t.D * t.f);
+}
+
 int unsupported(const char* op, const char* why) {
   fail("%s: %s is not for the CUDA kernels: use the Triton kernels", op, why);
   return LOL_EUNSUPPORTED;
@@ -68,7 +74,7 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
     const int64 slices = (p.V + tiles.V - 1) / tiles.V;
     // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
     const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
-    *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, tiles.shared_bytes()};
+    *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, shared_bytes(tiles)};
     return LOL_OK;
   }
   return unsupported(op, "D > 128 or f > 64 (two-sided), D > 64 or f > 128 (one-sided)");

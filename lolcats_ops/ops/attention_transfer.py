@@ -74,7 +74,9 @@ def attention_transfer(
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
-    chosen = select(op, backend, q, v)
+    masked = key_padding_mask is not None
+    windows = {"window": window, "window_kind": window_kind, "sink": sink}
+    chosen = select(op, backend, q, v, feature_k, **windows, key_padding_mask=masked)
     if chosen == "reference":
         return reference.attention_transfer(
             q,

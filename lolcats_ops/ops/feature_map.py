@@ -45,7 +45,7 @@ def feature_map(x: Tensor, features: Features, *, backend: str | None = None) ->
     """
     (x,) = autocast(x)
     check_feature_map(x, features)
-    chosen = select("feature_map", backend, x)
+    chosen = select("feature_map", backend, x, features=features)
     if chosen == "reference":
         return reference.feature_map(x, features)
     return _call(chosen, last_contiguous(x), *parameters(features), *features.codes)

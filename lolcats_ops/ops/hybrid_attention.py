@@ -98,9 +98,18 @@ def hybrid_attention(
     settings: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, **settings)
-    if state is not None or return_state:
+    on_state = state is not None or return_state
+    if on_state:
         check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
-    chosen = select(op, backend, q, v)
+    chosen = select(
+        "hybrid_attention_step_" if on_state else op,
+        backend,
+        q,
+        v,
+        feature_k,
+        **settings,
+        key_padding_mask=key_padding_mask is not None,
+    )
     if chosen == "reference":
         return reference.hybrid_attention(
             q,
@@ -117,7 +126,7 @@ def hybrid_attention(
             cu_seqlens=cu_seqlens,
             key_padding_mask=key_padding_mask,
         )
-    if state is None and not return_state:
+    if not on_state:
         out, _, _ = _call(
             chosen,
             *attention_tensors(q, k, v, feature_q, feature_k, gate),

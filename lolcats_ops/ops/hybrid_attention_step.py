@@ -22,7 +22,9 @@ from .validation import (
     check_state_indices,
 )
 
-_operator = torch.ops.lolcats_ops.hybrid_attention_step_.default
+_OP = "hybrid_attention_step_"
+_on_cpu = torch.ops.lolcats_ops.hybrid_attention_step_.default
+_on_cuda = torch.ops.lolcats_ops_cuda.hybrid_attention_step_.default
 _state_tensors = attrgetter(*STATE_TENSORS)  # without the dict of HybridState.tensors
 
 
@@ -74,22 +76,21 @@ def hybrid_attention_step_(
             out = _by_library(
                 q, k, v, feature_q, feature_k, gate, state, state_indices, scale, affine
             )
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError):
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # the checks below name the Python argument that it refused
         else:
             if out is not None:
                 return out
-    op = "hybrid_attention_step_"
     q, k, v = autocast(q, k, v)
-    check_attention(op, q, k, v, feature_q, feature_k)
-    check_gate(op, gate, q)
-    check_state(op, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
+    check_attention(_OP, q, k, v, feature_q, feature_k)
+    check_gate(_OP, gate, q)
+    check_state(_OP, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
     if state_indices is not None:
-        check_state_indices(op, state_indices, q)
-    check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+        check_state_indices(_OP, state_indices, q)
+    check_inference(_OP, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
     inputs = (q, k, v, feature_q, feature_k, gate, state)
     options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
-    chosen = select(op, backend, q, v)
+    chosen = select(_OP, backend, q, v, feature_k, **_windows(state))
     if chosen == "reference":
         return reference.hybrid_attention_step_(*inputs, **options)
     return step_(chosen, *inputs, **options)
@@ -111,7 +112,7 @@ def _by_library(
     or could be wrong in a way that the C library does not see.
 
     It makes the other checks in a microsecond, before it writes; in Python they would take as long
-    as the step.
+    as the step. Triton's kernels have none.
     """
     if (
         type(q) is not Tensor
@@ -119,7 +120,7 @@ def _by_library(
         or type(feature_q) is not Features
         or type(feature_k) is not Features
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu")
         or not feature_q.weight.dtype is feature_k.weight.dtype is gate.dtype is torch.float32
     ):
         return None
@@ -130,13 +131,21 @@ def _by_library(
     pool = _state_tensors(state)
     for x in (*inputs, *pool, state_indices):
         # On mixed devices torch may choose one that writes nothing, such as meta.
-        if x is not None and not x.is_cpu:
+        if x is not None and not (x.is_cuda if q.is_cuda else x.is_cpu):
             return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return None
+    if q.is_cuda and select(_OP, None, q, v, feature_k, **_windows(state)) != "cuda":
+        return None
     window = (state.window, window_code(state.window_kind))
     settings = (*window, scale_or_default(scale, q), affine, *codes)
-    return _operator(*inputs, *pool, state_indices, None, None, *settings)
+    operator = _on_cuda if q.is_cuda else _on_cpu
+    return operator(*inputs, *pool, state_indices, None, None, *settings)
+
+
+def _windows(state: HybridState) -> dict[str, Any]:
+    """What of a state decides who runs it."""
+    return {"window": state.window, "window_kind": state.window_kind, "sink": state.sink}
 
 
 def step_(

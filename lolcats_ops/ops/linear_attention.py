@@ -76,7 +76,8 @@ def linear_attention(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, window=0, sink=0, ring=0)
-    chosen = select(op, backend, q, v)
+    masked = key_padding_mask is not None
+    chosen = select(op, backend, q, v, feature_k, key_padding_mask=masked)
     if chosen == "reference":
         return reference.linear_attention(
             q,

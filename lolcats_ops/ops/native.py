@@ -1,7 +1,8 @@
 """The raw operators, and what Python adds to them: fakes, autograd, vmap, autocast.
 
-torch.ops.lolcats_ops is what the device of the tensors has, torch.ops.lolcats_ops_triton always the
-Triton kernels; both have the same schemas and get the same additions.
+torch.ops.lolcats_ops is what is best on the device of the tensors, lolcats_ops_triton the Triton
+kernels and lolcats_ops_cuda those in CUDA C++, whose gradients are Triton's. All have the same
+schemas and get the same additions.
 
 One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
 through torch.library.register_autograd; the public functions go through a torch.autograd.Function,
@@ -17,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import triton
+from . import default, triton
 from .arguments import last_contiguous
 
-NAMESPACES = ("lolcats_ops", triton.NAMESPACE)
+CUDA = "lolcats_ops_cuda"
+NAMESPACES = (default.NAMESPACE, triton.NAMESPACE, CUDA)
 
 SEQUENCES = ("x", "q", "k", "v")  # activations: what autocast casts
 ROWS = (
@@ -44,7 +46,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def operators(backend: str) -> Any:
     """The namespace of torch.ops that ``backend`` runs."""
-    return torch.ops.lolcats_ops_triton if backend == "triton" else torch.ops.lolcats_ops
+    if backend == "triton":
+        return torch.ops.lolcats_ops_triton
+    return torch.ops.lolcats_ops_cuda if backend == "cuda" else torch.ops.lolcats_ops
 
 
 def overloads(name: str) -> list[Any]:
@@ -74,8 +78,8 @@ def differentiable(
     """
     functions: dict[Any, Any] = {}
     for op in overloads(name):
-        namespace = getattr(torch.ops, op.namespace)
-        gradient = partial(backward, namespace)
+        namespace = triton.NAMESPACE if op.namespace == CUDA else op.namespace
+        gradient = partial(backward, getattr(torch.ops, namespace))
         torch.library.register_autograd(op._name, gradient, setup_context=setup_context)
         members = {
             "forward": staticmethod(op),

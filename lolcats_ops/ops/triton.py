@@ -1,5 +1,5 @@
-"""Registers the Triton kernels as torch.ops.lolcats_ops_triton.*, and for CUDA tensors as
-torch.ops.lolcats_ops.*. Triton is imported by the first call, not here."""
+"""Registers the Triton kernels as torch.ops.lolcats_ops_triton.*. Triton is imported by the first
+call, not here."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ def _kernels() -> ModuleType:
     return import_module("lolcats_ops.kernels.triton")
 
 
-def _implementation(name: str) -> Callable[..., Any]:
+def implementation(name: str) -> Callable[..., Any]:
+    """The operator ``name`` on arguments in the order of its schema."""
+
     def call(*args: Any) -> Any:
         return getattr(_kernels(), name)(*args)
 
     return call
 
 
-def _register() -> list[torch.library.Library]:
+def _register() -> torch.library.Library:
     load_torch_ops()
-    own = torch.library.Library(NAMESPACE, "DEF")
-    native = torch.library.Library("lolcats_ops", "IMPL")
+    library = torch.library.Library(NAMESPACE, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.lolcats_ops, name).default._schema)
-        own.define(schema.removeprefix("lolcats_ops::"))
+        library.define(schema.removeprefix("lolcats_ops::"))
         for key in ("CPU", "CUDA"):
-            own.impl(name, _implementation(name), key)
-        native.impl(name, _implementation(name), "CUDA")
-    return [own, native]
+            library.impl(name, implementation(name), key)
+    return library
 
 
-_libraries = _register()  # they unregister when they are collected
+_library = _register()  # it unregisters when it is collected

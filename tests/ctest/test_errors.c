@@ -22,6 +22,13 @@ static void refuses(lol_feature_map_args args, const char* word) {
   CHECK(y[0] == 42);
 }
 
+static int fail_to_launch(const lol_cuda_launch* launch, void* user) {
+  (void)launch;
+  (void)user;
+  lol_set_last_error("the launcher's reason");
+  return LOL_ECUDA;
+}
+
 int main(void) {
   lol_feature_map_args args = feature_map_args();
   CHECK(lol_feature_map(&args) == LOL_OK);
@@ -49,6 +56,12 @@ int main(void) {
   args = feature_map_args();
   args.struct_size = 8;
   refuses(args, "struct_size");
+
+  args = feature_map_args();
+  args.context.device = 0;
+  lol_set_cuda_launcher(fail_to_launch, NULL);
+  refuses(args, "the launcher's reason");
+  lol_set_cuda_launcher(NULL, NULL);
 
   CHECK(lol_set_cpu_isa("abacus") != LOL_OK);
   CHECK(strstr(lol_last_error(), "abacus"));

@@ -194,6 +194,31 @@ static void the_first_query_only_passes_its_value(void) {
   CHECK(is_close(dv, d_out, B * H * T * V, 1e-5f));
 }
 
+static int note(const lol_cuda_launch* launch, void* noted) {
+  *(lol_cuda_launch*)noted = *launch;
+  return LOL_OK;
+}
+
+/* For a device that need not be there. */
+static void a_thread_is_told_what_would_be_launched(void) {
+  lol_hybrid_attention_args args = hybrid_args();
+  args.context.device = 5;
+  args.q.dtype = args.k.dtype = args.v.dtype = args.o.dtype = LOL_BF16;
+  lol_cuda_launch noted = {0};
+  lol_set_thread_cuda_launcher(note, &noted);
+  CHECK(lol_can_launch_cuda());
+  CHECK(lol_hybrid_attention(&args) == LOL_OK);
+  CHECK(strstr(noted.kernel, "lol::cuda::hybrid_attention<lol::bf16"));
+  CHECK(noted.blocks > 0 && noted.threads > 0 && noted.shared_bytes > 0);
+  CHECK(noted.context.device == 5);
+  args.gate.dtype = LOL_BF16;
+  CHECK(lol_hybrid_attention(&args) == LOL_EINVAL);
+  CHECK(strstr(lol_last_error(), "gate"));
+
+  lol_set_thread_cuda_launcher(NULL, NULL);
+  CHECK(lol_can_launch_cuda() == lol_has_cuda());
+}
+
 int main(void) {
   CHECK(lol_abi_version() == LOL_ABI_VERSION);
   CHECK(lol_max_threads() >= 1);
@@ -205,6 +230,7 @@ int main(void) {
   FILL(weight_k, 5);
   FILL(gate, 6);
   FILL(d_out, 7);
+  a_thread_is_told_what_would_be_launched();
   CHECK(lol_cpu_isa_count() >= 1);
   for (int i = 0; i < lol_cpu_isa_count(); i++) {
     CHECK(lol_set_cpu_isa(lol_cpu_isa_name(i)) == LOL_OK);

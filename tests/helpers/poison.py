@@ -18,8 +18,8 @@ def poisoned_memory() -> Iterator[None]:
     """New memory holds 3.4e38 (fp32, bf16) or nan (fp16), where the C library can do that; on a GPU
     nan.
 
-    torch's own fill_uninitialized_memory does not reach tensors allocated through its C ABI, as the
-    CPU kernels do, but the launchers of GPU kernels allocate in Python.
+    torch's own fill_uninitialized_memory does not reach CPU tensors allocated through its C ABI, as
+    the CPU kernels do; on a GPU that comes to the same as an allocation in Python.
     """
     malloc, gpu = platform.libc_ver()[0] == "glibc", torch.cuda.is_available()
     if malloc:

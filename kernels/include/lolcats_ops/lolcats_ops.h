@@ -238,10 +238,16 @@ typedef struct lol_cuda_launch {
   size_t params_size;
   lol_context context;
 } lol_cuda_launch;
-/* LOL_OK, or LOL_ECUDA. */
+/* LOL_OK; LOL_EUNSUPPORTED where the device is too small for the kernel; or LOL_ECUDA. */
 typedef int (*lol_cuda_launcher)(const lol_cuda_launch* launch, void* user);
+/* For launchers: why they failed, in lol_last_error(). */
+LOL_API void lol_set_last_error(const char* message);
 /* For the whole process; null for the library's own. Not while another thread calls an operator. */
 LOL_API void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user);
+/* Instead of the process's, in this thread alone; null ends that. A launcher that only notes what
+ * it is handed tells how a call would run, or why it cannot, on any machine: nothing reads through
+ * the call's pointers. */
+LOL_API void lol_set_thread_cuda_launcher(lol_cuda_launcher launcher, void* user);
 /* Whether operators run on CUDA: built with the kernels, or a launcher is set. */
 LOL_API int lol_can_launch_cuda(void);
 

@@ -1,4 +1,4 @@
-"""Builds C++ that launches kernels into a program, and runs it on tensors."""
+"""Builds C++ that launches kernels into a program and runs it on tensors, or into a library."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _CHECKOUT = HERE.parents[2]
 
 # Optimised lightly, so that what a sanitizer reports has the line it is on. A GPU's memory has no
 # types, hence no assumptions from them.
-_KERNEL_FLAGS = ["-std=c++17", "-O1", "-g", "-fno-strict-aliasing", "-fno-omit-frame-pointer"]
+_KERNEL_FLAGS = ["-std=c++17", "-O1", "-g", "-fPIC"]
+_KERNEL_FLAGS += ["-fno-strict-aliasing", "-fno-omit-frame-pointer"]
 _SANITIZER_FLAGS: Mapping[str | None, list[str]] = {
     None: [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
 }
-_RUNTIME_FLAGS = ["-std=c++20", "-O2"]  # never instrumented
+_RUNTIME_FLAGS = ["-std=c++20", "-O2", "-fPIC"]  # never instrumented
 _RUNTIME_LOCK = threading.Lock()  # whoever builds several programs at once needs it once
 _SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # the process ends with its tensors
@@ -140,22 +141,54 @@ def build(
     source: C++ that defines ``run`` of include/cuda_harness.h.
     sanitizer: None, "address" (with that of undefined behaviour) or "thread".
     """
-    flags = [*_KERNEL_FLAGS, *_SANITIZER_FLAGS[sanitizer]]
-    flags += ["-include", "cuda_emulator.h"]
+    link = _SANITIZER_FLAGS[sanitizer]
+    objects = [_kernels(source, link, include, defines), _runtime(), _main()]
+    return Program(_linked("program", objects, link))
+
+
+def build_library(
+    source: Path, *, include: Sequence[Path] = (), defines: Mapping[str, object] | None = None
+) -> Path:
+    """A shared library instead, whose functions launch kernels on the memory of the process that
+    loads it, one thread at a time. What the emulator finds ends that process.
+    """
+    return _linked("library", [_kernels(source, [], include, defines), _runtime()], ["-shared"])
+
+
+def shared_library(source: str, name: str) -> Path:
+    """C++ as a library that the loader knows by ``name``."""
+    path = _cache() / f"{_key(_version(), source)}_{name}"
+    _make(path, ["-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c++", "-"], source)
+    return path
+
+
+def _kernels(
+    source: Path,
+    flags: Sequence[str],
+    include: Sequence[Path],
+    defines: Mapping[str, object] | None,
+) -> Path:
+    flags = [*_KERNEL_FLAGS, *flags, "-include", "cuda_emulator.h"]
     flags += [f"-I{folder}" for folder in (HERE / "include", *include)]
     flags += [f"-D{name}={value}" for name, value in (defines or {}).items()]
-    objects = [_compiled("kernels", [source.resolve()], flags), _runtime()]
-    link = _SANITIZER_FLAGS[sanitizer]
-    key = _key(*(path.name for path in objects), *link)
-    executable = _cache() / f"program_{key}"
-    _make(executable, [*link, *map(str, objects)])
-    return Program(executable)
+    return _compiled("kernels", [source.resolve()], flags)
 
 
 def _runtime() -> Path:
     with _RUNTIME_LOCK:
-        sources = sorted((HERE / "runtime").glob("*.cpp"))
+        sources = sorted(p for p in (HERE / "runtime").glob("*.cpp") if p.name != "main.cpp")
         return _compiled("runtime", sources, [*_RUNTIME_FLAGS, f"-I{HERE / 'include'}"])
+
+
+def _main() -> Path:
+    flags = [*_RUNTIME_FLAGS, f"-I{HERE / 'include'}", f"-I{HERE / 'runtime'}"]
+    return _compiled("main", [HERE / "runtime" / "main.cpp"], flags)
+
+
+def _linked(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
+    path = _cache() / f"{name}_{_key(*(path.name for path in objects), *flags)}"
+    _make(path, [*flags, *map(str, objects)])
+    return path
 
 
 def _compiled(name: str, sources: Sequence[Path], flags: Sequence[str]) -> Path:

@@ -23,8 +23,7 @@ void check_copy(const Copy& copy, Site site) {
 }
 
 void issue(const Copy& copy) {
-  auto& copies = current->copies;
-  Copy& issued = copies[(current->oldest + current->in_flight++) % kMaxCopies];
+  Copy& issued = current->copies[(current->oldest + current->in_flight++) % kMaxCopies];
   issued = copy;
   issued.group = current->open_group;
   poison(copy.shared, static_cast<std::size_t>(copy.bytes));

@@ -10,6 +10,7 @@
 #include <string>
 #include <thread>
 
+#include "cuda_harness.h"
 #include "sanitizers.h"
 
 uint3 threadIdx, blockIdx;
@@ -95,8 +96,8 @@ Block::Block(const Launch& launch, uint3 index)
                     n / (launch.block.x * launch.block.y)};
     thread.number = i;
     thread.state = Thread::State::ready;
+    thread.copies = memory.copies(i);
     // Threads must not allocate: others would free it, unordered in the thread sanitizer's eyes.
-    thread.copies.reset(new Copy[kMaxCopies]);
     thread.atomics.reserve(kMaxAtomics);
     thread.fiber.start(memory.stack(i), BlockMemory::kStackBytes, run_thread);
   }
@@ -245,6 +246,13 @@ void launch(const Launch& launch) {
     })
         .join();
   acquire(&launch_ends);
+}
+
+void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(const void*),
+            const void* arguments) {
+  const char* order = std::getenv("CUDA_EMULATOR_ORDER");
+  const auto seed = static_cast<unsigned>(order ? std::atoi(order) : 0);
+  launch({grid, block, shared_bytes, kernel, arguments, seed});
 }
 
 }  // namespace emulator

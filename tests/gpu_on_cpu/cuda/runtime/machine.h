@@ -4,7 +4,6 @@
 #include <array>
 #include <bit>
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "emulator/language.h"
@@ -29,8 +28,6 @@ struct Meeting {
   void* brought;
 };
 
-constexpr std::size_t kMaxCopies = 1024;  // in flight
-
 struct Thread {
   enum class State { ready, in_warp, at_barrier, done };
 
@@ -42,7 +39,7 @@ struct Thread {
   Site barrier;            // at_barrier
 
   // A ring: nothing is moved within it, which would be an access for the sanitizers.
-  std::unique_ptr<Copy[]> copies;
+  Copy* copies;
   std::size_t oldest = 0, in_flight = 0;
   int open_group;
   std::vector<const void*> atomics;  // since the last fence

@@ -59,13 +59,6 @@ const std::string& Arguments::text(const std::string& name) const {
   return found->second;
 }
 
-void launch(dim3 grid, dim3 block, std::size_t shared_bytes, void (*kernel)(const void*),
-            const void* arguments) {
-  const char* order = std::getenv("CUDA_EMULATOR_ORDER");
-  const auto seed = static_cast<unsigned>(order ? std::atoi(order) : 0);
-  launch({grid, block, shared_bytes, kernel, arguments, seed});
-}
-
 }  // namespace emulator
 
 int main(int count, char** arguments) {

@@ -1,0 +1,47 @@
+// Call on tensors that are described, not there: what the C library would launch for them.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../operators.h"
+
+namespace lolcats {
+
+namespace py = pybind11;
+
+struct CudaLaunch {
+  std::string kernel;
+  uint32_t blocks, threads, shared_bytes;
+};
+
+// Arguments are given in schema order; a tensor is (lol_dtype, shape), contiguous, or None.
+class DescribedCall final : public Call {
+ public:
+  explicit DescribedCall(py::args args) : args_(std::move(args)) {}
+
+  lol_tensor tensor(const char*) override { return described(next()); }
+  lol_tensor mutable_tensor(const char*) override { return described(next()); }
+  lol_tensor optional_tensor(const char*) override;
+  int64_t integer(const char*) override { return next().cast<int64_t>(); }
+  double number(const char*) override { return next().cast<double>(); }
+  bool boolean(const char*) override { return next().cast<bool>(); }
+
+  lol_tensor result(const lol_tensor& like) override;
+  lol_context context() override { return {0, nullptr}; }
+  void run(const std::function<int()>& kernel) override;
+
+  const std::vector<CudaLaunch>& launches() const { return launches_; }
+
+ private:
+  py::object next() { return args_[position_++]; }
+  static lol_tensor described(const py::object& object);
+
+  py::args args_;
+  size_t position_ = 0;
+  std::vector<CudaLaunch> launches_;
+};
+
+}  // namespace lolcats
