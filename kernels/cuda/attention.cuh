@@ -38,7 +38,7 @@ class Attention : AttentionBlock {
 
   __device__ __forceinline__ Attention(const AttentionParams& params, unsigned char* shared)
       : AttentionBlock(params, shared) {
-    T* free = reinterpret_cast<T*>(shared + kPlaceBytes);
+    T* free = reinterpret_cast<T*>(shared + kHeaderBytes);
     q = take<kChunk, kD>(free);
     k = take<kSlots * kChunk, kD>(free);
     v = take<kSlots * kChunk, kV>(free);
@@ -52,7 +52,7 @@ class Attention : AttentionBlock {
   }
 
   __device__ __forceinline__ void run() {
-    if (threadIdx.x == 0) find_place(kV, kHybrid);
+    if (warp() == 0) find_place(kV, kHybrid);
     __syncthreads();
     const int chunks = (at.length + kChunk - 1) / kChunk;
     load_weights(weight_q, p.map_q);
@@ -61,11 +61,11 @@ class Attention : AttentionBlock {
     if (chunks) {
       load_queries(0);
       load_tile(0);
-      load_sinks();
+      load_sinks(0);
     }
     for (int chunk = 0; chunk < chunks; chunk++) attend(chunk);
     store_state();
-    if (at.sequence + 1 >= p.sequences) clear_rest<T, kV>(kThreads);
+    if (p.mask.real || at.sequence + 1 >= p.sequences) clear_rest<T, kV>(kThreads);
   }
 
  private:
@@ -115,28 +115,33 @@ class Attention : AttentionBlock {
     }
   }
   __device__ __forceinline__ void load_queries(int chunk) {
-    const int position = chunk * kChunk + 16 * warp(), rows = min(at.length - position, 16);
-    const T* from = row_of<T>(p.q, at.batch, at.head, at.first + (rows > 0 ? position : 0));
-    copy_rows<16, 32>(own_queries(), from, p.q.token, rows, p.D, p.wide, lane());
+    const int position = chunk * kChunk + 16 * warp();
+    copy_rows(own_queries(), row_of<T>(p.q, at.batch, at.head, 0), p.q.token, tokens_at(position),
+              at.length - position, p.D, p.wide);
     ptx::cp_async_commit();
   }
-  template <int kRows>
+  // A warp brings 16 of the kKeys keys from a position on.
+  template <int kKeys>
   __device__ __forceinline__ void load_keys(const Tile<T, kD>& to_k, const Tile<T, kV>& to_v,
-                                            int position, int rows) {
-    const T* from = row_of<T>(p.k, at.batch, at.kv_head, at.first + position);
-    copy_rows<kRows, kThreads>(to_k, from, p.k.token, rows, p.D, p.wide, threadIdx.x);
-    from = row_of<T>(p.v, at.batch, at.kv_head, at.first + position) + at.column;
-    copy_rows<kRows, kThreads>(to_v, from, p.v.token, rows, p.V - at.column, p.wide, threadIdx.x);
+                                            int position) {
+    const int first = 16 * warp(), count = at.length - position - first;
+    if (first < kKeys) {
+      const Tokens tokens = tokens_at(position + first);
+      copy_rows(to_k.rows(first), row_of<T>(p.k, at.batch, at.kv_head, 0), p.k.token, tokens, count,
+                p.D, p.wide);
+      copy_rows(to_v.rows(first), row_of<T>(p.v, at.batch, at.kv_head, 0) + at.column, p.v.token,
+                tokens, count, p.V - at.column, p.wide);
+    }
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(int tile) {
 #pragma unroll
     for (int slot = 0; slot < kSlots; slot++)
       held[slot] = tile % kSlots == slot ? tile : held[slot];
-    load_keys<kChunk>(keys(tile), values(tile), tile * kChunk, at.length - tile * kChunk);
+    load_keys<kChunk>(keys(tile), values(tile), tile * kChunk);
   }
-  __device__ __forceinline__ void load_sinks() {
-    if (kHybrid && p.sink) load_keys<kSinks>(k_sink, v_sink, 0, min(p.sink, at.length));
+  __device__ __forceinline__ void load_sinks(int first) {
+    if (kHybrid && p.sink) load_keys<kSinks>(k_sink, v_sink, first);
   }
   __device__ __forceinline__ bool holds(int tile) const {
     bool found = false;
@@ -167,7 +172,7 @@ class Attention : AttentionBlock {
       if (tile == chunk) {
         begin_queries();
         if (has_state(chunk)) unit = share_state(first_tile(chunk));
-        if (kHybrid && p.sink) attend_keys<kSinks, true>(k_sink, v_sink, chunk, 0);
+        if (kHybrid) attend_sinks(chunk);
       }
       const bool leaves = absorbs(chunk, tile);
       if (leaves || tile * kChunk < last_start(chunk)) {
@@ -183,6 +188,19 @@ class Attention : AttentionBlock {
     }
     store_outputs(chunk, unit);
     if ((chunk + 1) * kChunk < at.length) load_queries(chunk + 1);
+  }
+  // Few sinks stay where they are.
+  __device__ __forceinline__ void attend_sinks(int chunk) {
+#pragma unroll 1
+    for (int first = 0; first < p.sink && first < (chunk + 1) * kChunk; first += kSinks) {
+      if (p.sink > kSinks) {
+        __syncthreads();
+        load_sinks(first);
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+      }
+      attend_keys<kSinks, true>(k_sink, v_sink, chunk, first);
+    }
   }
   // The start of the window of a chunk's last query.
   __device__ __forceinline__ int last_start(int chunk) const {
@@ -390,6 +408,7 @@ class Attention : AttentionBlock {
   // the queries were.
   __device__ __forceinline__ void store_outputs(int chunk, float unit) {
     const int i = first_query(chunk);
+    const Tokens tokens = tokens_at(i);
     const Tile<T, kV> y = {own_queries().data};
     const float factor = (kHybrid ? 1.f : p.scale) / unit;
     __syncwarp();  // all lanes are done with the queries
@@ -403,9 +422,9 @@ class Attention : AttentionBlock {
       for (int n = 0; n < kSum; n++)
         y.pair(lane() / 4 + 8 * half, column_of(n) / 2) =
             pack<T>(scale * acc[n][2 * half], scale * acc[n][2 * half + 1]);
-      const int row = i + lane() / 4 + 8 * half;
-      if (at.column == 0 && lane() % 4 == 0 && row < at.length) {
-        const int64 to = statistic(row);
+      const int row = lane() / 4 + 8 * half;
+      if (at.column == 0 && lane() % 4 == 0 && i + row < at.length) {
+        const int64 to = statistic(tokens[row]);
         p.den[to] = den;
         const bool none = m[half] == __uint_as_float(kNegativeInfinity);
         if (p.m) p.m[to] = none ? 0.f : m[half] * kLn2;
@@ -417,7 +436,7 @@ class Attention : AttentionBlock {
     for (int c = lane(); c < 16 * chunks; c += 32) {
       const int row = c / chunks, column = c % chunks * 8;
       if (i + row >= at.length || at.column + column >= p.V) continue;
-      T* to = row_of<T>(p.o, at.batch, at.head, at.first + i + row) + at.column;
+      T* to = row_of<T>(p.o, at.batch, at.head, tokens[row]) + at.column;
       const Chunk<T> x = *reinterpret_cast<const Chunk<T>*>(y.at(row, column / 8));
       if (p.wide) {
         store_chunk<T, true>(to, column, p.V - at.column, x);

@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_params.h"
 #include "features.cuh"
+#include "tiles.cuh"
 #include "window.cuh"
 
 namespace lol {
@@ -15,13 +16,16 @@ class AttentionBlock {
     int length, first;  // of the sequence; its first token
     float log2_gate, lambda;
     const float *bias_q, *bias_k;
+    bool holes;  // between its tokens, of padding
   };
   static_assert(sizeof(Place) <= kPlaceBytes, "");
 
   __device__ __forceinline__ AttentionBlock(const AttentionParams& params, unsigned char* shared)
-      : p(params), at(*reinterpret_cast<Place*>(shared)) {}
+      : p(params),
+        at(*reinterpret_cast<Place*>(shared)),
+        list(reinterpret_cast<int*>(shared + kPlaceBytes) + 16 * warp()) {}
 
-  // A block takes `columns` of V.
+  // A block takes `columns` of V. By one warp.
   __device__ __forceinline__ void find_place(int columns, bool hybrid) {
     const int slices = (p.V + columns - 1) / columns, pair = blockIdx.x / slices;
     Place found = {};
@@ -32,6 +36,7 @@ class AttentionBlock {
     if (!p.cu_seqlens.data) {
       found.batch = found.sequence;
       found.length = p.T;
+      if (p.mask.real) find_real_tokens(found);
     } else if (p.sequences) {
       found.first = static_cast<int>(index_at(p.cu_seqlens, found.sequence));
       found.length = static_cast<int>(index_at(p.cu_seqlens, found.sequence + 1)) - found.first;
@@ -44,7 +49,7 @@ class AttentionBlock {
     }
     found.bias_q = bias_of(p.map_q, found.head);
     found.bias_k = bias_of(p.map_k, found.head);
-    at = found;
+    if (lane() == 0) at = found;
   }
   __device__ __forceinline__ const float* bias_of(const Maps& maps, int head) const {
     return maps.bias ? maps.bias + head / maps.group * p.f : nullptr;
@@ -55,17 +60,36 @@ class AttentionBlock {
     return (static_cast<int64>(at.sequence) * p.Hs + at.head / (p.H / p.Hs)) * sides * p.f;
   }
   // Where m and den of a token are.
-  __device__ __forceinline__ int64 statistic(int position) const {
-    return (static_cast<int64>(at.batch) * p.H + at.head) * p.T + at.first + position;
+  __device__ __forceinline__ int64 statistic(int token) const {
+    return (static_cast<int64>(at.batch) * p.H + at.head) * p.T + token;
   }
 
-  // Tokens after the last sequence belong to none: y = 0, m = 0, den = 1.
+  // Positions count real tokens. The tokens at 16 positions from `first` on, for one warp; those
+  // of the call before are forgotten. Where padding leaves holes, it counts.
+  __device__ __forceinline__ Tokens tokens_at(int first) const {
+    if (!at.holes) return {nullptr, at.first + first};
+    __syncwarp();
+    int position = -first;
+    for (int token = at.first + lane(); position < 16 && token - lane() < p.T; token += 32) {
+      const bool real = token < p.T && real_tokens(at.batch)[token];
+      const unsigned ballot = __ballot_sync(~0u, real);
+      const int own = position + __popc(ballot & ((1u << lane()) - 1));
+      if (real && own >= 0 && own < 16) list[own] = token;
+      position += __popc(ballot);
+    }
+    __syncwarp();
+    return {list, 0};
+  }
+
+  // Tokens of padding and after the last sequence belong to none: y = 0, m = 0, den = 1.
   template <class T, int columns>
   __device__ __forceinline__ void clear_rest(int threads) {
-    for (int token = at.first + at.length + threadIdx.x; token < p.T; token += threads) {
+    const int end = p.mask.real ? 0 : at.first + at.length;
+    for (int token = end + threadIdx.x; token < p.T; token += threads) {
+      if (p.mask.real && real_tokens(at.batch)[token]) continue;
       T* to = row_of<T>(p.o, at.batch, at.head, token) + at.column;
       for (int c = 0; c < min(columns, p.V - at.column); c++) to[c] = T{};
-      const int64 own = statistic(token - at.first);
+      const int64 own = statistic(token);
       if (at.column == 0 && p.m) p.m[own] = 0.f;
       if (at.column == 0) p.den[own] = 1.f;
     }
@@ -73,6 +97,26 @@ class AttentionBlock {
 
   const AttentionParams& p;
   Place& at;
+
+ private:
+  __device__ __forceinline__ const bool* real_tokens(int batch) const {
+    return p.mask.real + batch * p.mask.batch;
+  }
+  __device__ __forceinline__ void find_real_tokens(Place& found) const {
+    int end = 0;
+    found.length = 0;
+    for (int token = 0; token < p.T; token += 32) {
+      const bool real = token + lane() < p.T && real_tokens(found.batch)[token + lane()];
+      const unsigned ballot = __ballot_sync(~0u, real);
+      if (!ballot) continue;
+      if (!found.length) found.first = token + __ffs(ballot) - 1;
+      found.length += __popc(ballot);
+      end = token + 32 - __clz(ballot);
+    }
+    found.holes = end - found.first > found.length;
+  }
+
+  int* list;  // of the warp's tokens
 };
 
 }  // namespace cuda

@@ -6,10 +6,11 @@ namespace lol {
 namespace cuda {
 
 constexpr int kChunk = 64;          // tokens that a block takes at a time; keys of a tile
-constexpr int kSinks = 16;          // at most so many
+constexpr int kSinks = 16;          // of them in shared memory at a time
 constexpr int kSlots = 3;           // tiles of keys in shared memory: two at work, one on its way
 constexpr int kAttentionWarps = 4;  // of 16 queries each
 constexpr int kPlaceBytes = 128;    // of shared memory, for what all threads know
+constexpr int kHeaderBytes = kPlaceBytes + 4 * 16 * kAttentionWarps;
 
 // The tiles of an instance: D and f, padded; sides of the feature map; columns of V.
 struct AttentionTiles {
@@ -17,9 +18,15 @@ struct AttentionTiles {
 
   // Numbers of two bytes: q, k and v, sinks, phi_k, the state and ksum, the weights.
   constexpr int shared_bytes() const {
-    return kPlaceBytes + 2 * (kChunk * D + kSlots * kChunk * (D + V) + kSinks * (D + V) +
-                              kChunk * sides * f + sides * f * (V + 8) + 2 * D * f);
+    return kHeaderBytes + 2 * (kChunk * D + kSlots * kChunk * (D + V) + kSinks * (D + V) +
+                               kChunk * sides * f + sides * f * (V + 8) + 2 * D * f);
   }
+};
+
+// Which tokens are real, [B, T]; null if all are.
+struct PaddingMask {
+  const bool* real;
+  int64 batch;  // from one row to the next
 };
 
 struct AttentionParams {
@@ -39,6 +46,7 @@ struct AttentionParams {
   const float *kv0, *ksum0;  // [N, Hs, F, V], [N, Hs, F], or null
   float *kv, *ksum;          // the same, or null
   Indices cu_seqlens;
+  PaddingMask mask;
   int sequences;
 };
 

@@ -33,7 +33,6 @@ template <class Args>
 int plan_attention(const char* op, const Args& a, const char* AttentionInstance::* kernel,
                    Plan* plan, AttentionParams* params) {
   if (a.q.dtype == LOL_F32) return unsupported(op, "fp32");
-  if (a.key_padding_mask.data) return unsupported(op, "key_padding_mask");
   const bool mapped = a.feature_k.weight.data != nullptr;
   const int sides = mapped && a.feature_k.two_sided ? 2 : 1;
   AttentionParams& p = *params;
@@ -59,6 +58,7 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
   p.scale = static_cast<float>(a.scale);
   p.den = static_cast<float*>(a.den.data);
   p.cu_seqlens = indices_of(a.cu_seqlens);
+  p.mask = {static_cast<const bool*>(a.key_padding_mask.data), a.key_padding_mask.stride[0]};
   p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
   p.wide = is_wide(a.q) && is_wide(a.k) && is_wide(a.v) && is_wide(a.o);
 
@@ -79,7 +79,6 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
 int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params) {
   const char* op = "hybrid_attention";
   AttentionParams p = {};
-  if (a.sink > kSinks) return unsupported(op, "sink > 16");
   p.gate = static_cast<const float*>(a.gate.data);
   p.affine = a.affine != 0;
   p.normalize = true;

@@ -124,27 +124,34 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // ---- Copies
 
-// Threads `thread`, `thread` + kThreads, ... bring their share of `rows` rows of `width` numbers to
-// a tile of kRows rows; zeros elsewhere. Asynchronously, if the rows are wide (memory.cuh).
-template <int kRows, int kThreads, class T, int kColumns>
+// Some of a sequence's tokens: those of a list, or `first` and its successors.
+struct Tokens {
+  const int* list;
+  int first;
+  __device__ __forceinline__ int operator[](int i) const { return list ? list[i] : first + i; }
+};
+
+// A warp brings rows of `width` numbers of `count` tokens, at most 16, to a tile; zeros elsewhere.
+// Asynchronously, if the rows are wide (memory.cuh).
+template <class T, int kColumns>
 __device__ __forceinline__ void copy_rows(const Tile<T, kColumns>& to, const T* from, int64 stride,
-                                          int rows, int width, bool wide, int thread) {
-  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+                                          const Tokens& tokens, int count, int width, bool wide) {
+  constexpr int kRows = 16, kChunks = Tile<T, kColumns>::kChunks;
   if (wide) {
 #pragma unroll
-    for (int i = thread; i < kRows * kChunks; i += kThreads) {
+    for (int i = lane(); i < kRows * kChunks; i += 32) {
       const int row = i / kChunks, chunk = i % kChunks;
-      const bool inside = row < rows && 8 * chunk < width;
-      ptx::cp_async<16>(to.at(row, chunk), from + (inside ? row * stride + 8 * chunk : 0),
+      const bool inside = row < count && 8 * chunk < width;
+      ptx::cp_async<16>(to.at(row, chunk), from + (inside ? tokens[row] * stride + 8 * chunk : 0),
                         inside ? 16 : 0);
     }
     return;
   }
 #pragma unroll 1
-  for (int i = thread; i < kRows * kColumns; i += kThreads) {
+  for (int i = lane(); i < kRows * kColumns; i += 32) {
     const int row = i / kColumns, column = i % kColumns;
     to.at(row, column / 8)[column % 8] =
-        row < rows && column < width ? from[row * stride + column] : T{};
+        row < count && column < width ? from[tokens[row] * stride + column] : T{};
   }
 }
 

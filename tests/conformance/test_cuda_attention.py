@@ -1,6 +1,7 @@
 """hybrid_attention and linear_attention in CUDA C++ against the fp64 reference, run by the emulator
 (gpu_on_cpu.cuda), through the C ABI's checks and the plan."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from helpers.cases import FACTORS, Case, cases, make_inputs
 from helpers.compare import assert_close
 from helpers.emulated_attention import NARROW, ONE, WIDE, Kernels
 
+import lolcats_ops as lo
 from lolcats_ops._native import load_torch_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,12 +21,15 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 def check(call, case, instances=NARROW, sanitizer=None, order=0):
     """Outputs against the reference; returns the kernels, with what they left for backward."""
-    want = operators.expected(call, case).outputs
-    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
     kernels = Kernels(partial(emulated.program("attention", instances, sanitizer), order=order))
-    for name, y in call(kernels, inputs).items():
-        assert_close(name, y, want[name].detach(), case.dtype, floor=1e-3)
+    want = operators.expected(call, case).outputs
+    compare(call(kernels, make_inputs(case).as_dtype(case.dtype, case.layout)), want, case.dtype)
     return kernels
+
+
+def compare(got, want, dtype):
+    for name, y in got.items():
+        assert_close(name, y, want[name].detach(), dtype, floor=1e-3)
 
 
 # Two-sided and narrow: one pair of kernels runs them all. Windows below, at and above a tile.
@@ -35,11 +40,12 @@ SMALL = {
     "G": (1, 3),
     "batch": ((1, 1), (2, 1), (1, 2)),
     "window": (0, 1, 16, 64, 100),
+    "sink": (0, 1, 4, 37),
     "length": ("0", "1", "w-1", "w+1", "3w+7"),
     "activation": ("softmax", "exp"),
     "two_sided": (True,),
     "skip": (False,),
-    "packing": (None, "packed"),
+    "packing": (None, "left", "right", "packed"),
     "dtype": (BF16, FP16),
 }
 # One-sided: every activation, and q and k as the features.
@@ -100,19 +106,41 @@ def test_long_sequences_keep_their_precision_in_fp16():
     check(operators.hybrid_attention, Case("2048", D=64, batch=(1, 1), dtype=FP16))
 
 
-@pytest.mark.parametrize("packing", [None, "packed"])
-def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing):
-    case = Case(D=64, G=2, window=64, sink=1, batch=(1, 1), packing=packing, dtype=BF16)
+@pytest.mark.parametrize(("packing", "B"), [(None, 1), ("packed", 1), ("left", 2)])
+def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing, B):
+    case = Case(D=64, G=2, window=64, sink=1, batch=(B, 1), packing=packing, dtype=BF16)
     saved = check(operators.hybrid_attention, case).saved
     x = make_inputs(case).as_dtype(torch.float32, "plain")
     maps = [x.leaves.get(f"{n}_{side}") for side in "qk" for n in ("weight", "bias")]
     codes = (*x.features("q").codes,)
-    args = (*x.qkv, *maps, x.leaves["gate"], x.sequences.get("cu_seqlens"), None)
+    sequences = (x.sequences.get(n) for n in ("cu_seqlens", "key_padding_mask"))
+    args = (*x.qkv, *maps, x.leaves["gate"], *sequences)
     settings = (case.window, 0, case.sink, case.D**-0.5, False, *codes)
     load_torch_ops()
     _, m, den = torch.ops.lolcats_ops.hybrid_attention(*args, *settings)
     assert_close("m", saved.m, m.detach().double(), torch.float32)
     assert_close("den", saved.den, den.detach().double(), BF16)
+
+
+PADDED = [
+    (operators.hybrid_attention, Case(D=64, V=72, G=2, sink=4, window=48, dtype=BF16)),
+    (operators.hybrid_attention, Case(D=60, sink=37, window_kind="terrace", dtype=BF16)),
+    (operators.linear_attention, Case("500", D=64, initial=True, layout="strided", dtype=BF16)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), PADDED, ids=name)
+def test_padding_may_be_anywhere(call, case):
+    case = replace(case, batch=(3, 1))
+    x = make_inputs(case)
+    real = torch.rand(3, case.T, generator=torch.Generator().manual_seed(1)) < 0.6
+    real[2] = False
+    x.sequences = {"key_padding_mask": real}
+    kernels = Kernels(emulated.program("attention", NARROW))
+    got = call(kernels, x.as_dtype(case.dtype, case.layout))
+    compare(got, call(lo.reference, x), case.dtype)
+    padded = ~real[:, None].expand_as(kernels.saved.den)
+    assert (kernels.saved.den[padded] == 1).all()
 
 
 def test_tokens_after_the_last_sequence_get_zero():
@@ -131,10 +159,8 @@ def test_tokens_after_the_last_sequence_get_zero():
 
 REFUSED = {
     "fp32": Case(D=64),
-    "key_padding_mask": Case(D=64, packing="left", dtype=BF16),
     "fp16 with features that have no bound": Case(D=64, activation="relu", dtype=FP16),
     "D > 128": Case(D=256, f=64, dtype=BF16),
-    "sink > 16": Case(D=64, sink=17, dtype=BF16),
 }
 
 
@@ -154,7 +180,7 @@ def test_what_it_cannot_run_is_refused_with_the_reason_and_what_would_do(reason)
         ),
         (
             operators.hybrid_attention,
-            Case(D=64, G=2, window=100, window_kind="terrace", batch=(1, 1), dtype=BF16),
+            Case(D=64, window=100, window_kind="terrace", sink=17, packing="left", dtype=BF16),
         ),
         (
             operators.linear_attention,
