@@ -55,9 +55,9 @@ class AttentionBlock {
     return maps.bias ? maps.bias + head / maps.group * p.f : nullptr;
   }
 
-  // Where the state of the sequence and head is, in rows of F = sides f.
-  __device__ __forceinline__ int64 state_row(int sides) const {
-    return (static_cast<int64>(at.sequence) * p.Hs + at.head / (p.H / p.Hs)) * sides * p.f;
+  // Where the state of the sequence and head is, in rows.
+  __device__ __forceinline__ int64 state_row() const {
+    return (static_cast<int64>(at.sequence) * p.Hs + at.head / (p.H / p.Hs)) * p.sides * p.f;
   }
   // Where m and den of a token are.
   __device__ __forceinline__ int64 statistic(int token) const {

@@ -12,29 +12,32 @@ struct AttentionInstance {
   int dtype;
   AttentionTiles tiles;
 };
-constexpr int type_code(const char* name) { return name[5] == 'b' ? LOL_BF16 : LOL_F16; }
+constexpr int type_code(const char* name) {
+  return name[0] == 'f' ? LOL_F32 : name[5] == 'b' ? LOL_BF16 : LOL_F16;
+}
 const AttentionInstance attention_instances[] = {
-#define LOL_NAME(T, D, f, sides, V)                                           \
-  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
-   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
-   type_code(#T),                                                             \
-   {D, f, sides, V}},
+#define LOL_NAME(T, D, f, sides, V, chunk)                                                \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+   type_code(#T),                                                                         \
+   {size_of(type_code(#T)), D, f, sides, V, chunk}},
     LOL_ATTENTION_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
-int unsupported(const char* op, const char* why) {
-  fail("%s: %s is not for the CUDA kernels: use the Triton kernels", op, why);
-  return LOL_EUNSUPPORTED;
+// The first one that holds the problem.
+const AttentionInstance& instance_for(int dtype, const AttentionParams& p) {
+  const AttentionInstance* at = attention_instances;
+  while (at->dtype != dtype || at->tiles.D < p.D || at->tiles.f < p.f || at->tiles.sides < p.sides)
+    at++;
+  return *at;
 }
 
 // What both operators have; Args: of either.
 template <class Args>
 int plan_attention(const char* op, const Args& a, const char* AttentionInstance::* kernel,
                    Plan* plan, AttentionParams* params) {
-  if (a.q.dtype == LOL_F32) return unsupported(op, "fp32");
   const bool mapped = a.feature_k.weight.data != nullptr;
-  const int sides = mapped && a.feature_k.two_sided ? 2 : 1;
   AttentionParams& p = *params;
   p.q = rows_of(a.q);
   p.k = rows_of(a.k);
@@ -47,14 +50,20 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
   p.D = static_cast<int>(a.q.shape[3]);
   p.V = static_cast<int>(a.v.shape[3]);
   p.f = mapped ? static_cast<int>(a.feature_k.weight.shape[2]) : p.D;
+  p.sides = mapped && a.feature_k.two_sided ? 2 : 1;
   if (mapped) {
     p.map_q = maps_of(a.feature_q, p.H);
     p.map_k = maps_of(a.feature_k, p.H);
   }
   p.activation = activation_of(a.feature_k);
   if (!mapped) p.activation = {LOL_IDENTITY, false, false, 0.f};
-  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP)
-    return unsupported(op, "fp16 with features that have no bound");
+  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP) {
+    fail(
+        "%s: fp16 with features that have no bound is not for the CUDA kernels: use bf16, or the "
+        "Triton kernels",
+        op);
+    return LOL_EUNSUPPORTED;
+  }
   p.scale = static_cast<float>(a.scale);
   p.den = static_cast<float*>(a.den.data);
   p.cu_seqlens = indices_of(a.cu_seqlens);
@@ -62,16 +71,12 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
   p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
   p.wide = is_wide(a.q) && is_wide(a.k) && is_wide(a.v) && is_wide(a.o);
 
-  for (const AttentionInstance& at : attention_instances) {
-    const AttentionTiles& tiles = at.tiles;
-    if (at.dtype != a.q.dtype || tiles.D < p.D || tiles.f < p.f || tiles.sides != sides) continue;
-    const int64 slices = (p.V + tiles.V - 1) / tiles.V;
-    // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
-    const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
-    *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, tiles.shared_bytes()};
-    return LOL_OK;
-  }
-  return unsupported(op, "D > 128 or f > 64 (two-sided), D > 64 or f > 128 (one-sided)");
+  const AttentionInstance& at = instance_for(a.q.dtype, p);
+  const int64 slices = (p.V + at.tiles.V - 1) / at.tiles.V;
+  // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
+  const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
+  *plan = {at.*kernel, sequences * p.H * slices, 32 * at.tiles.warps(), at.tiles.shared_bytes()};
+  return LOL_OK;
 }
 
 }  // namespace

@@ -10,13 +10,22 @@ from gpu_on_cpu.cuda.program import KernelError
 from helpers import emulated, operators
 from helpers.cases import FACTORS, Case, cases, make_inputs
 from helpers.compare import assert_close
-from helpers.emulated_attention import NARROW, ONE, WIDE, Kernels
+from helpers.emulated_attention import (
+    LARGE,
+    LARGEST,
+    NARROW,
+    ONE,
+    ONE_FP32,
+    ONE_LARGE,
+    WIDE,
+    Kernels,
+)
 
 import lolcats_ops as lo
 from lolcats_ops._native import load_torch_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BF16, FP16 = torch.bfloat16, torch.float16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def check(call, case, instances=NARROW, sanitizer=None, order=0):
@@ -46,7 +55,7 @@ SMALL = {
     "two_sided": (True,),
     "skip": (False,),
     "packing": (None, "left", "right", "packed"),
-    "dtype": (BF16, FP16),
+    "dtype": (FP32, BF16, FP16),
 }
 # One-sided: every activation, and q and k as the features.
 ONE_SIDED = {
@@ -99,6 +108,33 @@ CASES_OF_WIDE = [
 @pytest.mark.parametrize(("call", "case"), CASES_OF_WIDE, ids=name)
 def test_wide_heads_and_features(call, case):
     check(call, case, WIDE)
+
+
+SMALL_PADDED = {"window": 24, "V": 20, "sink": 4, "packing": "left", "batch": (2, 1)}
+SMALL_STATE = {"window": 20, "V": 20, "batch": (1, 1), "initial": True}
+CASES_OF_LARGE = [
+    (operators.hybrid_attention, Case(D=128, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=96, two_sided=False, dtype=BF16, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=256, f=64, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, f=64, dtype=BF16, **SMALL_STATE)),
+]
+CASES_OF_LARGEST = [
+    (operators.hybrid_attention, Case(D=256, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, activation=None, dtype=BF16, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=128, f=64, dtype=FP32, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, dtype=FP32, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=128, two_sided=False, dtype=FP32, **SMALL_PADDED)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_LARGE, ids=name)
+def test_heads_and_features_of_128_and_256(call, case):
+    check(call, case, LARGE)
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_LARGEST, ids=name)
+def test_instances_that_hold_every_problem(call, case):
+    check(call, case, LARGEST)
 
 
 def test_long_sequences_keep_their_precision_in_fp16():
@@ -157,37 +193,30 @@ def test_tokens_after_the_last_sequence_get_zero():
         assert (kernels.saved.m[:, :, end:] == 0).all()
 
 
-REFUSED = {
-    "fp32": Case(D=64),
-    "fp16 with features that have no bound": Case(D=64, activation="relu", dtype=FP16),
-    "D > 128": Case(D=256, f=64, dtype=BF16),
-}
+def test_fp16_with_features_without_a_bound_is_refused_with_what_would_do():
+    with pytest.raises(KernelError, match=r"have no bound .* use bf16, or the Triton kernels"):
+        check(operators.hybrid_attention, Case(D=64, activation="relu", dtype=FP16))
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_it_cannot_run_is_refused_with_the_reason_and_what_would_do(reason):
-    with pytest.raises(KernelError, match=f"{reason}.* CUDA kernels: use the Triton kernels"):
-        check(operators.hybrid_attention, REFUSED[reason])
+SANITIZED = [
+    (
+        operators.hybrid_attention,
+        Case(D=60, V=72, sink=4, window=48, batch=(1, 1), layout="strided", dtype=BF16),
+    ),
+    (
+        operators.hybrid_attention,
+        Case(D=64, window=20, window_kind="terrace", sink=17, packing="left", dtype=FP32),
+    ),
+    (
+        operators.linear_attention,
+        Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
+    ),
+    (operators.hybrid_attention, Case(D=128, dtype=BF16, **SMALL_PADDED)),
+]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize(
-    ("call", "case"),
-    [
-        (
-            operators.hybrid_attention,
-            Case(D=60, V=72, sink=4, window=48, batch=(1, 1), layout="strided", dtype=BF16),
-        ),
-        (
-            operators.hybrid_attention,
-            Case(D=64, window=100, window_kind="terrace", sink=17, packing="left", dtype=BF16),
-        ),
-        (
-            operators.linear_attention,
-            Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
-        ),
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize(("call", "case"), SANITIZED, ids=name)
 def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
-    check(call, case, ONE, sanitizer, order=3)
+    instances = ONE_FP32 if case.dtype == FP32 else ONE_LARGE if case.D == 128 else ONE
+    check(call, case, instances, sanitizer, order=3)
