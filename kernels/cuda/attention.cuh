@@ -2,10 +2,10 @@
 //
 //   y_i = (g sum_W e^(s_ij - m_i) v_j + lam phi_q (kv + sum_N phi_j v_j)) / (the same with v = 1)
 //
-// A block takes a sequence, a query head and kV columns of the values, and walks chunks of 64
-// queries; a warp has 16 of them. The state of the keys before the oldest tile that a chunk weighs
-// pair by pair stays in registers, divided among the warps by its rows, and is handed round in
-// shared memory, rounded, before the chunk adds its oldest tiles to it.
+// A block takes a sequence or a segment of it, a query head and kV columns of the values, and walks
+// chunks of kChunk queries; a warp has 16 of them. The state of the keys before the oldest tile
+// that a chunk weighs pair by pair stays in registers, divided among the warps by its rows, and is
+// handed round in shared memory, rounded, before the chunk adds its oldest tiles to it.
 //
 // Tiles of keys are walked from the newest to the oldest, sinks first: a query meets all its
 // softmax keys before its first linear one, so that the running maximum is final when the linear
@@ -41,19 +41,20 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
       : Memory(params, shared) {}
 
   __device__ __forceinline__ void run() {
-    if (warp() == 0) this->find_place(kV, kHybrid);
+    if (warp() == 0) this->find_place(kV, kChunk, kHybrid);
     __syncthreads();
-    const int chunks = (at.length + kChunk - 1) / kChunk;
     this->load_maps();
     load_state();
-    if (chunks) {
-      this->load_queries(0);
+    if (at.begin < at.end) {
+      this->load_queries(at.begin);
       this->load_tile(0);
       if (kHybrid && p.sink) this->load_sinks(0);
+      absorb_before(at.begin);
     }
-    for (int chunk = 0; chunk < chunks; chunk++) attend(chunk);
-    store_state();
-    if (p.mask.real || at.sequence + 1 >= p.sequences) this->template clear_rest<T, kV>(kThreads);
+    for (int chunk = at.begin; chunk < at.end; chunk++) attend(chunk);
+    if (at.stores) store_state();
+    if (at.last && (p.mask.real || at.sequence + 1 >= p.sequences))
+      this->template clear_rest<T, kV>(kThreads);
   }
 
  private:
@@ -70,6 +71,17 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   }
 
   // ---- A chunk
+
+  // What a segment finds in the state. Nobody else has it: blocks do not wait for each other.
+  __device__ __forceinline__ void absorb_before(int chunk) {
+#pragma unroll 1
+    for (int tile = 0; chunk > 0 && tile < first_tile(chunk); tile++) {
+      this->visit(tile, tile + 1);
+      if (this->has_key_features()) make_key_features(tile);
+      __syncthreads();
+      state.template absorb<kChunk>(phi_k, values(tile));
+    }
+  }
 
   __device__ __forceinline__ void attend(int chunk) {
     float unit = 1.f;  // of the sums
@@ -94,7 +106,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
       if (has_queries()) read_state(unit);
     }
     if (has_queries()) store_outputs(chunk, unit);
-    if ((chunk + 1) * kChunk < at.length) this->load_queries(chunk + 1);
+    if (chunk + 1 < at.end) this->load_queries(chunk + 1);
   }
   // Few sinks stay where they are.
   __device__ __forceinline__ void attend_sinks(int chunk) {
@@ -119,7 +131,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   // Whether the state of the next chunk has the tile.
   __device__ __forceinline__ bool absorbs(int chunk, int tile) const {
     const int next = chunk + 1;
-    return tile < first_tile(next) && (p.kv || next * kChunk < at.length);
+    return tile < first_tile(next) && (at.stores || next < at.end);
   }
 
   __device__ __forceinline__ void begin_queries() {
@@ -281,9 +293,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     for (int i = 0; i < p.sides * p.f; i++) bound = fmaxf(bound, p.ksum0[this->state_row() + i]);
   }
   __device__ __forceinline__ void store_state() {
-    // Query heads that share a state have the same one.
-    if (p.kv && at.head % (p.H / p.Hs) == 0)
-      state.template move<false>(p.kv, p.ksum, this->state_row(), p.sides, p.f, p.V, at.column);
+    state.template move<false>(p.kv, p.ksum, this->state_row(), p.sides, p.f, p.V, at.column);
   }
   // Rounds the state for all warps to read; in which units. fp16 does not hold sums, but their
   // means. Its features are at most 1 (plan_attention.cpp), and so ksum at most the number of keys.

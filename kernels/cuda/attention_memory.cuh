@@ -89,8 +89,7 @@ class AttentionMemory : protected AttentionBlock {
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (next * kChunk < at.length && !holds(next) && next % kSlots != tile % kSlots)
-      load_tile(next);
+    if (next < at.end && !holds(next) && next % kSlots != tile % kSlots) load_tile(next);
   }
 
   Tile<T, kD> q, k, k_sink;

@@ -68,6 +68,7 @@ struct AttentionParams {
   Indices cu_seqlens;
   PaddingMask mask;
   int sequences;
+  int segments;  // that a sequence is cut into
 };
 
 }  // namespace cuda

@@ -158,6 +158,23 @@ def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing, B):
     assert_close("den", saved.den, den.detach().double(), BF16)
 
 
+FEW_HEADS = [
+    (
+        operators.hybrid_attention,
+        Case(V=20, window=400, sink=4, packing="left", batch=(2, 1), dtype=BF16),
+    ),
+    (
+        operators.linear_attention,
+        Case(window=400, packing="packed", batch=(1, 1), initial=True, dtype=BF16),
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), FEW_HEADS, ids=name)
+def test_few_heads_are_divided_among_blocks(call, case):
+    check(call, case)
+
+
 PADDED = [
     (operators.hybrid_attention, Case(D=64, V=72, G=2, sink=4, window=48, dtype=BF16)),
     (operators.hybrid_attention, Case(D=60, sink=37, window_kind="terrace", dtype=BF16)),
