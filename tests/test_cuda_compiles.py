@@ -19,7 +19,6 @@ from helpers.emulated_attention import Kernels
 
 pytestmark = pytest.mark.skipif(nvcc.NVCC is None, reason="there is no nvcc")
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-INPUTS = ("q", "k", "v", "o", "weight_q", "weight_k", "gate")
 HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64>"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
 
@@ -57,24 +56,6 @@ def test_kernels_stay_within_their_budget(kernel, target):
         assert needs[what] <= most, f"{name}: {what} {needs[what]}, at most {most}"
 
 
-def planned(operator, names, arguments):
-    """The launch, and the params with the tensors that they point to, out of ``names``."""
-    results = {
-        "launch": torch.zeros(4, dtype=torch.int64),
-        "params": torch.zeros(1024, dtype=torch.uint8),
-        "kernel": torch.zeros(256, dtype=torch.uint8),
-        "addresses": torch.zeros(len(names), dtype=torch.int64),
-    }
-    emulated.program(f"plan_{operator}", "")(**arguments, **results)
-    blocks, threads, shared, size = results["launch"].tolist()
-    data = bytes(results["params"][:size].tolist())
-    where = dict(zip(results["addresses"].tolist(), names, strict=True))
-    words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
-    pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
-    kernel = bytes(results["kernel"].tolist()).split(b"\0")[0].decode()
-    return kernel, (blocks, threads, shared), data, pointers
-
-
 def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     """bf16, D = f = 64, a sliding window of 64: one step of a state whose ring is full."""
     from conformance.test_state import arguments, empty_state, prepare, reference_of
@@ -89,9 +70,11 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     out = torch.full_like(q, float("nan"))
     tensors = emulated.step_tensors(q, k, v, out, feature_q, feature_k, gate, state)
     settings = emulated.step_settings(q, feature_q, state)
-    of_step = (*INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
+    of_step = (*emulated.INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
     arguments_of_step = {**emulated.described(tensors), **settings}
-    kernel, (blocks, threads, shared), data, names = planned("step", of_step, arguments_of_step)
+    kernel, (blocks, threads, shared), data, names = emulated.planned(
+        "step", of_step, arguments_of_step
+    )
     assert kernel == STEP
     pointers = {at: tensors[name] for at, name in names.items()}
     compiled = PtxKernel(nvcc.ptx(kernel, "StepParams", "sm_80"))
@@ -120,8 +103,8 @@ def test_the_compiled_attention_is_right_and_reads_every_tensor_once():
     traffic = {}
 
     def run(**arguments):
-        of_attention = (*INPUTS, "m", "den")
-        kernel, (blocks, threads, shared), data, names = planned(
+        of_attention = (*emulated.INPUTS, "m", "den")
+        kernel, (blocks, threads, shared), data, names = emulated.planned(
             "hybrid_attention", of_attention, arguments
         )
         assert kernel == HYBRID

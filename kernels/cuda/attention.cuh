@@ -34,7 +34,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   using Memory::at, Memory::p;
   using Memory::has_queries, Memory::own_queries, Memory::keys, Memory::values, Memory::tokens_at;
   using Memory::k_sink, Memory::v_sink, Memory::phi_k, Memory::kv, Memory::ksum, Memory::phi_q;
-  using Memory::kF, Memory::kThreads, Memory::kWarps, Memory::kSharesQueries;
+  using Memory::kF, Memory::kThreads, Memory::kWarps, Memory::kSharesQueries, Memory::kUnroll;
 
  public:
   __device__ __forceinline__ Attention(const AttentionParams& params, unsigned char* shared)
@@ -46,12 +46,12 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     this->load_maps();
     load_state();
     if (at.begin < at.end) {
-      this->load_queries(at.begin);
-      this->load_tile(0);
+      const int first = at.begin ? at.begin - 1 : 0;
+      if (attends(first)) this->load_queries(first);
+      this->load_tile(at_least(newest_tile(first), 0));
       if (kHybrid && p.sink) this->load_sinks(0);
-      absorb_before(at.begin);
+      for (int chunk = first; chunk < at.end; chunk++) attend(chunk);
     }
-    for (int chunk = at.begin; chunk < at.end; chunk++) attend(chunk);
     if (at.stores) store_state();
     if (at.last && (p.mask.real || at.sequence + 1 >= p.sequences))
       this->template clear_rest<T, kV>(kThreads);
@@ -70,25 +70,23 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     return p.window == 0 ? chunk : window_start(p, chunk * kChunk) / kChunk;
   }
 
-  // ---- A chunk
-
-  // What a segment finds in the state. Nobody else has it: blocks do not wait for each other.
-  __device__ __forceinline__ void absorb_before(int chunk) {
-#pragma unroll 1
-    for (int tile = 0; chunk > 0 && tile < first_tile(chunk); tile++) {
-      this->visit(tile, tile + 1);
-      if (this->has_key_features()) make_key_features(tile);
-      __syncthreads();
-      state.template absorb<kChunk>(phi_k, values(tile));
-    }
+  // The chunk before a segment stands for all before it: their keys go into the state.
+  __device__ __forceinline__ bool attends(int chunk) const { return chunk >= at.begin; }
+  __device__ __forceinline__ int newest_tile(int chunk) const {
+    return attends(chunk) ? chunk : first_tile(chunk + 1) - 1;
   }
+  __device__ __forceinline__ int oldest_tile(int chunk) const {
+    return attends(chunk) ? first_tile(chunk) : 0;
+  }
+
+  // ---- A chunk
 
   __device__ __forceinline__ void attend(int chunk) {
     float unit = 1.f;  // of the sums
 #pragma unroll 1
-    for (int tile = chunk; tile >= first_tile(chunk); tile--) {
-      this->visit(tile, tile > first_tile(chunk) ? tile - 1 : chunk + 1);
-      if (tile == chunk) {
+    for (int tile = newest_tile(chunk); tile >= oldest_tile(chunk); tile--) {
+      this->visit(tile, tile > oldest_tile(chunk) ? tile - 1 : chunk + 1);
+      if (tile == chunk && attends(chunk)) {
         if (has_queries()) begin_queries();
         if (has_state(chunk)) unit = share_state(first_tile(chunk));
         if (kHybrid) attend_sinks(chunk);
@@ -98,14 +96,17 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
         if (this->has_key_features()) make_key_features(tile);
         __syncthreads();
       }
-      if (has_queries()) attend_keys<kChunk, false>(keys(tile), values(tile), chunk, tile * kChunk);
+      if (has_queries() && attends(chunk))
+        attend_keys<kChunk, false>(keys(tile), values(tile), chunk, tile * kChunk);
       if (leaves) state.template absorb<kChunk>(phi_k, values(tile));
     }
-    if (has_state(chunk)) {
-      __syncthreads();
-      if (has_queries()) read_state(unit);
+    if (attends(chunk)) {
+      if (has_state(chunk)) {
+        __syncthreads();
+        if (has_queries()) read_state(unit);
+      }
+      if (has_queries()) store_outputs(chunk, unit);
     }
-    if (has_queries()) store_outputs(chunk, unit);
     if (chunk + 1 < at.end) this->load_queries(chunk + 1);
   }
   // Few sinks stay where they are.
@@ -160,7 +161,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   __device__ __forceinline__ void make_key_features(int tile) {
     float z[kf / 8][4];
     project(z, keys(tile).rows(this->first_key()), this->key_map(), p.activation);
-#pragma unroll kUnroll < T, kF>
+#pragma unroll kUnroll
     for (int side = 0; side < kSides; side++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -194,7 +195,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     }
     float s[2 * groups][4] = {};
     if (kHybrid && any_near) {
-#pragma unroll kUnroll < T, kF>
+#pragma unroll kUnroll
       for (int d = 0; d < kD; d += 16) {
         Pair<T> a[4];
         load_left(a, own_queries(), 0, d);

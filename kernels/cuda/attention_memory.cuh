@@ -13,6 +13,7 @@ class AttentionMemory : protected AttentionBlock {
   static constexpr int kWarps = kTiles.warps(), kF = kTiles.F(), kSlots = kTiles.slots();
   static constexpr int kHeaderBytes = kTiles.header_bytes(), kThreads = 32 * kWarps;
   static constexpr bool kSharesQueries = kTiles.shares_queries(), kHoldsMaps = kTiles.holds_maps();
+  static constexpr int kUnroll = kUnrollFor<T, kF>;
   static_assert(kV <= kD, "outputs pass through the tile of queries");
   static_assert(kTiles.shared_bytes() <= kAttentionShared, "");
   using MapWeight = Weight<T, kD, kf, kHoldsMaps>;

@@ -11,6 +11,7 @@ namespace cuda {
 template <class T, int kf, int kSides, int kV, int kWarps>
 struct State {
   static constexpr int kF = kSides * kf, kTiles = kF / 16 / kWarps, kSum = kV / 8;
+  static constexpr int kUnroll = kUnrollFor<T, kF>;
   float sums[kTiles][kSum + 1][4];
 
   static __device__ __forceinline__ int row_of_thread(int tile, int half) {
@@ -106,7 +107,7 @@ struct State {
   template <int kKeys>
   __device__ __forceinline__ void add_products(const Tile<T, kF>& phi_k,
                                                const Tile<T, kV>& values) {
-#pragma unroll kUnroll < T, kF>
+#pragma unroll kUnroll
     for (int j = 0; j < kKeys; j += 16) {
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {

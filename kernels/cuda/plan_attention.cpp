@@ -95,7 +95,6 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
 }  // namespace
 
 int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params) {
-  const char* op = "hybrid_attention";
   AttentionParams p = {};
   p.gate = static_cast<const float*>(a.gate.data);
   p.affine = a.affine != 0;
@@ -105,7 +104,7 @@ int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params
   p.sink = static_cast<int>(a.sink);
   p.m = static_cast<float*>(a.m.data);
   *params = p;
-  return plan_attention(op, a, &AttentionInstance::hybrid, plan, params);
+  return plan_attention("hybrid_attention", a, &AttentionInstance::hybrid, plan, params);
 }
 
 int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params) {

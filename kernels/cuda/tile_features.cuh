@@ -103,7 +103,8 @@ __device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>
     }
   }
   if (map.projects) {
-#pragma unroll kUnroll < T, 16 * kTiles>
+    constexpr int kUnroll = kUnrollFor<T, 16 * kTiles>;
+#pragma unroll kUnroll
     for (int k = 0; k < kD; k += 16) {
       Pair<T> a[4];
       load_left(a, x, 0, k);

@@ -111,10 +111,10 @@ __device__ __forceinline__ void load_right_transposed(float2 (&b)[4],
 
 // ---- Products
 
-// How often sums over what lies in shared memory are unrolled. Large ones would take minutes to
-// compile.
+// How often a loop over what lies in shared memory is unrolled, for F features. Large ones would
+// take minutes to compile.
 template <class T, int kF>
-constexpr int kUnroll = sizeof(T) * kF > 256 ? 1 : 16;
+constexpr int kUnrollFor = sizeof(T) * kF > 256 ? 1 : 16;
 
 // The left and right half of 16 columns.
 template <class T>

@@ -158,21 +158,30 @@ def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing, B):
     assert_close("den", saved.den, den.detach().double(), BF16)
 
 
+TERRACE = {"window": 600, "window_kind": "terrace", "sink": 4}
 FEW_HEADS = [
-    (
-        operators.hybrid_attention,
-        Case(V=20, window=400, sink=4, packing="left", batch=(2, 1), dtype=BF16),
-    ),
-    (
-        operators.linear_attention,
-        Case(window=400, packing="packed", batch=(1, 1), initial=True, dtype=BF16),
-    ),
+    (operators.hybrid_attention, Case("2w", packing="left", batch=(2, 1), dtype=BF16, **TERRACE)),
+    (operators.linear_attention, Case("2048", batch=(1, 1), initial=True, dtype=BF16)),
 ]
 
 
 @pytest.mark.parametrize(("call", "case"), FEW_HEADS, ids=name)
-def test_few_heads_are_divided_among_blocks(call, case):
+def test_segments_of_a_sequence_equal_the_reference(call, case):
     check(call, case)
+
+
+def test_few_heads_are_divided_among_blocks():
+    blocks = []
+
+    def run(**arguments):
+        names = (*emulated.INPUTS, "m", "den")
+        _, (count, *_), *_ = emulated.planned("hybrid_attention", names, arguments)
+        blocks.append(count)
+
+    for heads in (1, 16, 64):
+        x = make_inputs(Case("2048", batch=(1, heads), dtype=BF16))
+        operators.hybrid_attention(Kernels(run), x.as_dtype(BF16, "plain"))
+    assert blocks == [4, 64, 64]  # segments of at least 512 tokens, at most 108 blocks
 
 
 PADDED = [
