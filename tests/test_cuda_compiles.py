@@ -2,7 +2,8 @@
 on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py -k budget renews
-tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most.
+tests/cuda_budget.json, all of it: what a kernel needs of the compiler that makes it need most. Without
+the variable a part is compiled.
 """
 
 import json
@@ -22,16 +23,34 @@ needs_nvrtc = pytest.mark.skipif(
     nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed"
 )
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-INPUTS = ("q", "k", "v", "o", "weight_q", "weight_k", "gate")
-HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64>"
+HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64>"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
+UPDATE = os.environ.get("UPDATE_CUDA_BUDGET")
+LARGE = "lol::cuda::hybrid_attention<lol::bf16, 128, 128, 2, 32, 64>"
+KERNELS = (
+    STEP,
+    "lol::cuda::feature_map<lol::bf16, true>",
+    HYBRID,
+    "lol::cuda::hybrid_attention<lol::bf16, 128, 64, 2, 64, 64>",
+    LARGE,
+    "lol::cuda::hybrid_attention<lol::bf16, 256, 64, 2, 64, 32>",
+    "lol::cuda::hybrid_attention<float, 64, 64, 2, 32, 64>",
+    "lol::cuda::hybrid_attention<float, 128, 64, 2, 32, 32>",
+)
+TARGETS = ("sm_80", "sm_90", "sm_100")
+BUDGETED = [
+    (kernel, target)
+    for i, kernel in enumerate(KERNELS)
+    for target in TARGETS
+    if UPDATE or i < 3 or (kernel, target) == (LARGE, "sm_80")
+]
 
 
 def compilers(target):
     """Those that are installed. nvcc is asked for every target, NVRTC for one: half a minute."""
     if nvcc.NVCC:
         yield nvcc
-    if nvrtc.library() and (target == "sm_90" or os.environ.get("UPDATE_CUDA_BUDGET")):
+    if nvrtc.library() and (target == "sm_90" or UPDATE):
         yield nvrtc
 
 
@@ -39,37 +58,19 @@ def test_instances_are_read_from_the_headers():
     assert {STEP, HYBRID, HYBRID.replace("hybrid", "linear")} < set(nvrtc.instances())
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("kernel", [STEP, "lol::cuda::feature_map<lol::bf16, true>", HYBRID])
+@pytest.mark.parametrize(("kernel", "target"), BUDGETED)
 def test_kernels_stay_within_their_budget(kernel, target):
     entries = json.loads(BUDGET.read_text())
     name, needs = f"{kernel} {target}", [c.resources(kernel, target) for c in compilers(target)]
     if not needs:
         pytest.skip("no compiler for this target")
     most = {what: max(need[what] for need in needs) for what in needs[0]}
-    assert most["spill_bytes"] == 0
-    if os.environ.get("UPDATE_CUDA_BUDGET"):
+    may_spill = kernel == LARGE or ("float" in kernel and target == "sm_100")
+    assert most["spill_bytes"] == 0 or may_spill
+    if UPDATE:
         BUDGET.write_text(json.dumps({**entries, name: most}, indent=1, sort_keys=True) + "\n")
     for what, allowed in json.loads(BUDGET.read_text())[name].items():
         assert most[what] <= allowed, f"{name}: {what} {most[what]}, at most {allowed}"
-
-
-def planned(operator, names, arguments):
-    """The launch, and the params with the tensors that they point to, out of ``names``."""
-    results = {
-        "launch": torch.zeros(4, dtype=torch.int64),
-        "params": torch.zeros(1024, dtype=torch.uint8),
-        "kernel": torch.zeros(256, dtype=torch.uint8),
-        "addresses": torch.zeros(len(names), dtype=torch.int64),
-    }
-    emulated.program(f"plan_{operator}", "")(**arguments, **results)
-    blocks, threads, shared, size = results["launch"].tolist()
-    data = bytes(results["params"][:size].tolist())
-    where = dict(zip(results["addresses"].tolist(), names, strict=True))
-    words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
-    pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
-    kernel = bytes(results["kernel"].tolist()).split(b"\0")[0].decode()
-    return kernel, (blocks, threads, shared), data, pointers
 
 
 @needs_nvrtc
@@ -87,9 +88,11 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     out = torch.full_like(q, float("nan"))
     tensors = emulated.step_tensors(q, k, v, out, feature_q, feature_k, gate, state)
     settings = emulated.step_settings(q, feature_q, state)
-    of_step = (*INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
+    of_step = (*emulated.INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
     arguments_of_step = {**emulated.described(tensors), **settings}
-    kernel, (blocks, threads, shared), data, names = planned("step", of_step, arguments_of_step)
+    kernel, (blocks, threads, shared), data, names = emulated.planned(
+        "step", of_step, arguments_of_step
+    )
     assert kernel == STEP
     pointers = {at: tensors[name] for at, name in names.items()}
     compiled = PtxKernel(nvrtc.ptx(kernel, "sm_80"))
@@ -119,8 +122,8 @@ def test_the_compiled_attention_is_right_and_reads_every_tensor_once():
     traffic = {}
 
     def run(**arguments):
-        of_attention = (*INPUTS, "m", "den")
-        kernel, (blocks, threads, shared), data, names = planned(
+        of_attention = (*emulated.INPUTS, "m", "den")
+        kernel, (blocks, threads, shared), data, names = emulated.planned(
             "hybrid_attention", of_attention, arguments
         )
         assert kernel == HYBRID

@@ -93,12 +93,12 @@ CASES = [
     (
         operators.hybrid_attention,
         Case(D=60, f=24, V=20, G=3, batch=(1, 1), sink=1, dtype=BF16),
-        Launch("lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64>", 3, 128),
+        Launch("lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64>", 3, 128),
     ),
     (
         operators.linear_attention,
         Case(D=64, f=64, V=72, G=2, batch=(2, 1), initial=True, dtype=BF16),
-        Launch("lol::cuda::linear_attention<lol::bf16, 64, 64, 2, 64>", 8, 128),
+        Launch("lol::cuda::linear_attention<lol::bf16, 64, 64, 2, 64, 64>", 8, 128),
     ),
 ]
 

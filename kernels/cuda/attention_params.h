@@ -5,15 +5,48 @@
 namespace lol {
 namespace cuda {
 
-constexpr int kChunk = 64;          // tokens that a block takes at a time; keys of a tile
-constexpr int kSinks = 16;          // at most so many
-constexpr int kSlots = 3;           // tiles of keys in shared memory: two at work, one on its way
-constexpr int kAttentionWarps = 4;  // of 16 queries each
-constexpr int kPlaceBytes = 128;    // of shared memory, for what all threads know
+constexpr int kAttentionShared = 163 * 1024;  // bytes that a block may have on an A100, and later
+constexpr int kPlaceBytes = 128;              // of them for what all threads know
+constexpr int kSinks = 16;                    // that are in shared memory at a time
 
-// The tiles of an instance: D and f, padded; sides of the feature map; columns of V.
+// The tiles of an instance: the bytes of a number; D and f, padded; sides of the feature map;
+// columns of V; tokens of a chunk, which are the queries that a block takes at a time and the keys
+// of a tile.
 struct AttentionTiles {
-  int D, f, sides, V;
+  int number, D, f, sides, V, chunk;
+
+  constexpr int F() const { return sides * f; }
+  // All share the state, the first ones have 16 queries each, the last ones as many keys' features.
+  // More than for the queries where the state would leave no registers for the rest.
+  constexpr int warps() const { return number * F() > 256 ? 8 : 4; }
+  constexpr int header_bytes() const { return kPlaceBytes + warps() * 16 * 4; }
+
+  // What shared memory has to hold: q, sinks, phi_k, the state and ksum; phi_q if it takes more
+  // than 64 registers of a thread; maps, if there is room, else they are read where they are; and
+  // up to three tiles of keys and values, which are two at work, with windows up to a chunk, and
+  // one on its way.
+  constexpr bool shares_queries() const { return number * F() > 512; }
+  constexpr bool holds_maps() const { return bytes(1, true) <= kAttentionShared; }
+  constexpr int slots() const {
+    for (int n = 3; n > 1; n--) {
+      if (bytes(n, holds_maps()) <= kAttentionShared) return n;
+    }
+    return 1;
+  }
+  constexpr int shared_bytes() const { return bytes(slots(), holds_maps()); }
+
+ private:
+  constexpr int bytes(int slots, bool maps) const {
+    return header_bytes() +
+           number * (chunk * D + kSinks * (D + V) + chunk * F() * (shares_queries() ? 2 : 1) +
+                     F() * (V + 8) + (maps ? 2 * D * f : 0) + slots * chunk * (D + V));
+  }
+};
+
+// Which tokens are real, [B, T]; null if all are.
+struct PaddingMask {
+  const bool* real;
+  int64 batch;  // from one row to the next
 };
 
 struct AttentionParams {
@@ -24,7 +57,7 @@ struct AttentionParams {
   float scale, eps;   // eps is added to den
   bool affine, normalize;
 
-  int H, Hk, Hs, T, D, V, f;
+  int H, Hk, Hs, T, D, V, f, sides;
   int window, sink;
   bool terrace;
   bool wide;  // rows of q, k, v and o are and start at multiples of 16 bytes
@@ -33,7 +66,9 @@ struct AttentionParams {
   const float *kv0, *ksum0;  // [N, Hs, F, V], [N, Hs, F], or null
   float *kv, *ksum;          // the same, or null
   Indices cu_seqlens;
+  PaddingMask mask;
   int sequences;
+  int segments;  // that a sequence is cut into
 };
 
 }  // namespace cuda

@@ -6,11 +6,12 @@
 namespace lol {
 namespace cuda {
 
-// A warp has every kAttentionWarps-th part of the rows of kv [F, V], in fragments of sums. ksum is
-// one more column, the product with ones: the first of tile kSum.
-template <class T, int kf, int kSides, int kV>
+// A warp has every kWarps-th part of the rows of kv [F, V], in fragments of sums. ksum is one more
+// column, the product with ones: the first of tile kSum.
+template <class T, int kf, int kSides, int kV, int kWarps>
 struct State {
-  static constexpr int kF = kSides * kf, kTiles = kF / 16 / kAttentionWarps, kSum = kV / 8;
+  static constexpr int kF = kSides * kf, kTiles = kF / 16 / kWarps, kSum = kV / 8;
+  static constexpr int kUnroll = kUnrollFor<T, kF>;
   float sums[kTiles][kSum + 1][4];
 
   static __device__ __forceinline__ int row_of_thread(int tile, int half) {
@@ -28,17 +29,17 @@ struct State {
     }
   }
 
-  // Loads or stores what the thread has of kv [.., V] and ksum, from row `first` on, the first
-  // column being `column`. Columns at 0 have ksum.
+  // Loads or stores what the thread has of kv [.., V] and ksum, the sides x f rows from `first` on,
+  // the first column being `column`. Columns at 0 have ksum.
   template <bool kLoad>
-  __device__ __forceinline__ void move(float* kv, float* ksum, int64 first, int f, int V,
+  __device__ __forceinline__ void move(float* kv, float* ksum, int64 first, int sides, int f, int V,
                                        int column) {
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int padded = row_of_thread(t, half), feature = padded % kf;
-        if (feature >= f) continue;
+        if (feature >= f || padded / kf >= sides) continue;
         const int64 row = first + padded / kf * f + feature;
 #pragma unroll
         for (int n = 0; n < kSum; n++) {
@@ -81,13 +82,36 @@ struct State {
     }
   }
 
-  // += phi_k^T values
+  // += phi_k^T values, of kKeys keys. Tensor cores do not round their sums to the nearest, which
+  // would show in fp32 after many chunks: those are added by the ordinary units.
+  template <int kKeys>
   __device__ __forceinline__ void absorb(const Tile<T, kF>& phi_k, const Tile<T, kV>& values) {
-#pragma unroll
-    for (int j = 0; j < kChunk; j += 16) {
+    if constexpr (sizeof(T) == 4) {
+      State keys;
+      keys.clear();
+      keys.template add_products<kKeys>(phi_k, values);
 #pragma unroll
       for (int t = 0; t < kTiles; t++) {
-        unsigned a[4];
+#pragma unroll
+        for (int n = 0; n <= kSum; n++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) sums[t][n][e] += keys.sums[t][n][e];
+        }
+      }
+    } else {
+      add_products<kKeys>(phi_k, values);
+    }
+  }
+
+ private:
+  template <int kKeys>
+  __device__ __forceinline__ void add_products(const Tile<T, kF>& phi_k,
+                                               const Tile<T, kV>& values) {
+#pragma unroll kUnroll
+    for (int j = 0; j < kKeys; j += 16) {
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) {
+        Pair<T> a[4];
         load_left_transposed(a, phi_k, 16 * (kTiles * warp() + t), j);
         multiply_row_and_ones(sums[t], a, values, j);
       }

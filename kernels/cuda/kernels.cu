@@ -34,13 +34,13 @@ const Instance instances[] = {
        static_cast<void (*)(StepParams)>(hybrid_attention_step<T, lanes, rows, wide>))},
         LOL_STEP_INSTANCES(LOL_ENTRY)
 #undef LOL_ENTRY
-#define LOL_ENTRY(T, D, f, sides, V)                                                  \
-  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">",         \
-   reinterpret_cast<const void*>(                                                     \
-       static_cast<void (*)(AttentionParams)>(hybrid_attention<T, D, f, sides, V>))}, \
-      {"lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">",     \
-       reinterpret_cast<const void*>(                                                 \
-           static_cast<void (*)(AttentionParams)>(linear_attention<T, D, f, sides, V>))},
+#define LOL_ENTRY(T, D, f, sides, V, chunk)                                                   \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">",     \
+   reinterpret_cast<const void*>(                                                             \
+       static_cast<void (*)(AttentionParams)>(hybrid_attention<T, D, f, sides, V, chunk>))},  \
+      {"lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+       reinterpret_cast<const void*>(                                                         \
+           static_cast<void (*)(AttentionParams)>(linear_attention<T, D, f, sides, V, chunk>))},
             LOL_ATTENTION_INSTANCES(LOL_ENTRY)
 #undef LOL_ENTRY
 };

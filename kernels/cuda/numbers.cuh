@@ -14,9 +14,21 @@ struct f16 {
   unsigned short bits;
 };
 
-// The number in the low 16 bits.
+// Two numbers side by side, as tensor cores take them.
 template <class T>
-__device__ __forceinline__ float low(unsigned pair);
+struct PairOf {
+  using Type = unsigned;
+};
+template <>
+struct PairOf<float> {
+  using Type = float2;
+};
+template <class T>
+using Pair = typename PairOf<T>::Type;
+
+// The first one, in the low bits.
+template <class T>
+__device__ __forceinline__ float low(Pair<T> pair);
 template <>
 __device__ __forceinline__ float low<bf16>(unsigned pair) {
   return __uint_as_float(pair << 16);
@@ -25,9 +37,13 @@ template <>
 __device__ __forceinline__ float low<f16>(unsigned pair) {
   return ptx::from_f16(static_cast<unsigned short>(pair));
 }
+template <>
+__device__ __forceinline__ float low<float>(float2 pair) {
+  return pair.x;
+}
 
 template <class T>
-__device__ __forceinline__ float high(unsigned pair);
+__device__ __forceinline__ float high(Pair<T> pair);
 template <>
 __device__ __forceinline__ float high<bf16>(unsigned pair) {
   return __uint_as_float(pair & 0xffff0000u);
@@ -36,10 +52,14 @@ template <>
 __device__ __forceinline__ float high<f16>(unsigned pair) {
   return low<f16>(pair >> 16);
 }
+template <>
+__device__ __forceinline__ float high<float>(float2 pair) {
+  return pair.y;
+}
 
-// Two numbers in 32 bits, as tensor cores take them; rounded to nearest even.
+// Rounded to nearest even.
 template <class T>
-__device__ __forceinline__ unsigned pack(float low, float high);
+__device__ __forceinline__ Pair<T> pack(float low, float high);
 template <>
 __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
   return ptx::pack_bf16(low, high);
@@ -47,6 +67,10 @@ __device__ __forceinline__ unsigned pack<bf16>(float low, float high) {
 template <>
 __device__ __forceinline__ unsigned pack<f16>(float low, float high) {
   return ptx::pack_f16(low, high);
+}
+template <>
+__device__ __forceinline__ float2 pack<float>(float low, float high) {
+  return make_float2(low, high);
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -62,10 +86,11 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 
-// d += a b for tiles of 16 x 16 and 16 x 8.
+// d += a b for tiles of 16 x 16 and 16 x 8. Operands are those of mma.m16n8k16: a pair has two
+// neighbours in the direction that is summed.
 template <class T>
-__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4],
-                                             const unsigned (&b)[2]);
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const Pair<T> (&a)[4],
+                                             const Pair<T> (&b)[2]);
 template <>
 __device__ __forceinline__ void mma_m16n8k16<bf16>(float (&d)[4], const unsigned (&a)[4],
                                                    const unsigned (&b)[2]) {
@@ -75,6 +100,33 @@ template <>
 __device__ __forceinline__ void mma_m16n8k16<f16>(float (&d)[4], const unsigned (&a)[4],
                                                   const unsigned (&b)[2]) {
   ptx::mma_m16n8k16_f16(d, a, b);
+}
+
+// x = high + low, to 22 bits.
+__device__ __forceinline__ void split(unsigned& high, unsigned& low, float x) {
+  high = ptx::to_tf32(x);
+  low = ptx::to_tf32(x - __uint_as_float(high));
+}
+
+// fp32 as three products of tf32. The order of what is summed is free: where mma.m16n8k8 has
+// columns i and i + 4, the first and second number of pair i are.
+template <>
+__device__ __forceinline__ void mma_m16n8k16<float>(float (&d)[4], const float2 (&a)[4],
+                                                    const float2 (&b)[2]) {
+#pragma unroll
+  for (int step = 0; step < 2; step++) {
+    unsigned a_high[4], a_low[4], b_high[2], b_low[2];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      split(a_high[row], a_low[row], a[2 * step + row].x);
+      split(a_high[2 + row], a_low[2 + row], a[2 * step + row].y);
+    }
+    split(b_high[0], b_low[0], b[step].x);
+    split(b_high[1], b_low[1], b[step].y);
+    ptx::mma_m16n8k8_tf32(d, a_low, b_high);
+    ptx::mma_m16n8k8_tf32(d, a_high, b_low);
+    ptx::mma_m16n8k8_tf32(d, a_high, b_high);
+  }
 }
 
 }  // namespace lol

@@ -12,36 +12,43 @@ struct AttentionInstance {
   int dtype;
   AttentionTiles tiles;
 };
-constexpr int type_code(const char* name) { return name[5] == 'b' ? LOL_BF16 : LOL_F16; }
+constexpr int type_code(const char* name) {
+  return name[0] == 'f' ? LOL_F32 : name[5] == 'b' ? LOL_BF16 : LOL_F16;
+}
 const AttentionInstance attention_instances[] = {
-#define LOL_NAME(T, D, f, sides, V)                                           \
-  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
-   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
-   type_code(#T),                                                             \
-   {D, f, sides, V}},
+#define LOL_NAME(T, D, f, sides, V, chunk)                                                \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+   type_code(#T),                                                                         \
+   {size_of(type_code(#T)), D, f, sides, V, chunk}},
     LOL_ATTENTION_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
-// Numbers of two bytes: q, k and v, sinks, phi_k, the state and ksum, the weights.
-int shared_bytes(const AttentionTiles& t) {
-  return kPlaceBytes + 2 * (kChunk * t.D + kSlots * kChunk * (t.D + t.V) + kSinks * (t.D + t.V) +
-                            kChunk * t.sides * t.f + t.sides * t.f * (t.V + 8) + 2 * t.D * t.f);
+// The first one that holds the problem.
+const AttentionInstance& instance_for(int dtype, const AttentionParams& p) {
+  const AttentionInstance* at = attention_instances;
+  while (at->dtype != dtype || at->tiles.D < p.D || at->tiles.f < p.f || at->tiles.sides < p.sides)
+    at++;
+  return *at;
 }
 
-int unsupported(const char* op, const char* why) {
-  fail("%s: %s is not for the CUDA kernels: use the Triton kernels", op, why);
-  return LOL_EUNSUPPORTED;
+// Few sequences and heads are cut into segments, as many as find an idle multiprocessor; an A100
+// has 108. With eight a pass takes about a third of its time, and more would gain little.
+int segments_for(int64 blocks, int T) {
+  constexpr int kMultiprocessors = 108, kMost = 8, kLeastTokens = 512;
+  int segments = 1;
+  while (segments < kMost && blocks * (segments + 1) <= kMultiprocessors &&
+         T / (segments + 1) >= kLeastTokens)
+    segments++;
+  return segments;
 }
 
 // What both operators have; Args: of either.
 template <class Args>
 int plan_attention(const char* op, const Args& a, const char* AttentionInstance::* kernel,
                    Plan* plan, AttentionParams* params) {
-  if (a.q.dtype == LOL_F32) return unsupported(op, "fp32");
-  if (a.key_padding_mask.data) return unsupported(op, "key_padding_mask");
   const bool mapped = a.feature_k.weight.data != nullptr;
-  const int sides = mapped && a.feature_k.two_sided ? 2 : 1;
   AttentionParams& p = *params;
   p.q = rows_of(a.q);
   p.k = rows_of(a.k);
@@ -54,38 +61,41 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
   p.D = static_cast<int>(a.q.shape[3]);
   p.V = static_cast<int>(a.v.shape[3]);
   p.f = mapped ? static_cast<int>(a.feature_k.weight.shape[2]) : p.D;
+  p.sides = mapped && a.feature_k.two_sided ? 2 : 1;
   if (mapped) {
     p.map_q = maps_of(a.feature_q, p.H);
     p.map_k = maps_of(a.feature_k, p.H);
   }
   p.activation = activation_of(a.feature_k);
   if (!mapped) p.activation = {LOL_IDENTITY, false, false, 0.f};
-  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP)
-    return unsupported(op, "fp16 with features that have no bound");
+  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP) {
+    fail(
+        "%s: fp16 with features that have no bound is not for the CUDA kernels: use bf16, or the "
+        "Triton kernels",
+        op);
+    return LOL_EUNSUPPORTED;
+  }
   p.scale = static_cast<float>(a.scale);
   p.den = static_cast<float*>(a.den.data);
   p.cu_seqlens = indices_of(a.cu_seqlens);
+  p.mask = {static_cast<const bool*>(a.key_padding_mask.data), a.key_padding_mask.stride[0]};
   p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
   p.wide = is_wide(a.q) && is_wide(a.k) && is_wide(a.v) && is_wide(a.o);
 
-  for (const AttentionInstance& at : attention_instances) {
-    const AttentionTiles& tiles = at.tiles;
-    if (at.dtype != a.q.dtype || tiles.D < p.D || tiles.f < p.f || tiles.sides != sides) continue;
-    const int64 slices = (p.V + tiles.V - 1) / tiles.V;
-    // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
-    const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
-    *plan = {at.*kernel, sequences * p.H * slices, 32 * kAttentionWarps, shared_bytes(tiles)};
-    return LOL_OK;
-  }
-  return unsupported(op, "D > 128 or f > 64 (two-sided), D > 64 or f > 128 (one-sided)");
+  const AttentionInstance& at = instance_for(a.q.dtype, p);
+  const int64 slices = (p.V + at.tiles.V - 1) / at.tiles.V;
+  // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
+  const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
+  const int64 blocks = sequences * p.H * slices;
+  p.segments = segments_for(blocks, p.T);
+  *plan = {at.*kernel, blocks * p.segments, 32 * at.tiles.warps(), at.tiles.shared_bytes()};
+  return LOL_OK;
 }
 
 }  // namespace
 
 int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params) {
-  const char* op = "hybrid_attention";
   AttentionParams p = {};
-  if (a.sink > kSinks) return unsupported(op, "sink > 16");
   p.gate = static_cast<const float*>(a.gate.data);
   p.affine = a.affine != 0;
   p.normalize = true;
@@ -94,7 +104,7 @@ int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params
   p.sink = static_cast<int>(a.sink);
   p.m = static_cast<float*>(a.m.data);
   *params = p;
-  return plan_attention(op, a, &AttentionInstance::hybrid, plan, params);
+  return plan_attention("hybrid_attention", a, &AttentionInstance::hybrid, plan, params);
 }
 
 int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params) {

@@ -6,24 +6,96 @@
 namespace lol {
 namespace cuda {
 
+// The weight of a map [D x f], as right operands. In shared memory, rounded and padded with zeros.
+template <class T, int kD, int kf, bool kHeld>
+struct Weight {
+  using Number = T;
+  static constexpr int kWidth = kf;
+  Tile<T, kf> tile;
+
+  // By all threads of a block.
+  __device__ __forceinline__ void bring(const float* weight, int D, int f, int threads) {
+    for (int i = threadIdx.x; i < kD * kf / 2; i += threads) {
+      const int row = i / (kf / 2), pair = i % (kf / 2), c = 2 * pair;
+      const float* w = weight + row * f + c;
+      tile.pair(row, pair) =
+          pack<T>(row < D && c < f ? w[0] : 0.f, row < D && c + 1 < f ? w[1] : 0.f);
+    }
+  }
+};
+// Where it is.
+template <class T, int kD, int kf>
+struct Weight<T, kD, kf, false> {
+  using Number = T;
+  static constexpr int kWidth = kf;
+  const float* weight;
+  int D, f;
+
+  __device__ __forceinline__ void bring(const float* from, int rows, int columns, int) {
+    *this = {from, rows, columns};
+  }
+  __device__ __forceinline__ float at(int row, int column) const {
+    return row < D && column < f ? weight[row * f + column] : 0.f;
+  }
+};
+template <class T, int kD, int kf>
+__device__ __forceinline__ void load_right(Pair<T> (&b)[4], const Weight<T, kD, kf, true>& weight,
+                                           int k, int n) {
+  load_right(b, weight.tile, k, n);
+}
+template <class T, int kD, int kf>
+__device__ __forceinline__ void load_right(Pair<T> (&b)[4], const Weight<T, kD, kf, false>& weight,
+                                           int k, int n) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int row = k + i % 2 * 8 + lane() % 4 * 2, column = n + i / 2 * 8 + lane() / 4;
+    b[i] = pack<T>(weight.at(row, column), weight.at(row + 1, column));
+  }
+}
+
 // A map as a warp sees it; without a weight the input is the feature.
-template <class T, int kf>
+template <class Weight>
 struct TileMap {
-  Tile<T, kf> weight;  // [D x f], rounded; not there if !projects
-  const float* bias;   // [f] or null
+  const Weight& weight;  // not there if !projects
+  const float* bias;     // [f] or null
   bool projects;
   int f;
+};
+
+// The features of a warp's 16 rows, as left operands; in registers.
+template <class T, int kF, bool kShared>
+struct LeftFeatures {
+  Pair<T> at[kF / 16][4];
+
+  // The thread's columns of tile n of 8, in one of its two rows.
+  __device__ __forceinline__ void set(int half, int n, Pair<T> pair) {
+    at[n / 2][n % 2 * 2 + half] = pair;  // as pack_left does
+  }
+  __device__ __forceinline__ void load(Pair<T> (&a)[4], int f) const {
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[i] = at[f / 16][i];
+  }
+};
+// In shared memory.
+template <class T, int kF>
+struct LeftFeatures<T, kF, true> {
+  Tile<T, kF> tile;
+
+  __device__ __forceinline__ void set(int half, int n, Pair<T> pair) {
+    tile.pair(lane() / 4 + 8 * half, 4 * n + lane() % 4) = pair;
+  }
+  __device__ __forceinline__ void load(Pair<T> (&a)[4], int f) const { load_left(a, tile, 0, f); }
 };
 
 // The columns of this thread in tile n of a fragment: this one and the next.
 __device__ __forceinline__ int column_of(int n) { return 8 * n + lane() % 4 * 2; }
 
 // z = x W + b (+ x), of the first 16 rows of a tile; for favor less |x|^2 / 2.
-template <class T, int kD, int kf>
-__device__ __forceinline__ void project(float (&z)[kf / 8][4], const Tile<T, kD>& x,
-                                        const TileMap<T, kf>& map, const Activation& activation) {
+template <class T, int kD, class Weight, int kTiles>
+__device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>& x,
+                                        const TileMap<Weight>& map, const Activation& activation) {
 #pragma unroll
-  for (int n = 0; n < kf / 8; n++) {
+  for (int n = 0; n < kTiles; n++) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
       const int column = column_of(n) + e;
@@ -31,19 +103,20 @@ __device__ __forceinline__ void project(float (&z)[kf / 8][4], const Tile<T, kD>
     }
   }
   if (map.projects) {
-#pragma unroll
+    constexpr int kUnroll = kUnrollFor<T, 16 * kTiles>;
+#pragma unroll kUnroll
     for (int k = 0; k < kD; k += 16) {
-      unsigned a[4];
+      Pair<T> a[4];
       load_left(a, x, 0, k);
       multiply_row(z, a, map.weight, k);
     }
   }
   if (!map.projects || activation.skip) {  // f == D
 #pragma unroll
-    for (int n = 0; n < (kf < kD ? kf : kD) / 8; n++) {
+    for (int n = 0; n < (kTiles < kD / 8 ? kTiles : kD / 8); n++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const unsigned pair = x.pair(lane() / 4 + 8 * half, column_of(n) / 2);
+        const Pair<T> pair = x.pair(lane() / 4 + 8 * half, column_of(n) / 2);
         z[n][2 * half] += low<T>(pair);
         z[n][2 * half + 1] += high<T>(pair);
       }
@@ -54,44 +127,16 @@ __device__ __forceinline__ void project(float (&z)[kf / 8][4], const Tile<T, kD>
     for (int half = 0; half < 2; half++) {
       float norm = 0.f;
       for (int i = lane() % 4; i < kD / 2; i += 4) {
-        const unsigned pair = x.pair(lane() / 4 + 8 * half, i);
+        const Pair<T> pair = x.pair(lane() / 4 + 8 * half, i);
         norm += low<T>(pair) * low<T>(pair) + high<T>(pair) * high<T>(pair);
       }
       norm = 0.5f * quad_sum(norm);
 #pragma unroll
-      for (int n = 0; n < kf / 8; n++) {
+      for (int n = 0; n < kTiles; n++) {
         z[n][2 * half] -= norm;
         z[n][2 * half + 1] -= norm;
       }
     }
-  }
-}
-
-// exp(sign z - max), for softmax divided by its sum, of one row.
-template <int kTiles>
-__device__ __forceinline__ void exponential(float (&y)[kTiles][2], const float (&z)[kTiles][4],
-                                            int half, float sign, int f, bool normalized) {
-  float top = kLowest, sum = 0.f;
-#pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      if (column_of(n) + e < f) top = fmaxf(top, sign * z[n][2 * half + e]);
-  }
-  top = quad_max(top) * kLog2e;
-#pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const float x = fmaf(sign * kLog2e, z[n][2 * half + e], -top);
-      sum += y[n][e] = column_of(n) + e < f ? ptx::exp2_approx(x) : 0.f;
-    }
-  }
-  const float factor = normalized ? 1.f / quad_sum(sum) : 1.f;
-#pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-    y[n][0] *= factor;
-    y[n][1] *= factor;
   }
 }
 
@@ -102,30 +147,51 @@ __device__ __forceinline__ float elementwise(int kind, float z, float favor_fact
   return z;
 }
 
-// y = factor * act(z), clamped, of the thread's row `half` and the side of that sign; 0 from column
-// f on. One row at a time, which takes few registers.
-template <int kTiles>
-__device__ __forceinline__ void activate(float (&y)[kTiles][2], const float (&z)[kTiles][4],
-                                         int half, float sign, const Activation& activation,
-                                         bool mapped, int f, float factor) {
+// factor * act(z), clamped, of the thread's row `half` and the side of that sign; 0 from column f
+// on. Tile n by tile n to take(n, its two columns). One row at a time, which takes few registers;
+// of many columns the exponentials are computed twice, once for their sum.
+template <int kTiles, class Take>
+__device__ __forceinline__ void activate(const float (&z)[kTiles][4], int half, float sign,
+                                         const Activation& activation, bool mapped, int f,
+                                         float factor, const Take& take) {
+  constexpr bool kOnce = kTiles <= 8;
   const int kind = mapped ? activation.kind : kIdentity;
-  if (kind == kSoftmax || kind == kExp) {
-    exponential(y, z, half, sign, f, kind == kSoftmax);
-  } else {
+  const float least = kind == kIdentity ? kLowest : activation.eps;
+  const auto finish = [&](int n, float left, float right) {
+    take(n, column_of(n) < f ? fmaxf(left, least) * factor : 0.f,
+         column_of(n) + 1 < f ? fmaxf(right, least) * factor : 0.f);
+  };
+  if (kind != kSoftmax && kind != kExp) {
     const float favor_factor = rsqrtf(static_cast<float>(f));
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
-      y[n][0] = elementwise(kind, z[n][2 * half], favor_factor);
-      y[n][1] = elementwise(kind, z[n][2 * half + 1], favor_factor);
-    }
+    for (int n = 0; n < kTiles; n++)
+      finish(n, elementwise(kind, z[n][2 * half], favor_factor),
+             elementwise(kind, z[n][2 * half + 1], favor_factor));
+    return;
   }
-  const float least = kind == kIdentity ? kLowest : activation.eps;
+  float top = kLowest, sum = 0.f, y[kOnce ? kTiles : 1][2];
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
     for (int e = 0; e < 2; e++)
-      y[n][e] = column_of(n) + e < f ? fmaxf(y[n][e], least) * factor : 0.f;
+      if (column_of(n) + e < f) top = fmaxf(top, sign * z[n][2 * half + e]);
   }
+  top = quad_max(top) * kLog2e;
+  const auto exponential = [&](int n, int e) {
+    return ptx::exp2_approx(fmaf(sign * kLog2e, z[n][2 * half + e], -top));
+  };
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+      sum += y[kOnce ? n : 0][e] = column_of(n) + e < f ? exponential(n, e) : 0.f;
+  }
+  const float unit = kind == kSoftmax ? 1.f / quad_sum(sum) : 1.f;
+  if (!kOnce) top = __int_as_float(ptx::opaque(__float_as_int(top)));  // or they would be kept
+#pragma unroll
+  for (int n = 0; n < kTiles; n++)
+    finish(n, unit * (kOnce ? y[kOnce ? n : 0][0] : exponential(n, 0)),
+           unit * (kOnce ? y[kOnce ? n : 0][1] : exponential(n, 1)));
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// Tiles of 16-bit numbers in shared memory, and products of them by tensor cores.
+// Tiles of numbers in shared memory, and products of them by tensor cores.
 //
 // Fragments are those of mma.m16n8k16. Of a 16 x 8 tile of sums, a thread has the columns 2 (lane
 // % 4) and the next one, of the rows lane / 4 (sums 0 and 1) and 8 below it (2 and 3). Two such
@@ -9,22 +9,31 @@
 namespace lol {
 namespace cuda {
 
-// Rows of kColumns numbers, in chunks of 16 bytes. The chunks of a row are permuted by its number,
-// so that the eight rows that are loaded or stored at once lie in different banks.
+// Rows of kColumns numbers, in chunks of 8. The chunks of a row are permuted by its number, so that
+// the rows that are loaded or stored at once lie in different banks: eight of 16-bit numbers, of
+// fp32 four in a row and every other one of eight.
 template <class T, int kColumns>
 struct Tile {
-  static_assert(sizeof(T) == 2 && (kColumns & (kColumns - 1)) == 0 && kColumns >= 8, "");
-  static constexpr int kChunks = kColumns / 8;
+  static_assert((kColumns & (kColumns - 1)) == 0 && kColumns >= 8, "");
+  using Number = T;
+  static constexpr int kWidth = kColumns, kChunks = kColumns / 8;
   T* data;
 
   __device__ __forceinline__ T* at(int row, int chunk) const {
-    constexpr int rows_per_line = kChunks < 8 ? 8 / kChunks : 1,
-                  mask = kChunks < 8 ? kChunks - 1 : 7;
-    return data + row * kColumns + (chunk ^ (row / rows_per_line & mask)) * 8;
+    constexpr int per_line = 16 / sizeof(T);  // chunks in all the banks
+    constexpr int rows_per_line = kChunks < per_line ? per_line / kChunks : 1,
+                  mask = (kChunks < per_line ? kChunks : per_line) - 1;
+    int by = row / rows_per_line;
+    if (sizeof(T) == 4) by ^= by >> 2;
+    return data + row * kColumns + (chunk ^ (by & mask)) * 8;
   }
   // Columns 2 i and the next one.
-  __device__ __forceinline__ unsigned& pair(int row, int i) const {
-    return reinterpret_cast<unsigned*>(at(row, i / 4))[i % 4];
+  __device__ __forceinline__ Pair<T>& pair(int row, int i) const {
+    return reinterpret_cast<Pair<T>*>(at(row, i / 4))[i % 4];
+  }
+  // Rows 2 i and the next one.
+  __device__ __forceinline__ Pair<T> pair_of_rows(int row, int column) const {
+    return pack<T>(at(row, column / 8)[column % 8], at(row + 1, column / 8)[column % 8]);
   }
   // From row `first` on, a multiple of 8.
   __device__ __forceinline__ Tile rows(int first) const { return {data + first * kColumns}; }
@@ -33,64 +42,112 @@ struct Tile {
 __device__ __forceinline__ int lane() { return ptx::opaque(threadIdx.x) % 32; }
 __device__ __forceinline__ int warp() { return ptx::opaque(threadIdx.x) / 32; }
 
-// ---- Operands of 16 x 16
+// ---- Operands of 16 x 16, by ldmatrix, which has no version for fp32
 
 // Left, tile[m][k].
 template <class T, int n>
 __device__ __forceinline__ void load_left(unsigned (&a)[4], const Tile<T, n>& tile, int m, int k) {
   ptx::ldmatrix(a, tile.at(m + lane() % 16, k / 8 + lane() / 16));
 }
+template <int n>
+__device__ __forceinline__ void load_left(float2 (&a)[4], const Tile<float, n>& tile, int m,
+                                          int k) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    a[i] = tile.pair(m + i % 2 * 8 + lane() / 4, k / 2 + i / 2 * 4 + lane() % 4);
+}
+
 // Left, tile[k][m].
 template <class T, int n>
 __device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const Tile<T, n>& tile,
                                                      int m, int k) {
   ptx::ldmatrix_trans(a, tile.at(k + lane() / 16 * 8 + lane() % 8, m / 8 + lane() / 8 % 2));
 }
+template <int n>
+__device__ __forceinline__ void load_left_transposed(float2 (&a)[4], const Tile<float, n>& tile,
+                                                     int m, int k) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    a[i] = tile.pair_of_rows(k + i / 2 * 8 + lane() % 4 * 2, m + i % 2 * 8 + lane() / 4);
+}
+
 // Right, tile[k][n]: the left half of the columns in b[0], b[1].
 template <class T, int width>
 __device__ __forceinline__ void load_right(unsigned (&b)[4], const Tile<T, width>& tile, int k,
                                            int n) {
   ptx::ldmatrix_trans(b, tile.at(k + lane() % 16, n / 8 + lane() / 16));
 }
+template <int width>
+__device__ __forceinline__ void load_right(float2 (&b)[4], const Tile<float, width>& tile, int k,
+                                           int n) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    b[i] = tile.pair_of_rows(k + i % 2 * 8 + lane() % 4 * 2, n + i / 2 * 8 + lane() / 4);
+}
+// The left half alone, of a tile of 8 columns.
+template <class T>
+__device__ __forceinline__ void load_right(unsigned (&b)[2], const Tile<T, 8>& tile, int k) {
+  ptx::ldmatrix_trans(b, tile.at(k + lane() % 16, 0));
+}
+__device__ __forceinline__ void load_right(float2 (&b)[2], const Tile<float, 8>& tile, int k) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) b[i] = tile.pair_of_rows(k + i * 8 + lane() % 4 * 2, lane() / 4);
+}
+
 // Right, tile[n][k].
 template <class T, int width>
 __device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const Tile<T, width>& tile,
                                                       int k, int n) {
   ptx::ldmatrix(b, tile.at(n + lane() / 16 * 8 + lane() % 8, k / 8 + lane() / 8 % 2));
 }
+template <int width>
+__device__ __forceinline__ void load_right_transposed(float2 (&b)[4],
+                                                      const Tile<float, width>& tile, int k,
+                                                      int n) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+    b[i] = tile.pair(n + i / 2 * 8 + lane() / 4, k / 2 + i % 2 * 4 + lane() % 4);
+}
+
+// ---- Products
+
+// How often a loop over what lies in shared memory is unrolled, for F features. Large ones would
+// take minutes to compile.
+template <class T, int kF>
+constexpr int kUnrollFor = sizeof(T) * kF > 256 ? 1 : 16;
 
 // The left and right half of 16 columns.
 template <class T>
-__device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4],
-                                         const unsigned (&a)[4], const unsigned (&b)[4]) {
+__device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], const Pair<T> (&a)[4],
+                                         const Pair<T> (&b)[4]) {
   mma_m16n8k16<T>(left, a, {b[0], b[1]});
   mma_m16n8k16<T>(right, a, {b[2], b[3]});
 }
 
-// d[16 x 8 n] += a tile[k .. k + 15][0 .. 8 n - 1]
-template <class T, int kTiles, int n>
-__device__ __forceinline__ void multiply_row(float (&d)[kTiles][4], const unsigned (&a)[4],
-                                             const Tile<T, n>& tile, int k) {
+// d[16 x 8 n] += a right[k .. k + 15][0 .. 8 n - 1]
+template <int kTiles, class Right, class A>
+__device__ __forceinline__ void multiply_row(float (&d)[kTiles][4], const A (&a)[4],
+                                             const Right& right, int k) {
 #pragma unroll
-  for (int column = 0; column < n; column += 16) {
-    unsigned b[4];
-    load_right(b, tile, k, column);
-    multiply<T>(d[column / 8], d[column / 8 + 1], a, b);
+  for (int column = 0; column < Right::kWidth; column += 16) {
+    A b[4];
+    load_right(b, right, k, column);
+    multiply<typename Right::Number>(d[column / 8], d[column / 8 + 1], a, b);
   }
 }
 
 // The same, and a times a column of ones.
 template <class T, int kTiles, int n>
-__device__ __forceinline__ void multiply_row_and_ones(float (&d)[kTiles][4], const unsigned (&a)[4],
+__device__ __forceinline__ void multiply_row_and_ones(float (&d)[kTiles][4], const Pair<T> (&a)[4],
                                                       const Tile<T, n>& tile, int k) {
   multiply_row(d, a, tile, k);
-  const unsigned ones = lane() < 4 ? pack<T>(1.f, 1.f) : 0u;
+  const Pair<T> ones = lane() < 4 ? pack<T>(1.f, 1.f) : Pair<T>{};
   mma_m16n8k16<T>(d[n / 8], a, {ones, ones});
 }
 
 // Two tiles of sums as a left operand.
 template <class T>
-__device__ __forceinline__ void pack_left(unsigned (&a)[4], const float (&left)[4],
+__device__ __forceinline__ void pack_left(Pair<T> (&a)[4], const float (&left)[4],
                                           const float (&right)[4]) {
   a[0] = pack<T>(left[0], left[1]);
   a[1] = pack<T>(left[2], left[3]);
@@ -101,7 +158,7 @@ __device__ __forceinline__ void pack_left(unsigned (&a)[4], const float (&left)[
 // What rounding in pack_left lost.
 template <class T>
 __device__ __forceinline__ void subtract_rounded(float (&left)[4], float (&right)[4],
-                                                 const unsigned (&a)[4]) {
+                                                 const Pair<T> (&a)[4]) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     left[2 * half] -= low<T>(a[half]);
@@ -124,27 +181,34 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // ---- Copies
 
-// Threads `thread`, `thread` + kThreads, ... bring their share of `rows` rows of `width` numbers to
-// a tile of kRows rows; zeros elsewhere. Asynchronously, if the rows are wide (memory.cuh).
-template <int kRows, int kThreads, class T, int kColumns>
+// Some of a sequence's tokens: those of a list, or `first` and its successors.
+struct Tokens {
+  const int* list;
+  int first;
+  __device__ __forceinline__ int operator[](int i) const { return list ? list[i] : first + i; }
+};
+
+// A warp brings rows of `width` numbers of `count` tokens, at most 16, to a tile; zeros elsewhere.
+// Asynchronously, if the rows are wide (memory.cuh).
+template <class T, int kColumns>
 __device__ __forceinline__ void copy_rows(const Tile<T, kColumns>& to, const T* from, int64 stride,
-                                          int rows, int width, bool wide, int thread) {
-  constexpr int kChunks = Tile<T, kColumns>::kChunks;
+                                          const Tokens& tokens, int count, int width, bool wide) {
+  constexpr int kRows = 16, kPer = kPerChunk<T>, kPieces = kColumns / kPer;
   if (wide) {
 #pragma unroll
-    for (int i = thread; i < kRows * kChunks; i += kThreads) {
-      const int row = i / kChunks, chunk = i % kChunks;
-      const bool inside = row < rows && 8 * chunk < width;
-      ptx::cp_async<16>(to.at(row, chunk), from + (inside ? row * stride + 8 * chunk : 0),
-                        inside ? 16 : 0);
+    for (int i = lane(); i < kRows * kPieces; i += 32) {
+      const int row = i / kPieces, column = i % kPieces * kPer;
+      const bool inside = row < count && column < width;
+      ptx::cp_async<16>(to.at(row, column / 8) + column % 8,
+                        from + (inside ? tokens[row] * stride + column : 0), inside ? 16 : 0);
     }
     return;
   }
 #pragma unroll 1
-  for (int i = thread; i < kRows * kColumns; i += kThreads) {
+  for (int i = lane(); i < kRows * kColumns; i += 32) {
     const int row = i / kColumns, column = i % kColumns;
     to.at(row, column / 8)[column % 8] =
-        row < rows && column < width ? from[row * stride + column] : T{};
+        row < count && column < width ? from[tokens[row] * stride + column] : T{};
   }
 }
 

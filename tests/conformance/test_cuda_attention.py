@@ -1,6 +1,7 @@
 """hybrid_attention and linear_attention in CUDA C++ against the fp64 reference, run by the emulator
 (gpu_on_cpu.cuda), through the C ABI's checks and the plan."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,22 +10,35 @@ from gpu_on_cpu.cuda.program import KernelError
 from helpers import emulated, operators
 from helpers.cases import FACTORS, Case, cases, make_inputs
 from helpers.compare import assert_close
-from helpers.emulated_attention import NARROW, ONE, WIDE, Kernels
+from helpers.emulated_attention import (
+    LARGE,
+    LARGEST,
+    NARROW,
+    ONE,
+    ONE_FP32,
+    ONE_LARGE,
+    WIDE,
+    Kernels,
+)
 
+import lolcats_ops as lo
 from lolcats_ops._native import load_torch_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-BF16, FP16 = torch.bfloat16, torch.float16
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
 def check(call, case, instances=NARROW, sanitizer=None, order=0):
     """Outputs against the reference; returns the kernels, with what they left for backward."""
-    want = operators.expected(call, case).outputs
-    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
     kernels = Kernels(partial(emulated.program("attention", instances, sanitizer), order=order))
-    for name, y in call(kernels, inputs).items():
-        assert_close(name, y, want[name].detach(), case.dtype, floor=1e-3)
+    want = operators.expected(call, case).outputs
+    compare(call(kernels, make_inputs(case).as_dtype(case.dtype, case.layout)), want, case.dtype)
     return kernels
+
+
+def compare(got, want, dtype):
+    for name, y in got.items():
+        assert_close(name, y, want[name].detach(), dtype, floor=1e-3)
 
 
 # Two-sided and narrow: one pair of kernels runs them all. Windows below, at and above a tile.
@@ -35,12 +49,13 @@ SMALL = {
     "G": (1, 3),
     "batch": ((1, 1), (2, 1), (1, 2)),
     "window": (0, 1, 16, 64, 100),
+    "sink": (0, 1, 4, 37),
     "length": ("0", "1", "w-1", "w+1", "3w+7"),
     "activation": ("softmax", "exp"),
     "two_sided": (True,),
     "skip": (False,),
-    "packing": (None, "packed"),
-    "dtype": (BF16, FP16),
+    "packing": (None, "left", "right", "packed"),
+    "dtype": (FP32, BF16, FP16),
 }
 # One-sided: every activation, and q and k as the features.
 ONE_SIDED = {
@@ -95,24 +110,99 @@ def test_wide_heads_and_features(call, case):
     check(call, case, WIDE)
 
 
+SMALL_PADDED = {"window": 24, "V": 20, "sink": 4, "packing": "left", "batch": (2, 1)}
+SMALL_STATE = {"window": 20, "V": 20, "batch": (1, 1), "initial": True}
+CASES_OF_LARGE = [
+    (operators.hybrid_attention, Case(D=128, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=96, two_sided=False, dtype=BF16, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=256, f=64, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, f=64, dtype=BF16, **SMALL_STATE)),
+]
+CASES_OF_LARGEST = [
+    (operators.hybrid_attention, Case(D=256, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, activation=None, dtype=BF16, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=128, f=64, dtype=FP32, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, dtype=FP32, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=128, two_sided=False, dtype=FP32, **SMALL_PADDED)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_LARGE, ids=name)
+def test_heads_and_features_of_128_and_256(call, case):
+    check(call, case, LARGE)
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_LARGEST, ids=name)
+def test_instances_that_hold_every_problem(call, case):
+    check(call, case, LARGEST)
+
+
 def test_long_sequences_keep_their_precision_in_fp16():
     check(operators.linear_attention, Case("2048", D=64, batch=(1, 1), initial=True, dtype=FP16))
     check(operators.hybrid_attention, Case("2048", D=64, batch=(1, 1), dtype=FP16))
 
 
-@pytest.mark.parametrize("packing", [None, "packed"])
-def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing):
-    case = Case(D=64, G=2, window=64, sink=1, batch=(1, 1), packing=packing, dtype=BF16)
+@pytest.mark.parametrize(("packing", "B"), [(None, 1), ("packed", 1), ("left", 2)])
+def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing, B):
+    case = Case(D=64, G=2, window=64, sink=1, batch=(B, 1), packing=packing, dtype=BF16)
     saved = check(operators.hybrid_attention, case).saved
     x = make_inputs(case).as_dtype(torch.float32, "plain")
     maps = [x.leaves.get(f"{n}_{side}") for side in "qk" for n in ("weight", "bias")]
     codes = (*x.features("q").codes,)
-    args = (*x.qkv, *maps, x.leaves["gate"], x.sequences.get("cu_seqlens"), None)
+    sequences = (x.sequences.get(n) for n in ("cu_seqlens", "key_padding_mask"))
+    args = (*x.qkv, *maps, x.leaves["gate"], *sequences)
     settings = (case.window, 0, case.sink, case.D**-0.5, False, *codes)
     load_torch_ops()
     _, m, den = torch.ops.lolcats_ops.hybrid_attention(*args, *settings)
     assert_close("m", saved.m, m.detach().double(), torch.float32)
     assert_close("den", saved.den, den.detach().double(), BF16)
+
+
+TERRACE = {"window": 600, "window_kind": "terrace", "sink": 4}
+FEW_HEADS = [
+    (operators.hybrid_attention, Case("2w", packing="left", batch=(2, 1), dtype=BF16, **TERRACE)),
+    (operators.linear_attention, Case("2048", batch=(1, 1), initial=True, dtype=BF16)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), FEW_HEADS, ids=name)
+def test_segments_of_a_sequence_equal_the_reference(call, case):
+    check(call, case)
+
+
+def test_few_heads_are_divided_among_blocks():
+    blocks = []
+
+    def run(**arguments):
+        names = (*emulated.INPUTS, "m", "den")
+        _, (count, *_), *_ = emulated.planned("hybrid_attention", names, arguments)
+        blocks.append(count)
+
+    for heads in (1, 16, 64):
+        x = make_inputs(Case("2048", batch=(1, heads), dtype=BF16))
+        operators.hybrid_attention(Kernels(run), x.as_dtype(BF16, "plain"))
+    assert blocks == [4, 64, 64]  # segments of at least 512 tokens, at most 108 blocks
+
+
+PADDED = [
+    (operators.hybrid_attention, Case(D=64, V=72, G=2, sink=4, window=48, dtype=BF16)),
+    (operators.hybrid_attention, Case(D=60, sink=37, window_kind="terrace", dtype=BF16)),
+    (operators.linear_attention, Case("500", D=64, initial=True, layout="strided", dtype=BF16)),
+]
+
+
+@pytest.mark.parametrize(("call", "case"), PADDED, ids=name)
+def test_padding_may_be_anywhere(call, case):
+    case = replace(case, batch=(3, 1))
+    x = make_inputs(case)
+    real = torch.rand(3, case.T, generator=torch.Generator().manual_seed(1)) < 0.6
+    real[2] = False
+    x.sequences = {"key_padding_mask": real}
+    kernels = Kernels(emulated.program("attention", NARROW))
+    got = call(kernels, x.as_dtype(case.dtype, case.layout))
+    compare(got, call(lo.reference, x), case.dtype)
+    padded = ~real[:, None].expand_as(kernels.saved.den)
+    assert (kernels.saved.den[padded] == 1).all()
 
 
 def test_tokens_after_the_last_sequence_get_zero():
@@ -129,39 +219,34 @@ def test_tokens_after_the_last_sequence_get_zero():
         assert (kernels.saved.m[:, :, end:] == 0).all()
 
 
-REFUSED = {
-    "fp32": Case(D=64),
-    "key_padding_mask": Case(D=64, packing="left", dtype=BF16),
-    "fp16 with features that have no bound": Case(D=64, activation="relu", dtype=FP16),
-    "D > 128": Case(D=256, f=64, dtype=BF16),
-    "sink > 16": Case(D=64, sink=17, dtype=BF16),
-}
+def test_fp16_with_features_without_a_bound_is_refused_with_what_would_do():
+    with pytest.raises(KernelError, match=r"have no bound .* use bf16, or the Triton kernels"):
+        check(operators.hybrid_attention, Case(D=64, activation="relu", dtype=FP16))
 
 
-@pytest.mark.parametrize("reason", REFUSED)
-def test_what_it_cannot_run_is_refused_with_the_reason_and_what_would_do(reason):
-    with pytest.raises(KernelError, match=f"{reason}.* CUDA kernels: use the Triton kernels"):
-        check(operators.hybrid_attention, REFUSED[reason])
+NARROW_HEADS = [
+    (
+        operators.hybrid_attention,
+        Case(D=60, V=72, sink=4, window=48, batch=(1, 1), layout="strided", dtype=BF16),
+    ),
+    (
+        operators.linear_attention,
+        Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
+    ),
+]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize(
-    ("call", "case"),
-    [
-        (
-            operators.hybrid_attention,
-            Case(D=60, V=72, sink=4, window=48, batch=(1, 1), layout="strided", dtype=BF16),
-        ),
-        (
-            operators.hybrid_attention,
-            Case(D=64, G=2, window=100, window_kind="terrace", batch=(1, 1), dtype=BF16),
-        ),
-        (
-            operators.linear_attention,
-            Case("500", D=64, V=72, batch=(1, 1), initial=True, packing="packed", dtype=BF16),
-        ),
-    ],
-    ids=name,
-)
+@pytest.mark.parametrize(("call", "case"), NARROW_HEADS, ids=name)
 def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
     check(call, case, ONE, sanitizer, order=3)
+
+
+def test_no_access_of_fp32_is_out_of_bounds():
+    case = Case(D=64, window=20, window_kind="terrace", sink=17, packing="left", dtype=FP32)
+    check(operators.hybrid_attention, case, ONE_FP32, "address")
+
+
+def test_warps_with_queries_and_warps_with_keys_do_not_race():
+    case = Case(D=128, dtype=BF16, **SMALL_PADDED)
+    check(operators.hybrid_attention, case, ONE_LARGE, "thread", order=3)

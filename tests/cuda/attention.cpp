@@ -7,11 +7,11 @@
 using lol::cuda::AttentionParams;
 
 static const Instance<AttentionParams> instances[] = {
-#define ENTRY(T, D, f, sides, V)                                                  \
-  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">",     \
-   lol::cuda::hybrid_attention<T, D, f, sides, V>},                               \
-      {"lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ">", \
-       lol::cuda::linear_attention<T, D, f, sides, V>},
+#define ENTRY(T, D, f, sides, V, chunk)                                                       \
+  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">",     \
+   lol::cuda::hybrid_attention<T, D, f, sides, V, chunk>},                                    \
+      {"lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
+       lol::cuda::linear_attention<T, D, f, sides, V, chunk>},
     INSTANCES(ENTRY)
 #undef ENTRY
 };

@@ -16,6 +16,7 @@ from lolcats_ops.state import HybridState
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool)
 
+INPUTS = ("q", "k", "v", "o", "weight_q", "weight_k", "gate")  # of every attention
 
 # What a program has of the kernels, so that few are compiled: those of small heads, those of larger
 # ones, those of rows that are no multiples of 16 bytes.
@@ -129,3 +130,24 @@ def feature_map(x: Tensor, features: Features, sanitizer: str | None = None) -> 
     run = program("feature_map", FEATURE_MAPS, sanitizer)
     run(**described(tensors), **activation(features))
     return y
+
+
+def planned(
+    operator: str, names: tuple[str, ...], arguments: dict[str, Tensor | float]
+) -> tuple[str, tuple[int, int, int], bytes, dict[int, str]]:
+    """The kernel, its blocks, threads and shared bytes, and the params of a launch; where in these
+    the tensors of ``names`` are, in the order of tests/cuda/plan_<operator>.cpp."""
+    results = {
+        "launch": torch.zeros(4, dtype=torch.int64),
+        "params": torch.zeros(1024, dtype=torch.uint8),
+        "kernel": torch.zeros(256, dtype=torch.uint8),
+        "addresses": torch.zeros(len(names), dtype=torch.int64),
+    }
+    program(f"plan_{operator}", "")(**arguments, **results)
+    blocks, threads, shared, size = results["launch"].tolist()
+    data = bytes(results["params"][:size].tolist())
+    where = dict(zip(results["addresses"].tolist(), names, strict=True))
+    words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
+    pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
+    kernel = bytes(results["kernel"].tolist()).split(b"\0")[0].decode()
+    return kernel, (blocks, threads, shared), data, pointers

@@ -15,9 +15,15 @@ from lolcats_ops.state import HybridState
 from .emulated import activation, described
 
 # What a program has of the kernels, so that few are compiled.
-NARROW = "X(lol::bf16, 64, 64, 2, 64) X(lol::f16, 64, 64, 2, 64)"
-WIDE = "X(lol::bf16, 128, 64, 2, 64) X(lol::bf16, 64, 128, 1, 64)"
-ONE = "X(lol::bf16, 64, 64, 2, 64)"
+ONE = "X(lol::bf16, 64, 64, 2, 64, 64)"
+ONE_FP32 = "X(float, 64, 64, 2, 32, 64)"
+ONE_LARGE = "X(lol::bf16, 128, 128, 2, 32, 64)"
+NARROW = f"{ONE} {ONE_FP32} X(lol::f16, 64, 64, 2, 64, 64)"
+WIDE = "X(lol::bf16, 128, 64, 2, 64, 64) X(lol::bf16, 64, 128, 1, 64, 64)"
+LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 64, 32)"
+LARGEST = (
+    "X(float, 128, 64, 2, 32, 32) X(float, 256, 256, 2, 16, 16) X(lol::bf16, 256, 256, 2, 16, 32)"
+)
 
 
 class Kernels:

@@ -19,8 +19,8 @@ def resources(kernel: str, target: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.cu")
         source.write_text(f"{_cuda_sources.unit(kernel)}const auto instance = &{kernel};\n")
-        options = (*_cuda_sources.options(), f"-arch={target}", "-Xptxas", "-v", "-cubin")
-        command = ("nvcc", *options, str(source), "-o", str(Path(folder, "kernel.cubin")))
+        options = ("-std=c++17", f"-I{_cuda_sources.folder()}", f"-arch={target}", "-Xptxas", "-v")
+        command = ("nvcc", *options, "-cubin", str(source), "-o", str(Path(folder, "kernel.cubin")))
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ptxas.resources(done.stdout + done.stderr)
