@@ -248,8 +248,10 @@ def _cuda_is_best(case: Case) -> bool:
     """Where CUDA C++ is meant to be faster than Triton: nothing of it has been measured."""
     if case.op == "hybrid_attention_step_":
         return case.tokens <= FEW_TOKENS
-    attention = case.op in ("hybrid_attention", "linear_attention")
-    return attention and torch.cuda.is_available() and _gpu(case.device).major == 8
+    if case.op not in ("hybrid_attention", "linear_attention"):
+        return False
+    tuned = case.head_dim <= 128 and case.feature_dim <= 64  # larger ones spill, or worse
+    return tuned and torch.cuda.is_available() and _gpu(case.device).major == 8
 
 
 def _name(dtype: torch.dtype) -> str:

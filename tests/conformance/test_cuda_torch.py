@@ -222,6 +222,7 @@ CALL = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 512}
         (A100, "hybrid_attention_step_", {"tokens": 9}, "triton"),
         (A100, "hybrid_attention", {}, "cuda"),
         (A100, "linear_attention", {"feature_dim": 0}, "cuda"),
+        (A100, "hybrid_attention", {"feature_dim": 128}, "triton"),
         (H100, "hybrid_attention", {}, "triton"),
         (A100, "feature_map", {}, "triton"),
         (A100, "attention_transfer", {}, "triton"),
