@@ -2,8 +2,8 @@
 on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py -k budget renews
-tests/cuda_budget.json, all of it: what a kernel needs of the compiler that makes it need most. Without
-the variable a part is compiled.
+tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most. Without the
+variable a part is compiled.
 """
 
 import json
