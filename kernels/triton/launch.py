@@ -96,12 +96,13 @@ TABLE = {
     ("backward", "bf16"): (
         Row(
             SMALL,
+            (128, 64),
             usual=Tiles(64, 64, 4, 1),
             # Larger tiles would spill thousands of registers, or half of what AMD has.
             sm_80=Tiles(32, 64, 4, 1),
             gfx942=Tiles(16, 32, 4, 1),
         ),
-        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        Row((64, 128), usual=Tiles(32, 64, 8, 1)),
         Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
         Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
     ),

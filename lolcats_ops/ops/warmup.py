@@ -38,6 +38,7 @@ def warmup(
     window: int = 64,
     window_kind: str = "sliding",
     sink: int = 0,
+    transposed: bool = False,
     xent: bool = False,
     backward: bool = False,
     backend: str | None = None,
@@ -57,6 +58,8 @@ def warmup(
         feature_q, feature_k: the maps; None for two-sided softmax of ``feature_dim`` (None:
             head_dim) columns.
         window, window_kind, sink: as in ``hybrid_attention``.
+        transposed: q, k and v will be views of [B, T, H, D], as in Hugging Face's models. Triton
+            compiles for the distance between tokens.
         xent: as in ``attention_transfer``.
         backward: also the gradients, of those operators that have one.
         backend: None for the best on ``device``.
@@ -86,13 +89,18 @@ def warmup(
         def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device, requires_grad=backward)
 
+        def rows(heads: int, length: int, width: int) -> Tensor:
+            if transposed:
+                return zeros(batch, length, heads, width).transpose(1, 2)
+            return zeros(batch, heads, length, width)
+
         weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
         maps = feature_q or Features(weight), feature_k or Features(weight)
         windows = {"window": window, "window_kind": window_kind, "sink": sink}
         with _compiling() as names:
             for length in tokens:
-                q = zeros(batch, heads, length, head_dim)
-                k, v = (zeros(batch, kv_heads or heads, length, n) for n in (head_dim, value_dim))
+                q = rows(heads, length, head_dim)
+                k, v = (rows(kv_heads or heads, length, n) for n in (head_dim, value_dim))
                 gate = zeros(heads, kind=torch.float32)
                 out = _call(op, (q, k, v), maps, gate, windows, xent, backend)
                 if backward and out is not None:
