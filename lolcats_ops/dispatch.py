@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import _C
+from .case import Case
 from .features import Features
 from .launches import launches_of
 
@@ -33,33 +34,11 @@ NO_CUDA_KERNELS = (
 )
 
 
-_CPU = torch.device("cpu")
-
-
 class Choice(NamedTuple):
     """The backend that runs a case, None if none does, and why."""
 
     backend: str | None
     why: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """What decides which backend can run a call, and which is the best."""
-
-    op: str
-    device: torch.device = _CPU
-    dtype: torch.dtype = torch.float32
-    head_dim: int = 64
-    value_dim: int = 64
-    feature_dim: int = 64  # f; 0 where q and k are the features
-    activation: str = "softmax"
-    two_sided: bool = True
-    tokens: int = 1
-    window: int = 64
-    window_kind: str = "sliding"
-    sink: int = 0
-    key_padding_mask: bool = False
 
 
 @dataclass(frozen=True)

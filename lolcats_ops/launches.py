@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from . import _C
 from ._codes import ACTIVATIONS, DTYPES, WINDOW_KINDS
+from .case import Case
 from .features import out_features
 from .state import window_span
-
-if TYPE_CHECKING:
-    from .dispatch import Case
 
 _EPS = 1e-12
 _F32, _I64, _BOOL = (DTYPES.index(name) for name in ("float32", "int64", "bool"))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .._codes import ACTIVATIONS, WINDOW_KINDS
-from ..dispatch import OPS, Case, chosen
+from ..case import Case
+from ..dispatch import OPS, chosen
 from . import triton
 
 NAMESPACE = "lolcats_ops"

@@ -26,6 +26,7 @@ from test_state import arguments, empty_state, feed, prepare, reference_of
 
 import lolcats_ops as lo
 from lolcats_ops import _C, dispatch
+from lolcats_ops.case import Case as Described
 from lolcats_ops.launches import launches_of
 from lolcats_ops.ops import default, triton
 from lolcats_ops.state import HybridState
@@ -238,7 +239,7 @@ def test_the_default_is_the_backend_that_is_meant_to_be_faster(gpu, card, op, ot
 
 
 def test_a_card_with_too_little_shared_memory_gets_triton_and_is_told_why(gpu):
-    case = dispatch.Case("hybrid_attention", **{**CALL, "device": torch.device("cuda")})
+    case = Described("hybrid_attention", **{**CALL, "device": torch.device("cuda")})
     needed = launches_of(case).shared_bytes
     gpu(SimpleNamespace(major=8, minor=6, shared_memory_per_block_optin=needed - 1))
     with launcher(only_notes()):
