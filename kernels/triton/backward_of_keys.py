@@ -259,12 +259,14 @@ def add_sink_gradients(p, at, dk_sink, dv_sink, j, dk, dv):
 
 @triton.jit
 def segment_gradients(p, incoming, left, dkv, dksum):
-    """What the queries of every segment add to the state's gradient, in the order of keys."""
+    """What the queries of every segment add to the state's gradient, in the order of keys; zeros
+    for the first one, before which there are no keys."""
     at = place_of(p)
     begin, end = chunk_range(p, at)
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     last = tl.minimum(end_chunk(p, end - 1), tl.cdiv(at.length, p.chunk))
     first = tl.minimum(end_chunk(p, begin - 1), last)
+    first = tl.where(at.segment == 0, last, first)
     state = absorb_chunks(
         p, at, empty_state(p), first, last, left, incoming, weight_q, linear_factor(p, at)
     )

@@ -269,9 +269,11 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
 
 @triton.jit
 def segment_sums(p, kv, ksum):
-    """What every segment adds to the state, [N, H, segments, F, V] and [..., F]."""
+    """What every segment adds to the state, [N, H, segments, F, V] and [..., F]; zeros for the last
+    one, which nothing follows."""
     at = place_of(p)
     begin, end = chunk_range(p, at)
+    end = tl.where(at.segment == p.segments - 1, begin, end)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     state = absorb_tiles(p, at, empty_state(p), first_tile(p, begin), first_tile(p, end), weight_k)
     store_state(p, at, kv, ksum, at.slot, state, False)
