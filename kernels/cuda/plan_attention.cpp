@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "../check.h"
 #include "attention_instances.h"
 #include "plan.h"
@@ -99,9 +101,10 @@ int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params
   p.gate = static_cast<const float*>(a.gate.data);
   p.affine = a.affine != 0;
   p.normalize = true;
-  p.window = static_cast<int>(a.window);
+  // Longer than the tokens, a window holds all of them, and sinks are all of them.
+  p.window = static_cast<int>(std::min(a.window, a.q.shape[2]));
   p.terrace = a.window_kind == LOL_TERRACE;
-  p.sink = static_cast<int>(a.sink);
+  p.sink = static_cast<int>(std::min(a.sink, a.q.shape[2]));
   p.m = static_cast<float*>(a.m.data);
   *params = p;
   return plan_attention("hybrid_attention", a, &AttentionInstance::hybrid, plan, params);

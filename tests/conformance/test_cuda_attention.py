@@ -158,6 +158,12 @@ def test_backward_gets_the_maxima_and_denominators_of_the_cpu(packing, B):
     assert_close("den", saved.den, den.detach().double(), BF16)
 
 
+@pytest.mark.parametrize("window_kind", ["sliding", "terrace"])
+def test_a_window_past_32_bits_holds_every_token(window_kind):
+    case = Case("500", window=2**32 + 5, window_kind=window_kind, batch=(1, 1), dtype=BF16)
+    check(operators.hybrid_attention, case)
+
+
 TERRACE = {"window": 600, "window_kind": "terrace", "sink": 4}
 FEW_HEADS = [
     (operators.hybrid_attention, Case("2w", packing="left", batch=(2, 1), dtype=BF16, **TERRACE)),
