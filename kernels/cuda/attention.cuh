@@ -21,7 +21,6 @@ namespace lol {
 namespace cuda {
 
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr unsigned kNegativeInfinity = 0xff800000u;
 
 template <class T>
 constexpr bool kHoldsSums = true;
@@ -41,7 +40,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
       : Memory(params, shared) {}
 
   __device__ __forceinline__ void run() {
-    if (warp() == 0) this->find_place(kV, kChunk, kHybrid);
+    if (this_warp() == 0) this->find_place(kV, kChunk, kHybrid);
     __syncthreads();
     this->load_maps();
     load_state();
@@ -61,7 +60,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   static constexpr int kSum = kV / 8;  // the tile of sums whose first column is that of the ones
 
   __device__ __forceinline__ int first_query(int chunk) const {
-    return ptx::opaque(chunk) * kChunk + 16 * warp();
+    return ptx::opaque(chunk) * kChunk + 16 * this_warp();
   }
   // The oldest tile of keys that a chunk weighs pair by pair. Computed anew wherever it is needed,
   // as are the next two, so that nothing waits in registers.
@@ -136,15 +135,19 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   }
 
   __device__ __forceinline__ void begin_queries() {
+    const int lane = this_lane();
     float z[kf / 8][4];
-    project(z, own_queries(), this->query_map(), p.activation);
+    project(lane, z, own_queries(), this->query_map(), p.activation);
+    const int columns = p.f - column_of(lane, 0);  // 8 n + e is a column if it is less
 #pragma unroll kSharesQueries ? 1 : kSides
     for (int side = 0; side < kSides; side++) {
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        activate(z, half, side ? -1.f : 1.f, p.activation, p.map_q.weight, p.f, at.lambda,
-                 [&](int n, float left, float right) {
-                   phi_q.set(half, side * kf / 8 + n, pack<T>(left, right));
+        activate(z, half, side ? -1.f : 1.f, p.activation, p.f, at.lambda,
+                 [&](int n, float left, float right) {  // zeros, whatever the keys have there
+                   const Pair<T> pair =
+                       pack<T>(8 * n < columns ? left : 0.f, 8 * n + 1 < columns ? right : 0.f);
+                   phi_q.set(lane, half, side * kf / 8 + n, pair);
                  });
     }
 #pragma unroll
@@ -159,17 +162,18 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
 
   // phi_k of a tile; zero for keys that do not exist and for sinks, which the state does not take.
   __device__ __forceinline__ void make_key_features(int tile) {
+    const int lane = this_lane(), first = this->first_key();
     float z[kf / 8][4];
-    project(z, keys(tile).rows(this->first_key()), this->key_map(), p.activation);
+    project(lane, z, keys(tile).rows(first), this->key_map(), p.activation);
 #pragma unroll kUnroll
     for (int side = 0; side < kSides; side++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int row = this->first_key() + lane() / 4 + 8 * half, j = tile * kChunk + row;
+        const int row = first + lane / 4 + 8 * half, j = tile * kChunk + row;
         const bool counts = j < at.length && j >= p.sink && side < p.sides;
-        activate(z, half, side ? -1.f : 1.f, p.activation, p.map_k.weight, p.f, counts ? 1.f : 0.f,
+        activate(z, half, side ? -1.f : 1.f, p.activation, p.f, counts ? 1.f : 0.f,
                  [&](int n, float left, float right) {
-                   phi_k.pair(row, side * kf / 2 + 4 * n + lane() % 4) = pack<T>(left, right);
+                   phi_k.pair(row, side * kf / 2 + 4 * n + lane % 4) = pack<T>(left, right);
                  });
       }
     }
@@ -181,9 +185,9 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   __device__ __forceinline__ void attend_keys(const Tile<T, kD>& keys, const Tile<T, kV>& values,
                                               int chunk, int j) {
     constexpr int groups = kKeys / 16;
-    const int i = first_query(chunk);
+    const int lane = this_lane(), i = first_query(chunk);
     const int first_start = window_start(p, i), last_start = window_start(p, i + 15);
-    const int row = i + lane() / 4;  // of the thread's
+    const int row = i + lane / 4;  // of the thread's
     const int start[2] = {window_start(p, row), window_start(p, row + 8)};
     bool near[groups], far[groups], any_near = false;
 #pragma unroll
@@ -198,88 +202,124 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
 #pragma unroll kUnroll
       for (int d = 0; d < kD; d += 16) {
         Pair<T> a[4];
-        load_left(a, own_queries(), 0, d);
+        load_left(lane, a, own_queries(), 0, d);
 #pragma unroll
         for (int g = 0; g < groups; g++) {
           if (!near[g]) continue;
           Pair<T> b[4];
-          load_right_transposed(b, keys, d, 16 * g);
+          load_right_transposed(lane, b, keys, d, 16 * g);
           multiply<T>(s[2 * g], s[2 * g + 1], a, b);
         }
       }
+      float top[2] = {m[0], m[1]};
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        weigh<kAreSinks>(s, half, row + 8 * half, start[half], j);
+      for (int g = 0; g < groups; g++) {
+        const int key = j + 16 * g;
+        const bool all = !kAreSinks && key >= last_start && key >= p.sink && key + 15 <= i;
+        if (near[g])
+          scale_scores<kAreSinks>(lane, s[2 * g], s[2 * g + 1], top, all, key, row, start);
+      }
+      float shift[2];
+      rescale_sums(shift, top);
+#pragma unroll
+      for (int g = 0; g < groups; g++) {
+        if (!near[g]) continue;
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          s[2 * g][e] = ptx::exp2_approx(s[2 * g][e] + shift[e / 2]);
+          s[2 * g + 1][e] = ptx::exp2_approx(s[2 * g + 1][e] + shift[e / 2]);
+        }
+      }
     }
 #pragma unroll
     for (int g = 0; g < groups; g++) {
-      if (far[g]) add_linear_weights(s[2 * g], s[2 * g + 1], start, j, 16 * g);
+      if (far[g]) add_linear_weights(lane, s[2 * g], s[2 * g + 1], start, j, 16 * g);
       if (near[g] || far[g]) {
         Pair<T> a[4];
         pack_left<T>(a, s[2 * g], s[2 * g + 1]);
-        multiply_row_and_ones(acc, a, values, 16 * g);
+        add_values(lane, a, values, 16 * g);
         // Without the denominator, which has the same error, rounding a weight would show in y.
         if (!kHybrid && !p.normalize) {
           subtract_rounded<T>(s[2 * g], s[2 * g + 1], a);
           pack_left<T>(a, s[2 * g], s[2 * g + 1]);
-          multiply_row_and_ones(acc, a, values, 16 * g);
+          add_values(lane, a, values, 16 * g);
         }
       }
     }
   }
 
-  // Turns scores of one of the thread's rows into softmax weights, 0 outside of the window.
-  template <bool kAreSinks, int kTiles>
-  __device__ __forceinline__ void weigh(float (&s)[kTiles][4], int half, int row, int start,
-                                        int j) {
-    const float unit = p.scale * kLog2e, before = m[half];
-    float top = before;
+  // Weights times 16 values, and times ones.
+  __device__ __forceinline__ void add_values(int lane, const Pair<T> (&weights)[4],
+                                             const Tile<T, kV>& values, int first) {
+    multiply_row(lane, acc, weights, values, first);
+    multiply_ones<T>(lane, acc[kSum], weights);
+  }
+
+  // Scores of 16 keys in powers of 2, and the maximum of each of the thread's rows; minus infinity
+  // outside of the window, in which they may be all.
+  template <bool kAreSinks>
+  __device__ __forceinline__ void scale_scores(int lane, float (&left)[4], float (&right)[4],
+                                               float (&top)[2], bool all, int key, int row,
+                                               const int (&start)[2]) {
+    const float unit = p.scale * kLog2e;
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
+    for (int e = 0; e < 4; e++) {
+      left[e] *= unit;
+      right[e] *= unit;
+    }
+    if (!all) {
+      const int own = key + column_of(lane, 0);
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int key = j + column_of(n) + e;
-        const bool inside = kAreSinks ? key < p.sink : key >= start && key >= p.sink;
-        float& x = s[n][2 * half + e];
-        x = inside && key <= row ? x * unit : __uint_as_float(kNegativeInfinity);
-        top = fmaxf(top, x);
+      for (int half = 0; half < 2; half++) {
+        // Columns c with own + c <= row and, of sinks, < p.sink, of others >= start and >= p.sink.
+        const int last = at_most(row + 8 * half, kAreSinks ? p.sink - 1 : row + 8) - own;
+        const int first = kAreSinks ? 0 : at_least(start[half], p.sink) - own;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          if (e < first || e > last) left[2 * half + e] = __uint_as_float(kNegativeInfinity);
+          if (e + 8 < first || e + 8 > last)
+            right[2 * half + e] = __uint_as_float(kNegativeInfinity);
+        }
       }
     }
-    top = quad_max(top);
-    m[half] = top;
-    top = fmaxf(top, kLowest);  // so that nothing is not subtracted from nothing
-    const float rescale = ptx::exp2_approx(before - top), shift = at.log2_gate - top;
 #pragma unroll
-    for (int n = 0; n < kTiles; n++) {
+    for (int e = 0; e < 4; e++) top[e / 2] = fmaxf(top[e / 2], fmaxf(left[e], right[e]));
+  }
+
+  // The sums in units of the new maxima, and what scores are shifted by: the maxima and the gate.
+  __device__ __forceinline__ void rescale_sums(float (&shift)[2], const float (&own_top)[2]) {
 #pragma unroll
-      for (int e = 0; e < 2; e++) {
-        float& x = s[n][2 * half + e];
-        x = ptx::exp2_approx(x + shift);
+    for (int half = 0; half < 2; half++) {
+      const float before = m[half];
+      m[half] = quad_max(own_top[half]);
+      const float top = fmaxf(m[half], kLowest);  // so that nothing is not subtracted from nothing
+      const float rescale = ptx::exp2_approx(before - top);
+      shift[half] = at.log2_gate - top;
+#pragma unroll
+      for (int n = 0; n <= kSum; n++) {
+        acc[n][2 * half] *= rescale;
+        acc[n][2 * half + 1] *= rescale;
       }
-    }
-#pragma unroll
-    for (int n = 0; n <= kSum; n++) {
-      acc[n][2 * half] *= rescale;
-      acc[n][2 * half + 1] *= rescale;
     }
   }
 
   // w += phi_q phi_k of the keys that have left the window, 16 of them from j + key on.
-  __device__ __forceinline__ void add_linear_weights(float (&left)[4], float (&right)[4],
+  __device__ __forceinline__ void add_linear_weights(int lane, float (&left)[4], float (&right)[4],
                                                      const int (&start)[2], int j, int key) {
     float w[2][4] = {};
 #pragma unroll kSharesQueries ? 1 : kF / 16
     for (int f = 0; f < kF; f += 16) {
       Pair<T> a[4], b[4];
-      phi_q.load(a, f);
-      load_right_transposed(b, phi_k, f, key);
+      phi_q.load(lane, a, f);
+      load_right_transposed(lane, b, phi_k, f, key);
       multiply<T>(w[0], w[1], a, b);
     }
+    const int own = j + key + column_of(lane, 0), first = p.sink - own;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int own = j + key + column_of(0) + e % 2, end = start[e / 2];
-      left[e] += own < end && own >= p.sink ? w[0][e] : 0.f;
-      right[e] += own + 8 < end && own + 8 >= p.sink ? w[1][e] : 0.f;
+      const int column = e % 2, end = start[e / 2] - own;
+      left[e] += column < end && column >= first ? w[0][e] : 0.f;
+      right[e] += column + 8 < end && column + 8 >= first ? w[1][e] : 0.f;
     }
   }
 
@@ -305,6 +345,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   }
   // Adds what the queries read from the state.
   __device__ __forceinline__ void read_state(float unit) {
+    const int lane = this_lane();
     if (!kHoldsSums<T>) {
 #pragma unroll
       for (int n = 0; n <= kSum; n++) {
@@ -315,9 +356,9 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
 #pragma unroll kSharesQueries ? 1 : kF / 16
     for (int f = 0; f < kF; f += 16) {
       Pair<T> a[4], b[2];
-      phi_q.load(a, f);
-      multiply_row(acc, a, kv, f);
-      load_right(b, ksum, f);
+      phi_q.load(lane, a, f);
+      multiply_row(lane, acc, a, kv, f);
+      load_right(lane, b, ksum, f);
       mma_m16n8k16<T>(acc[kSum], a, b);
     }
   }
@@ -327,7 +368,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
   // Of the warp's queries; the sums are in units of 1 / unit. The rows of y are put together where
   // the queries were.
   __device__ __forceinline__ void store_outputs(int chunk, float unit) {
-    const int i = first_query(chunk);
+    const int lane = this_lane(), i = first_query(chunk);
     const Tokens tokens = tokens_at(i);
     const Tile<T, kV> y = {own_queries().data};
     const float factor = (kHybrid ? 1.f : p.scale) / unit;
@@ -335,15 +376,15 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float den = acc[kSum][2 * half] + acc[kSum][2 * half + 1];  // the state's is in both columns
-      den = p.eps + factor * __shfl_sync(~0u, den, lane() & ~3);
+      den = p.eps + factor * __shfl_sync(~0u, den, lane & ~3);
       if (!p.normalize) den = 1.f;
       const float scale = factor / den;
 #pragma unroll
       for (int n = 0; n < kSum; n++)
-        y.pair(lane() / 4 + 8 * half, column_of(n) / 2) =
+        y.pair(lane / 4 + 8 * half, column_of(lane, n) / 2) =
             pack<T>(scale * acc[n][2 * half], scale * acc[n][2 * half + 1]);
-      const int row = lane() / 4 + 8 * half;
-      if (at.column == 0 && lane() % 4 == 0 && i + row < at.length) {
+      const int row = lane / 4 + 8 * half;
+      if (at.column == 0 && lane % 4 == 0 && i + row < at.length) {
         const int64 to = this->statistic(tokens[row]);
         p.den[to] = den;
         const bool none = m[half] == __uint_as_float(kNegativeInfinity);
@@ -353,7 +394,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     __syncwarp();
     constexpr int kPer = kPerChunk<T>, kPieces = kV / kPer;
 #pragma unroll 1
-    for (int c = lane(); c < 16 * kPieces; c += 32) {
+    for (int c = lane; c < 16 * kPieces; c += 32) {
       const int row = c / kPieces, column = c % kPieces * kPer;
       if (i + row >= at.length || at.column + column >= p.V) continue;
       T* to = row_of<T>(p.o, at.batch, at.head, tokens[row]) + at.column;

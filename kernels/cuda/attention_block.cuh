@@ -26,7 +26,7 @@ class AttentionBlock {
   __device__ __forceinline__ AttentionBlock(const AttentionParams& params, unsigned char* shared)
       : p(params),
         at(*reinterpret_cast<Place*>(shared)),
-        list(reinterpret_cast<int*>(shared + kPlaceBytes) + 16 * warp()) {}
+        list(reinterpret_cast<int*>(shared + kPlaceBytes) + 16 * this_warp()) {}
 
   // A block takes `columns` of V and a segment of the chunks. By one warp.
   __device__ __forceinline__ void find_place(int columns, int chunk, bool hybrid) {
@@ -59,7 +59,7 @@ class AttentionBlock {
     }
     found.bias_q = bias_of(p.map_q, found.head);
     found.bias_k = bias_of(p.map_k, found.head);
-    if (lane() == 0) at = found;
+    if (this_lane() == 0) at = found;
   }
   __device__ __forceinline__ const float* bias_of(const Maps& maps, int head) const {
     return maps.bias ? maps.bias + head / maps.group * p.f : nullptr;
@@ -80,10 +80,11 @@ class AttentionBlock {
     if (!at.holes) return {nullptr, at.first + first};
     __syncwarp();
     int position = -first;
-    for (int token = at.first + lane(); position < 16 && token - lane() < p.T; token += 32) {
+    for (int token = at.first + this_lane(); position < 16 && token - this_lane() < p.T;
+         token += 32) {
       const bool real = token < p.T && real_tokens(at.batch)[token];
       const unsigned ballot = __ballot_sync(~0u, real);
-      const int own = position + __popc(ballot & ((1u << lane()) - 1));
+      const int own = position + __popc(ballot & ((1u << this_lane()) - 1));
       if (real && own >= 0 && own < 16) list[own] = token;
       position += __popc(ballot);
     }
@@ -123,7 +124,7 @@ class AttentionBlock {
     const bool* real = real_tokens(found.batch);
     int count = 0, first = p.T, end = 0;
 #pragma unroll 8
-    for (int token = lane(); token < p.T; token += 32) {
+    for (int token = this_lane(); token < p.T; token += 32) {
       if (!real[token]) continue;
       count++;
       first = at_most(first, token);

@@ -29,7 +29,7 @@ class AttentionMemory : protected AttentionBlock {
     phi_k = take<kChunk, kF>(free);
     kv = take<kF, kV>(free);
     ksum = take<kF, 8>(free);
-    if constexpr (kSharesQueries) phi_q.tile = take<kChunk, kF>(free).rows(16 * warp());
+    if constexpr (kSharesQueries) phi_q.tile = take<kChunk, kF>(free).rows(16 * this_warp());
     if constexpr (kHoldsMaps) {
       weight_q.tile = take<kD, kf>(free);
       weight_k.tile = take<kD, kf>(free);
@@ -40,14 +40,16 @@ class AttentionMemory : protected AttentionBlock {
 
   // Whether the warp has queries: 16, of which nobody else knows.
   static __device__ __forceinline__ bool has_queries() {
-    return kChunk == 16 * kWarps || warp() < kChunk / 16;
+    return kChunk == 16 * kWarps || this_warp() < kChunk / 16;
   }
   // Whether it makes features of keys: of 16 of a tile, from the first one on.
-  static __device__ __forceinline__ int first_key() { return 16 * warp() - 16 * kWarps + kChunk; }
+  static __device__ __forceinline__ int first_key() {
+    return 16 * this_warp() - 16 * kWarps + kChunk;
+  }
   static __device__ __forceinline__ bool has_key_features() {
     return kChunk == 16 * kWarps || first_key() >= 0;
   }
-  __device__ __forceinline__ Tile<T, kD> own_queries() const { return q.rows(16 * warp()); }
+  __device__ __forceinline__ Tile<T, kD> own_queries() const { return q.rows(16 * this_warp()); }
   __device__ __forceinline__ Tile<T, kD> keys(int tile) const {
     return k.rows(tile % kSlots * kChunk);
   }
@@ -66,10 +68,10 @@ class AttentionMemory : protected AttentionBlock {
     load_map(weight_k, p.map_k);
   }
   __device__ __forceinline__ void load_queries(int chunk) {
-    const int position = chunk * kChunk + 16 * warp();
+    const int position = chunk * kChunk + 16 * this_warp();
     if (has_queries())
-      copy_rows(own_queries(), row_of<T>(p.q, at.batch, at.head, 0), p.q.token, tokens_at(position),
-                at.length - position, p.D, p.wide);
+      copy_rows(this_lane(), own_queries(), row_of<T>(p.q, at.batch, at.head, 0), p.q.token,
+                tokens_at(position), at.length - position, p.D, p.wide);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(int tile) {
@@ -115,13 +117,13 @@ class AttentionMemory : protected AttentionBlock {
   template <int kKeys>
   __device__ __forceinline__ void load_keys(const Tile<T, kD>& to_k, const Tile<T, kV>& to_v,
                                             int position) {
-    const int first = 16 * warp(), count = at.length - position - first;
+    const int lane = this_lane(), first = 16 * this_warp(), count = at.length - position - first;
     if (first < kKeys) {
       const Tokens tokens = tokens_at(position + first);
-      copy_rows(to_k.rows(first), row_of<T>(p.k, at.batch, at.kv_head, 0), p.k.token, tokens, count,
-                p.D, p.wide);
-      copy_rows(to_v.rows(first), row_of<T>(p.v, at.batch, at.kv_head, 0) + at.column, p.v.token,
-                tokens, count, p.V - at.column, p.wide);
+      copy_rows(lane, to_k.rows(first), row_of<T>(p.k, at.batch, at.kv_head, 0), p.k.token, tokens,
+                count, p.D, p.wide);
+      copy_rows(lane, to_v.rows(first), row_of<T>(p.v, at.batch, at.kv_head, 0) + at.column,
+                p.v.token, tokens, count, p.V - at.column, p.wide);
     }
     ptx::cp_async_commit();
   }

@@ -14,8 +14,8 @@ struct State {
   static constexpr int kUnroll = kUnrollFor<T, kF>;
   float sums[kTiles][kSum + 1][4];
 
-  static __device__ __forceinline__ int row_of_thread(int tile, int half) {
-    return 16 * (kTiles * warp() + tile) + lane() / 4 + 8 * half;
+  static __device__ __forceinline__ int row_of_thread(int lane, int tile, int half) {
+    return 16 * (kTiles * this_warp() + tile) + lane / 4 + 8 * half;
   }
 
   __device__ __forceinline__ void clear() {
@@ -34,22 +34,23 @@ struct State {
   template <bool kLoad>
   __device__ __forceinline__ void move(float* kv, float* ksum, int64 first, int sides, int f, int V,
                                        int column) {
+    const int lane = this_lane();
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int padded = row_of_thread(t, half), feature = padded % kf;
+        const int padded = row_of_thread(lane, t, half), feature = padded % kf;
         if (feature >= f || padded / kf >= sides) continue;
         const int64 row = first + padded / kf * f + feature;
 #pragma unroll
         for (int n = 0; n < kSum; n++) {
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int c = column + 8 * n + lane() % 4 * 2 + e;
+            const int c = column + 8 * n + lane % 4 * 2 + e;
             if (c < V) move_one<kLoad>(sums[t][n][2 * half + e], kv + row * V + c);
           }
         }
-        if (lane() % 4 == 0 && (kLoad || column == 0))
+        if (lane % 4 == 0 && (kLoad || column == 0))
           move_one<kLoad>(sums[t][kSum][2 * half], ksum + row);
       }
     }
@@ -67,17 +68,18 @@ struct State {
   // second.
   __device__ __forceinline__ void share(const Tile<T, kV>& kv, const Tile<T, 8>& ksum,
                                         float unit) const {
+    const int lane = this_lane();
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int row = row_of_thread(t, half);
+        const int row = row_of_thread(lane, t, half);
 #pragma unroll
         for (int n = 0; n < kSum; n++)
-          kv.pair(row, 4 * n + lane() % 4) =
+          kv.pair(row, 4 * n + lane % 4) =
               pack<T>(unit * sums[t][n][2 * half], unit * sums[t][n][2 * half + 1]);
         const float sum = unit * sums[t][kSum][2 * half];
-        ksum.pair(row, lane() % 4) = pack<T>(sum, sum - to_float(from_float<T>(sum)));
+        ksum.pair(row, lane % 4) = pack<T>(sum, sum - to_float(from_float<T>(sum)));
       }
     }
   }
@@ -107,14 +109,18 @@ struct State {
   template <int kKeys>
   __device__ __forceinline__ void add_products(const Tile<T, kF>& phi_k,
                                                const Tile<T, kV>& values) {
+    const int lane = this_lane(), first = 16 * kTiles * this_warp();
 #pragma unroll kUnroll
     for (int j = 0; j < kKeys; j += 16) {
+      Pair<T> a[kTiles][4];
 #pragma unroll
-      for (int t = 0; t < kTiles; t++) {
-        Pair<T> a[4];
-        load_left_transposed(a, phi_k, 16 * (kTiles * warp() + t), j);
-        multiply_row_and_ones(sums[t], a, values, j);
-      }
+      for (int t = 0; t < kTiles; t++) load_left_transposed(lane, a[t], phi_k, first + 16 * t, j);
+      for_columns(lane, values, j, [&](int n, const Pair<T>(&b)[4]) {
+#pragma unroll
+        for (int t = 0; t < kTiles; t++) multiply<T>(sums[t][n], sums[t][n + 1], a[t], b);
+      });
+#pragma unroll
+      for (int t = 0; t < kTiles; t++) multiply_ones<T>(lane, sums[t][kSum], a[t]);
     }
   }
 };

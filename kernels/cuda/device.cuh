@@ -27,6 +27,14 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
+// The thread's number in its block, opaque; that it is not negative is known, or divisions by
+// powers of 2 would take five instructions.
+__device__ __forceinline__ int thread_of_block() {
+  const int thread = opaque(threadIdx.x);
+  __builtin_assume(thread >= 0 && thread < 1024);
+  return thread;
+}
+
 // ---- Asynchronous copies from global to shared memory
 
 // Copies `source_bytes` of `kBytes` (4, 8 or 16) and fills the rest with zeros; none are read if 0.

@@ -30,7 +30,7 @@ template <int kThreads, bool kWide, class MapOf>
 __device__ __forceinline__ void project(const FeatureBuffers& at, const Maps& maps,
                                         const MapOf& map_of, bool shared, int rows,
                                         const MapShape& shape, bool skip) {
-  const int thread = ptx::opaque(threadIdx.x), groups = kThreads >> shape.quad_shift;
+  const int thread = ptx::thread_of_block(), groups = kThreads >> shape.quad_shift;
   const int quad = thread & ((1 << shape.quad_shift) - 1);
   const int group = thread >> shape.quad_shift;
   float4 sum[kRows] = {zero4(), zero4(), zero4(), zero4()};
@@ -82,7 +82,7 @@ __device__ __forceinline__ float warp_sum(float x) {
 // A warp turns z[f] of one row into its features, phi[i * kRows].
 __device__ __forceinline__ void activate(const Activation& activation, const float* x, int D,
                                          const float* z, int f, float* phi) {
-  const int lane = ptx::opaque(threadIdx.x) % 32;
+  const int lane = ptx::thread_of_block() % 32;
   if (activation.kind == kSoftmax || activation.kind == kExp) {
 #pragma unroll 1
     for (int side = 0; side < (activation.two_sided ? 2 : 1); side++) {
@@ -125,7 +125,7 @@ __device__ __forceinline__ void features(const FeatureBuffers& at, const Maps& m
                                          const MapShape& shape, float* phi) {
   static_assert(kThreads >= 32 * kRows, "a warp for every row");
   project<kThreads, kWide>(at, maps, map_of, shared, rows, shape, activation.skip);
-  const int thread = ptx::opaque(threadIdx.x), r = thread / 32;
+  const int thread = ptx::thread_of_block(), r = thread / 32;
   if (r < rows) {
     activate(activation, at.x + r * shape.ld, shape.D, at.z + r * shape.f, shape.f, phi + r);
   } else if (r < kRows) {

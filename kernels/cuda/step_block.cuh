@@ -42,7 +42,7 @@ class StepBlock {
       : p(params), shared(shared_memory) {}
 
   // Anew in every function, so that no address is kept in registers meanwhile.
-  static __device__ ThreadOfBlock this_thread() { return {ptx::opaque(threadIdx.x)}; }
+  static __device__ ThreadOfBlock this_thread() { return {ptx::thread_of_block()}; }
 
   // count = 0 where there is nothing to do.
   __device__ void find_sequence() {

@@ -39,16 +39,16 @@ struct Weight<T, kD, kf, false> {
   }
 };
 template <class T, int kD, int kf>
-__device__ __forceinline__ void load_right(Pair<T> (&b)[4], const Weight<T, kD, kf, true>& weight,
-                                           int k, int n) {
-  load_right(b, weight.tile, k, n);
+__device__ __forceinline__ void load_right(int lane, Pair<T> (&b)[4],
+                                           const Weight<T, kD, kf, true>& weight, int k, int n) {
+  load_right(lane, b, weight.tile, k, n);
 }
 template <class T, int kD, int kf>
-__device__ __forceinline__ void load_right(Pair<T> (&b)[4], const Weight<T, kD, kf, false>& weight,
-                                           int k, int n) {
+__device__ __forceinline__ void load_right(int lane, Pair<T> (&b)[4],
+                                           const Weight<T, kD, kf, false>& weight, int k, int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const int row = k + i % 2 * 8 + lane() % 4 * 2, column = n + i / 2 * 8 + lane() / 4;
+    const int row = k + i % 2 * 8 + lane % 4 * 2, column = n + i / 2 * 8 + lane / 4;
     b[i] = pack<T>(weight.at(row, column), weight.at(row + 1, column));
   }
 }
@@ -68,10 +68,10 @@ struct LeftFeatures {
   Pair<T> at[kF / 16][4];
 
   // The thread's columns of tile n of 8, in one of its two rows.
-  __device__ __forceinline__ void set(int half, int n, Pair<T> pair) {
+  __device__ __forceinline__ void set(int lane, int half, int n, Pair<T> pair) {
     at[n / 2][n % 2 * 2 + half] = pair;  // as pack_left does
   }
-  __device__ __forceinline__ void load(Pair<T> (&a)[4], int f) const {
+  __device__ __forceinline__ void load(int lane, Pair<T> (&a)[4], int f) const {
 #pragma unroll
     for (int i = 0; i < 4; i++) a[i] = at[f / 16][i];
   }
@@ -81,25 +81,35 @@ template <class T, int kF>
 struct LeftFeatures<T, kF, true> {
   Tile<T, kF> tile;
 
-  __device__ __forceinline__ void set(int half, int n, Pair<T> pair) {
-    tile.pair(lane() / 4 + 8 * half, 4 * n + lane() % 4) = pair;
+  __device__ __forceinline__ void set(int lane, int half, int n, Pair<T> pair) {
+    tile.pair(lane / 4 + 8 * half, 4 * n + lane % 4) = pair;
   }
-  __device__ __forceinline__ void load(Pair<T> (&a)[4], int f) const { load_left(a, tile, 0, f); }
+  __device__ __forceinline__ void load(int lane, Pair<T> (&a)[4], int f) const {
+    load_left(lane, a, tile, 0, f);
+  }
 };
 
-// The columns of this thread in tile n of a fragment: this one and the next.
-__device__ __forceinline__ int column_of(int n) { return 8 * n + lane() % 4 * 2; }
+constexpr unsigned kNegativeInfinity = 0xff800000u, kNaN = 0x7fffffffu;
 
-// z = x W + b (+ x), of the first 16 rows of a tile; for favor less |x|^2 / 2.
+// The columns of this thread in tile n of a fragment: this one and the next.
+__device__ __forceinline__ int column_of(int lane, int n) { return 8 * n + lane % 4 * 2; }
+
+__device__ __forceinline__ bool has_exponentials(const Activation& activation) {
+  return activation.kind == kSoftmax || activation.kind == kExp;
+}
+
+// z = x W + b (+ x), of the first 16 rows of a tile; for favor less |x|^2 / 2. Columns from f on
+// are 0, or NaN, which a maximum passes over.
 template <class T, int kD, class Weight, int kTiles>
-__device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>& x,
+__device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const Tile<T, kD>& x,
                                         const TileMap<Weight>& map, const Activation& activation) {
+  const float padding = __uint_as_float(has_exponentials(activation) ? kNaN : 0u);
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const int column = column_of(n) + e;
-      z[n][e] = z[n][2 + e] = map.bias && column < map.f ? map.bias[column] : 0.f;
+      const int column = column_of(lane, n) + e;
+      z[n][e] = z[n][2 + e] = column >= map.f ? padding : map.bias ? map.bias[column] : 0.f;
     }
   }
   if (map.projects) {
@@ -107,8 +117,8 @@ __device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>
 #pragma unroll kUnroll
     for (int k = 0; k < kD; k += 16) {
       Pair<T> a[4];
-      load_left(a, x, 0, k);
-      multiply_row(z, a, map.weight, k);
+      load_left(lane, a, x, 0, k);
+      multiply_row(lane, z, a, map.weight, k);
     }
   }
   if (!map.projects || activation.skip) {  // f == D
@@ -116,7 +126,7 @@ __device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>
     for (int n = 0; n < (kTiles < kD / 8 ? kTiles : kD / 8); n++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const Pair<T> pair = x.pair(lane() / 4 + 8 * half, column_of(n) / 2);
+        const Pair<T> pair = x.pair(lane / 4 + 8 * half, column_of(lane, n) / 2);
         z[n][2 * half] += low<T>(pair);
         z[n][2 * half + 1] += high<T>(pair);
       }
@@ -126,8 +136,8 @@ __device__ __forceinline__ void project(float (&z)[kTiles][4], const Tile<T, kD>
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       float norm = 0.f;
-      for (int i = lane() % 4; i < kD / 2; i += 4) {
-        const Pair<T> pair = x.pair(lane() / 4 + 8 * half, i);
+      for (int i = lane % 4; i < kD / 2; i += 4) {
+        const Pair<T> pair = x.pair(lane / 4 + 8 * half, i);
         norm += low<T>(pair) * low<T>(pair) + high<T>(pair) * high<T>(pair);
       }
       norm = 0.5f * quad_sum(norm);
@@ -147,46 +157,41 @@ __device__ __forceinline__ float elementwise(int kind, float z, float favor_fact
   return z;
 }
 
-// factor * act(z), clamped, of the thread's row `half` and the side of that sign; 0 from column f
-// on. Tile n by tile n to take(n, its two columns). One row at a time, which takes few registers;
-// of many columns the exponentials are computed twice, once for their sum.
+// factor * act(z), clamped, of the thread's row `half` and the side of that sign; finite from
+// column f on; factor >= 0. Tile n by tile n to take(n, its two columns). One row at a time, which
+// takes few registers; of many columns the exponentials are computed twice, once for their sum.
 template <int kTiles, class Take>
 __device__ __forceinline__ void activate(const float (&z)[kTiles][4], int half, float sign,
-                                         const Activation& activation, bool mapped, int f,
-                                         float factor, const Take& take) {
+                                         const Activation& activation, int f, float factor,
+                                         const Take& take) {
   constexpr bool kOnce = kTiles <= 8;
-  const int kind = mapped ? activation.kind : kIdentity;
-  const float least = kind == kIdentity ? kLowest : activation.eps;
+  const float least = factor * (activation.kind == kIdentity ? kLowest : activation.eps);
   const auto finish = [&](int n, float left, float right) {
-    take(n, column_of(n) < f ? fmaxf(left, least) * factor : 0.f,
-         column_of(n) + 1 < f ? fmaxf(right, least) * factor : 0.f);
+    take(n, fmaxf(left, least), fmaxf(right, least));
   };
-  if (kind != kSoftmax && kind != kExp) {
+  if (!has_exponentials(activation)) {
     const float favor_factor = rsqrtf(static_cast<float>(f));
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
-      finish(n, elementwise(kind, z[n][2 * half], favor_factor),
-             elementwise(kind, z[n][2 * half + 1], favor_factor));
+      finish(n, factor * elementwise(activation.kind, z[n][2 * half], favor_factor),
+             factor * elementwise(activation.kind, z[n][2 * half + 1], favor_factor));
     return;
   }
   float top = kLowest, sum = 0.f, y[kOnce ? kTiles : 1][2];
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) {
-#pragma unroll
-    for (int e = 0; e < 2; e++)
-      if (column_of(n) + e < f) top = fmaxf(top, sign * z[n][2 * half + e]);
-  }
+  for (int n = 0; n < kTiles; n++)
+    top = fmaxf(top, fmaxf(sign * z[n][2 * half], sign * z[n][2 * half + 1]));
   top = quad_max(top) * kLog2e;
   const auto exponential = [&](int n, int e) {
-    return ptx::exp2_approx(fmaf(sign * kLog2e, z[n][2 * half + e], -top));
+    return fmaxf(ptx::exp2_approx(fmaf(sign * kLog2e, z[n][2 * half + e], -top)), 0.f);  // no NaN
   };
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
-    for (int e = 0; e < 2; e++)
-      sum += y[kOnce ? n : 0][e] = column_of(n) + e < f ? exponential(n, e) : 0.f;
+    for (int e = 0; e < 2; e++) sum += y[kOnce ? n : 0][e] = exponential(n, e);
   }
-  const float unit = kind == kSoftmax ? 1.f / quad_sum(sum) : 1.f;
+  const float unit =
+      factor * (activation.kind == kSoftmax ? ptx::reciprocal_approx(quad_sum(sum)) : 1.f);
   if (!kOnce) top = __int_as_float(ptx::opaque(__float_as_int(top)));  // or they would be kept
 #pragma unroll
   for (int n = 0; n < kTiles; n++)

@@ -25,7 +25,7 @@ struct Tile {
                   mask = (kChunks < per_line ? kChunks : per_line) - 1;
     int by = row / rows_per_line;
     if (sizeof(T) == 4) by ^= by >> 2;
-    return data + row * kColumns + (chunk ^ (by & mask)) * 8;
+    return data + ((row * kColumns + (by & mask) * 8) ^ (chunk * 8));
   }
   // Columns 2 i and the next one.
   __device__ __forceinline__ Pair<T>& pair(int row, int i) const {
@@ -39,74 +39,79 @@ struct Tile {
   __device__ __forceinline__ Tile rows(int first) const { return {data + first * kColumns}; }
 };
 
-__device__ __forceinline__ int lane() { return ptx::opaque(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp() { return ptx::opaque(threadIdx.x) / 32; }
+// Asked for once in every phase of a chunk: what is computed from them then waits in registers only
+// as long.
+__device__ __forceinline__ int this_lane() { return ptx::thread_of_block() % 32; }
+__device__ __forceinline__ int this_warp() { return ptx::thread_of_block() / 32; }
 
 // ---- Operands of 16 x 16, by ldmatrix, which has no version for fp32
 
 // Left, tile[m][k].
 template <class T, int n>
-__device__ __forceinline__ void load_left(unsigned (&a)[4], const Tile<T, n>& tile, int m, int k) {
-  ptx::ldmatrix(a, tile.at(m + lane() % 16, k / 8 + lane() / 16));
+__device__ __forceinline__ void load_left(int lane, unsigned (&a)[4], const Tile<T, n>& tile, int m,
+                                          int k) {
+  ptx::ldmatrix(a, tile.at(m + lane % 16, k / 8 ^ lane / 16));
 }
 template <int n>
-__device__ __forceinline__ void load_left(float2 (&a)[4], const Tile<float, n>& tile, int m,
-                                          int k) {
+__device__ __forceinline__ void load_left(int lane, float2 (&a)[4], const Tile<float, n>& tile,
+                                          int m, int k) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    a[i] = tile.pair(m + i % 2 * 8 + lane() / 4, k / 2 + i / 2 * 4 + lane() % 4);
+    a[i] = tile.pair(m + i % 2 * 8 + lane / 4, k / 2 + i / 2 * 4 + lane % 4);
 }
 
 // Left, tile[k][m].
 template <class T, int n>
-__device__ __forceinline__ void load_left_transposed(unsigned (&a)[4], const Tile<T, n>& tile,
-                                                     int m, int k) {
-  ptx::ldmatrix_trans(a, tile.at(k + lane() / 16 * 8 + lane() % 8, m / 8 + lane() / 8 % 2));
+__device__ __forceinline__ void load_left_transposed(int lane, unsigned (&a)[4],
+                                                     const Tile<T, n>& tile, int m, int k) {
+  ptx::ldmatrix_trans(a, tile.at(k + lane / 16 * 8 + lane % 8, m / 8 ^ lane / 8 % 2));
 }
 template <int n>
-__device__ __forceinline__ void load_left_transposed(float2 (&a)[4], const Tile<float, n>& tile,
-                                                     int m, int k) {
+__device__ __forceinline__ void load_left_transposed(int lane, float2 (&a)[4],
+                                                     const Tile<float, n>& tile, int m, int k) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    a[i] = tile.pair_of_rows(k + i / 2 * 8 + lane() % 4 * 2, m + i % 2 * 8 + lane() / 4);
+    a[i] = tile.pair_of_rows(k + i / 2 * 8 + lane % 4 * 2, m + i % 2 * 8 + lane / 4);
 }
 
 // Right, tile[k][n]: the left half of the columns in b[0], b[1].
 template <class T, int width>
-__device__ __forceinline__ void load_right(unsigned (&b)[4], const Tile<T, width>& tile, int k,
-                                           int n) {
-  ptx::ldmatrix_trans(b, tile.at(k + lane() % 16, n / 8 + lane() / 16));
+__device__ __forceinline__ void load_right(int lane, unsigned (&b)[4], const Tile<T, width>& tile,
+                                           int k, int n) {
+  ptx::ldmatrix_trans(b, tile.at(k + lane % 16, n / 8 ^ lane / 16));
 }
 template <int width>
-__device__ __forceinline__ void load_right(float2 (&b)[4], const Tile<float, width>& tile, int k,
-                                           int n) {
+__device__ __forceinline__ void load_right(int lane, float2 (&b)[4], const Tile<float, width>& tile,
+                                           int k, int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    b[i] = tile.pair_of_rows(k + i % 2 * 8 + lane() % 4 * 2, n + i / 2 * 8 + lane() / 4);
+    b[i] = tile.pair_of_rows(k + i % 2 * 8 + lane % 4 * 2, n + i / 2 * 8 + lane / 4);
 }
 // The left half alone, of a tile of 8 columns.
 template <class T>
-__device__ __forceinline__ void load_right(unsigned (&b)[2], const Tile<T, 8>& tile, int k) {
-  ptx::ldmatrix_trans(b, tile.at(k + lane() % 16, 0));
+__device__ __forceinline__ void load_right(int lane, unsigned (&b)[2], const Tile<T, 8>& tile,
+                                           int k) {
+  ptx::ldmatrix_trans(b, tile.at(k + lane % 16, 0));
 }
-__device__ __forceinline__ void load_right(float2 (&b)[2], const Tile<float, 8>& tile, int k) {
+__device__ __forceinline__ void load_right(int lane, float2 (&b)[2], const Tile<float, 8>& tile,
+                                           int k) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) b[i] = tile.pair_of_rows(k + i * 8 + lane() % 4 * 2, lane() / 4);
+  for (int i = 0; i < 2; i++) b[i] = tile.pair_of_rows(k + i * 8 + lane % 4 * 2, lane / 4);
 }
 
 // Right, tile[n][k].
 template <class T, int width>
-__device__ __forceinline__ void load_right_transposed(unsigned (&b)[4], const Tile<T, width>& tile,
-                                                      int k, int n) {
-  ptx::ldmatrix(b, tile.at(n + lane() / 16 * 8 + lane() % 8, k / 8 + lane() / 8 % 2));
+__device__ __forceinline__ void load_right_transposed(int lane, unsigned (&b)[4],
+                                                      const Tile<T, width>& tile, int k, int n) {
+  ptx::ldmatrix(b, tile.at(n + lane / 16 * 8 + lane % 8, k / 8 ^ lane / 8 % 2));
 }
 template <int width>
-__device__ __forceinline__ void load_right_transposed(float2 (&b)[4],
+__device__ __forceinline__ void load_right_transposed(int lane, float2 (&b)[4],
                                                       const Tile<float, width>& tile, int k,
                                                       int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    b[i] = tile.pair(n + i / 2 * 8 + lane() / 4, k / 2 + i % 2 * 4 + lane() % 4);
+    b[i] = tile.pair(n + i / 2 * 8 + lane / 4, k / 2 + i % 2 * 4 + lane % 4);
 }
 
 // ---- Products
@@ -124,25 +129,31 @@ __device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], co
   mma_m16n8k16<T>(right, a, {b[2], b[3]});
 }
 
-// d[16 x 8 n] += a right[k .. k + 15][0 .. 8 n - 1]
-template <int kTiles, class Right, class A>
-__device__ __forceinline__ void multiply_row(float (&d)[kTiles][4], const A (&a)[4],
-                                             const Right& right, int k) {
+// Rows k to k + 15 of `right`, 16 columns at a time, to use(column / 8, the operand).
+template <class Right, class Use>
+__device__ __forceinline__ void for_columns(int lane, const Right& right, int k, const Use& use) {
 #pragma unroll
   for (int column = 0; column < Right::kWidth; column += 16) {
-    A b[4];
-    load_right(b, right, k, column);
-    multiply<typename Right::Number>(d[column / 8], d[column / 8 + 1], a, b);
+    Pair<typename Right::Number> b[4];
+    load_right(lane, b, right, k, column);
+    use(column / 8, b);
   }
 }
 
-// The same, and a times a column of ones.
-template <class T, int kTiles, int n>
-__device__ __forceinline__ void multiply_row_and_ones(float (&d)[kTiles][4], const Pair<T> (&a)[4],
-                                                      const Tile<T, n>& tile, int k) {
-  multiply_row(d, a, tile, k);
-  const Pair<T> ones = lane() < 4 ? pack<T>(1.f, 1.f) : Pair<T>{};
-  mma_m16n8k16<T>(d[n / 8], a, {ones, ones});
+// d[16 x 8 n] += a right[k .. k + 15][0 .. 8 n - 1]
+template <int kTiles, class Right, class A>
+__device__ __forceinline__ void multiply_row(int lane, float (&d)[kTiles][4], const A (&a)[4],
+                                             const Right& right, int k) {
+  for_columns(lane, right, k, [&](int n, const A(&b)[4]) {
+    multiply<typename Right::Number>(d[n], d[n + 1], a, b);
+  });
+}
+
+// d[16 x 8] += a times a column of ones.
+template <class T>
+__device__ __forceinline__ void multiply_ones(int lane, float (&d)[4], const Pair<T> (&a)[4]) {
+  const Pair<T> ones = lane < 4 ? pack<T>(1.f, 1.f) : Pair<T>{};
+  mma_m16n8k16<T>(d, a, {ones, ones});
 }
 
 // Two tiles of sums as a left operand.
@@ -191,12 +202,13 @@ struct Tokens {
 // A warp brings rows of `width` numbers of `count` tokens, at most 16, to a tile; zeros elsewhere.
 // Asynchronously, if the rows are wide (memory.cuh).
 template <class T, int kColumns>
-__device__ __forceinline__ void copy_rows(const Tile<T, kColumns>& to, const T* from, int64 stride,
-                                          const Tokens& tokens, int count, int width, bool wide) {
+__device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to, const T* from,
+                                          int64 stride, const Tokens& tokens, int count, int width,
+                                          bool wide) {
   constexpr int kRows = 16, kPer = kPerChunk<T>, kPieces = kColumns / kPer;
   if (wide) {
 #pragma unroll
-    for (int i = lane(); i < kRows * kPieces; i += 32) {
+    for (int i = lane; i < kRows * kPieces; i += 32) {
       const int row = i / kPieces, column = i % kPieces * kPer;
       const bool inside = row < count && column < width;
       ptx::cp_async<16>(to.at(row, column / 8) + column % 8,
@@ -205,7 +217,7 @@ __device__ __forceinline__ void copy_rows(const Tile<T, kColumns>& to, const T* 
     return;
   }
 #pragma unroll 1
-  for (int i = lane(); i < kRows * kColumns; i += 32) {
+  for (int i = lane; i < kRows * kColumns; i += 32) {
     const int row = i / kColumns, column = i % kColumns;
     to.at(row, column / 8)[column % 8] =
         row < count && column < width ? from[tokens[row] * stride + column] : T{};

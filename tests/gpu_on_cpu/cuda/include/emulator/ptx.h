@@ -14,6 +14,7 @@ inline T* dynamic_shared() {
 }
 
 inline int opaque(int x) { return x; }
+inline int thread_of_block() { return static_cast<int>(threadIdx.x); }
 
 // ---- Asynchronous copies: they land at the wait, as late as a GPU may let them. Until then their
 // destination is NaN, and the address sanitizer reports whoever reads it.
