@@ -82,9 +82,10 @@ def _launch(
     params: bytes,
     device: int,
     stream: int,
-) -> None:
+) -> str | None:
+    """Why the device is too small for the kernel, or None."""
     if shared_bytes > (most := _most_shared_bytes(device)):
-        raise ValueError(
+        return (
             f"{kernel} needs {shared_bytes} bytes of shared memory, a block of device {device} has "
             f"{most}"
         )
@@ -95,6 +96,7 @@ def _launch(
         # A NumPy array of one element goes by value.
         struct = np.frombuffer(params, np.dtype((np.void, len(params))))
         function((blocks,), (threads,), (struct,), shared_mem=shared_bytes)
+    return None
 
 
 @cache

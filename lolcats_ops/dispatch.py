@@ -82,10 +82,7 @@ def _cuda(case: Case) -> str | None:
     gpu = _gpu(case.device)
     if gpu.major < 8:
         return f"its kernels need compute capability 8.0, this GPU has {gpu.major}.{gpu.minor}"
-    needed, most = launches_of(case).shared_bytes, gpu.shared_memory_per_block_optin
-    if needed > most:
-        return f"a block needs {needed} bytes of shared memory, on this GPU it has {most}"
-    return None
+    return launches_of(case, gpu.shared_memory_per_block_optin).refusal
 
 
 def _gpu(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from .case import Case
 from .features import out_features
 from .state import window_span
 
+MOST_SHARED_BYTES = 227 * 1024  # of a block, on the GPU that has most: sm_90 and sm_100
 _EPS = 1e-12
 _F32, _I64, _BOOL = (DTYPES.index(name) for name in ("float32", "int64", "bool"))
 
@@ -23,10 +24,11 @@ class Launches(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def launches_of(case: Case) -> Launches:
-    """What runs a case. Needs neither a GPU nor a build with the kernels."""
+def launches_of(case: Case, most_shared_bytes: int = MOST_SHARED_BYTES) -> Launches:
+    """What runs a case where a block may have so much shared memory. Needs neither a GPU nor a
+    build with the kernels."""
     try:
-        launches = _C.cuda_launches(case.op, *_ARGUMENTS[case.op](case))
+        launches = _C.cuda_launches(case.op, most_shared_bytes, *_ARGUMENTS[case.op](case))
     except ValueError as error:  # "hybrid_attention: fp32 is not for the CUDA kernels: ..."
         return Launches(str(error).partition(": ")[2])
     return Launches(None, max((shared for *_, shared in launches), default=0))

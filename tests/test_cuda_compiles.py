@@ -23,19 +23,19 @@ needs_nvrtc = pytest.mark.skipif(
     nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed"
 )
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64>"
+HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64, 1>"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
 UPDATE = os.environ.get("UPDATE_CUDA_BUDGET")
-LARGE = "lol::cuda::hybrid_attention<lol::bf16, 128, 128, 2, 32, 64>"
+LARGE = "lol::cuda::hybrid_attention<lol::bf16, 128, 128, 2, 32, 64, 1>"
 KERNELS = (
     STEP,
     "lol::cuda::feature_map<lol::bf16, true>",
     HYBRID,
-    "lol::cuda::hybrid_attention<lol::bf16, 128, 64, 2, 64, 64>",
+    "lol::cuda::hybrid_attention<lol::bf16, 128, 64, 2, 64, 64, 3>",
     LARGE,
-    "lol::cuda::hybrid_attention<lol::bf16, 256, 64, 2, 64, 32>",
-    "lol::cuda::hybrid_attention<float, 64, 64, 2, 32, 64>",
-    "lol::cuda::hybrid_attention<float, 128, 64, 2, 32, 32>",
+    "lol::cuda::hybrid_attention<lol::bf16, 256, 64, 2, 64, 32, 2>",
+    "lol::cuda::hybrid_attention<float, 64, 64, 2, 32, 64, 2>",
+    "lol::cuda::hybrid_attention<float, 128, 64, 2, 32, 32, 1>",
 )
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BUDGETED = [

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import ml_dtypes
 import numpy as np
@@ -93,12 +94,12 @@ CASES = [
     (
         operators.hybrid_attention,
         Case(D=60, f=24, V=20, G=3, batch=(1, 1), sink=1, dtype=BF16),
-        Launch("lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64>", 3, 128),
+        Launch("lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64, 1>", 3, 128),
     ),
     (
         operators.linear_attention,
         Case(D=64, f=64, V=72, G=2, batch=(2, 1), initial=True, dtype=BF16),
-        Launch("lol::cuda::linear_attention<lol::bf16, 64, 64, 2, 64, 64>", 8, 128),
+        Launch("lol::cuda::linear_attention<lol::bf16, 64, 64, 2, 64, 64, 1>", 8, 128),
     ),
 ]
 
@@ -195,13 +196,20 @@ def test_wrong_dtypes_and_shapes_are_named(lcp, call):
         call(weight=lcp.cupy.asarray(np.ones((3, 8, 4), np.float32)))
 
 
-def test_kernels_too_large_for_the_gpu_say_what_they_need(lcp, monkeypatch):
+def test_a_gpu_with_little_shared_memory_gets_the_kernel_that_fits(lcp, monkeypatch):
     monkeypatch.setattr(lcp, "_most_shared_bytes", lambda device: 99 * 1024)
-    q = lcp.cupy.asarray(np.ones((1, 1, 5, 64), np.float16))
-    features = lcp.Features(lcp.cupy.asarray(np.ones((1, 64, 64), np.float32)))
-    gate = lcp.cupy.asarray(np.ones(1, np.float32))
+    kernels = []
+    monkeypatch.setattr(lcp, "_compiled", lambda kernel: kernels.append(kernel) or Mock())
+
+    def attend(D, dtype):
+        q = lcp.cupy.asarray(np.ones((1, 1, 5, D), dtype))
+        features = lcp.Features(lcp.cupy.asarray(np.ones((1, D, 64), np.float32)))
+        lcp.hybrid_attention(q, q, q, features, features, lcp.cupy.asarray(np.ones(1, np.float32)))
+
+    attend(128, np.float16)
+    assert kernels == ["lol::cuda::hybrid_attention<lol::f16, 128, 64, 2, 64, 32, 2>"]
     with pytest.raises(ValueError, match=r"needs \d{6} bytes .*, a block of device 0 has 101376"):
-        lcp.hybrid_attention(q, q, q, features, features, gate)
+        attend(128, np.float32)
 
 
 def last_error():

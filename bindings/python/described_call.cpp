@@ -14,12 +14,6 @@ lol_tensor located(lol_tensor t) {
   return t;
 }
 
-int note(const lol_cuda_launch* launch, void* launches) {
-  static_cast<std::vector<CudaLaunch>*>(launches)->push_back(
-      {launch->kernel, launch->blocks, launch->threads, launch->shared_bytes});
-  return LOL_OK;
-}
-
 }  // namespace
 
 lol_tensor DescribedCall::described(const py::object& object) {
@@ -42,8 +36,22 @@ lol_tensor DescribedCall::optional_tensor(const char*) {
 
 lol_tensor DescribedCall::result(const lol_tensor& like) { return located(like); }
 
+int DescribedCall::note(const lol_cuda_launch* launch, void* call) {
+  auto& self = *static_cast<DescribedCall*>(call);
+  if (launch->shared_bytes > self.most_shared_bytes_) {
+    const std::string needed = std::to_string(launch->shared_bytes),
+                      there = std::to_string(self.most_shared_bytes_);
+    lol_set_last_error((launch->kernel + (": a block needs " + needed) +
+                        " bytes of shared memory, on this GPU it has " + there)
+                           .c_str());
+    return LOL_EUNSUPPORTED;
+  }
+  self.launches_.push_back({launch->kernel, launch->blocks, launch->threads, launch->shared_bytes});
+  return LOL_OK;
+}
+
 void DescribedCall::run(const std::function<int()>& kernel) {
-  lol_set_thread_cuda_launcher(note, &launches_);
+  lol_set_thread_cuda_launcher(note, this);
   const int status = kernel();
   lol_set_thread_cuda_launcher(nullptr, nullptr);
   if (status != LOL_OK) throw py::value_error(lol_last_error());

@@ -17,10 +17,12 @@ struct CudaLaunch {
   uint32_t blocks, threads, shared_bytes;
 };
 
-// Arguments are given in schema order; a tensor is (lol_dtype, shape), contiguous, or None.
+// Arguments are given in schema order; a tensor is (lol_dtype, shape), contiguous, or None. A block
+// may have so many bytes of shared memory.
 class DescribedCall final : public Call {
  public:
-  explicit DescribedCall(py::args args) : args_(std::move(args)) {}
+  DescribedCall(py::args args, uint32_t most_shared_bytes)
+      : args_(std::move(args)), most_shared_bytes_(most_shared_bytes) {}
 
   lol_tensor tensor(const char*) override { return described(next()); }
   lol_tensor mutable_tensor(const char*) override { return described(next()); }
@@ -36,11 +38,13 @@ class DescribedCall final : public Call {
   const std::vector<CudaLaunch>& launches() const { return launches_; }
 
  private:
+  static int note(const lol_cuda_launch* launch, void* call);
   py::object next() { return args_[position_++]; }
   static lol_tensor described(const py::object& object);
 
   py::args args_;
   size_t position_ = 0;
+  uint32_t most_shared_bytes_;
   std::vector<CudaLaunch> launches_;
 };
 

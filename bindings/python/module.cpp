@@ -25,10 +25,10 @@ py::list cpu_isas() {
   return names;
 }
 
-py::list cuda_launches(const std::string& name, py::args args) {
+py::list cuda_launches(const std::string& name, uint32_t most_shared_bytes, py::args args) {
   for (const Operator& op : kOperators) {
     if (name != op.name) continue;
-    DescribedCall call(std::move(args));
+    DescribedCall call(std::move(args), most_shared_bytes);
     op.run(call);
     py::list launches;
     for (const CudaLaunch& at : call.launches())
@@ -62,10 +62,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "can_launch_cuda", [] { return lol_can_launch_cuda() != 0; },
       "Whether operators run on CUDA: with kernels that were built, or by a launcher.");
   m.def("cuda_launches", &cuda_launches,
-        "What an operator would launch on a GPU, (kernel, blocks, threads, bytes of shared memory) "
-        "each. Arguments are in schema order, tensors (lol_dtype, shape) or None. Launches nothing "
-        "and needs neither GPU nor kernels. ValueError: what the kernels cannot do.");
+        "What an operator would launch on a GPU whose blocks may have so many bytes of shared "
+        "memory, (kernel, blocks, threads, bytes of shared memory) each. Arguments are in schema "
+        "order, tensors (lol_dtype, shape) or None. Launches nothing and needs neither GPU nor "
+        "kernels. ValueError: what the kernels cannot do.");
   m.def("set_cuda_launcher", &set_cuda_launcher, py::arg("launch"),
         "Launch CUDA kernels by launch(kernel, blocks, threads, shared_bytes, params, device, "
-        "stream), in the whole process; None: by those that were built.");
+        "stream), in the whole process, which returns None, or why a block of the device has too "
+        "little shared memory. None: by those that were built.");
 }

@@ -27,9 +27,9 @@ constexpr bool kHoldsSums = true;
 template <>
 constexpr bool kHoldsSums<f16> = false;  // its largest number is 65504
 
-template <class T, int kD, int kf, int kSides, int kV, int kChunk, bool kHybrid>
-class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
-  using Memory = AttentionMemory<T, kD, kf, kSides, kV, kChunk>;
+template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots, bool kHybrid>
+class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
+  using Memory = AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots>;
   using Memory::at, Memory::p;
   using Memory::has_queries, Memory::own_queries, Memory::keys, Memory::values, Memory::tokens_at;
   using Memory::k_sink, Memory::v_sink, Memory::phi_k, Memory::kv, Memory::ksum, Memory::phi_q;
@@ -102,6 +102,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     if (attends(chunk)) {
       if (has_state(chunk)) {
         __syncthreads();
+        this->load_ahead(chunk + 1);
         if (has_queries()) read_state(unit);
       }
       if (has_queries()) store_outputs(chunk, unit);
@@ -179,61 +180,42 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     }
   }
 
+  // The warp's queries, and two of their rows, which a thread has.
+  struct Queries {
+    int first, first_start,
+        last_start;     // and where the windows of the first and the last one start
+    int row, start[2];  // the second row is 8 further
+  };
+  __device__ __forceinline__ Queries queries_of(int lane, int chunk) const {
+    const int i = first_query(chunk), row = i + lane / 4;
+    return {i,
+            window_start(p, i),
+            window_start(p, i + 15),
+            row,
+            {window_start(p, row), window_start(p, row + 8)}};
+  }
+
   // Adds keys to the sums of the warp's queries: those of a tile that starts at j, or the sinks.
   // Groups of 16 keys that no query of the warp attends are passed over.
   template <int kKeys, bool kAreSinks>
   __device__ __forceinline__ void attend_keys(const Tile<T, kD>& keys, const Tile<T, kV>& values,
                                               int chunk, int j) {
     constexpr int groups = kKeys / 16;
-    const int lane = this_lane(), i = first_query(chunk);
-    const int first_start = window_start(p, i), last_start = window_start(p, i + 15);
-    const int row = i + lane / 4;  // of the thread's
-    const int start[2] = {window_start(p, row), window_start(p, row + 8)};
+    const int lane = this_lane();
+    const Queries own = queries_of(lane, chunk);
     bool near[groups], far[groups], any_near = false;
 #pragma unroll
     for (int g = 0; g < groups; g++) {
       const int key = j + 16 * g;
-      near[g] = kHybrid && key <= i + 15 && (kAreSinks || key + 15 >= first_start);
-      far[g] = !kAreSinks && key < last_start;
+      near[g] = kHybrid && key <= own.first + 15 && (kAreSinks || key + 15 >= own.first_start);
+      far[g] = !kAreSinks && key < own.last_start;
       any_near |= near[g];
     }
     float s[2 * groups][4] = {};
-    if (kHybrid && any_near) {
-#pragma unroll kUnroll
-      for (int d = 0; d < kD; d += 16) {
-        Pair<T> a[4];
-        load_left(lane, a, own_queries(), 0, d);
-#pragma unroll
-        for (int g = 0; g < groups; g++) {
-          if (!near[g]) continue;
-          Pair<T> b[4];
-          load_right_transposed(lane, b, keys, d, 16 * g);
-          multiply<T>(s[2 * g], s[2 * g + 1], a, b);
-        }
-      }
-      float top[2] = {m[0], m[1]};
-#pragma unroll
-      for (int g = 0; g < groups; g++) {
-        const int key = j + 16 * g;
-        const bool all = !kAreSinks && key >= last_start && key >= p.sink && key + 15 <= i;
-        if (near[g])
-          scale_scores<kAreSinks>(lane, s[2 * g], s[2 * g + 1], top, all, key, row, start);
-      }
-      float shift[2];
-      rescale_sums(shift, top);
-#pragma unroll
-      for (int g = 0; g < groups; g++) {
-        if (!near[g]) continue;
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          s[2 * g][e] = ptx::exp2_approx(s[2 * g][e] + shift[e / 2]);
-          s[2 * g + 1][e] = ptx::exp2_approx(s[2 * g + 1][e] + shift[e / 2]);
-        }
-      }
-    }
+    if (kHybrid && any_near) add_softmax_weights<kAreSinks>(lane, s, near, own, keys, j);
 #pragma unroll
     for (int g = 0; g < groups; g++) {
-      if (far[g]) add_linear_weights(lane, s[2 * g], s[2 * g + 1], start, j, 16 * g);
+      if (far[g]) add_linear_weights(lane, s[2 * g], s[2 * g + 1], own.start, j, 16 * g);
       if (near[g] || far[g]) {
         Pair<T> a[4];
         pack_left<T>(a, s[2 * g], s[2 * g + 1]);
@@ -255,25 +237,58 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk> {
     multiply_ones<T>(lane, acc[kSum], weights);
   }
 
-  // Scores of 16 keys in powers of 2, and the maximum of each of the thread's rows; minus infinity
-  // outside of the window, in which they may be all.
+  // s += g e^(q k - m), m being the new maximum, of the groups of keys that are near.
+  template <bool kAreSinks, int groups>
+  __device__ __forceinline__ void add_softmax_weights(int lane, float (&s)[2 * groups][4],
+                                                      const bool (&near)[groups],
+                                                      const Queries& own, const Tile<T, kD>& keys,
+                                                      int j) {
+#pragma unroll kUnroll
+    for (int d = 0; d < kD; d += 16) {
+      Pair<T> a[4];
+      load_left(lane, a, own_queries(), 0, d);
+#pragma unroll
+      for (int g = 0; g < groups; g++) {
+        if (!near[g]) continue;
+        Pair<T> b[4];
+        load_right_transposed(lane, b, keys, d, 16 * g);
+        multiply<T>(s[2 * g], s[2 * g + 1], a, b);
+      }
+    }
+    float top[2] = {m[0], m[1]}, shift[2];
+#pragma unroll
+    for (int g = 0; g < groups; g++)
+      if (near[g]) scale_scores<kAreSinks>(lane, s[2 * g], s[2 * g + 1], top, own, j + 16 * g);
+    rescale_sums(shift, top);
+#pragma unroll
+    for (int g = 0; g < groups; g++) {
+      if (!near[g]) continue;
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        s[2 * g][e] = ptx::exp2_approx(s[2 * g][e] + shift[e / 2]);
+        s[2 * g + 1][e] = ptx::exp2_approx(s[2 * g + 1][e] + shift[e / 2]);
+      }
+    }
+  }
+
+  // Scores of 16 keys in powers of 2, and the maxima of the thread's rows; minus infinity outside
+  // of the window, in which all the keys may be.
   template <bool kAreSinks>
   __device__ __forceinline__ void scale_scores(int lane, float (&left)[4], float (&right)[4],
-                                               float (&top)[2], bool all, int key, int row,
-                                               const int (&start)[2]) {
+                                               float (&top)[2], const Queries& own, int key) {
     const float unit = p.scale * kLog2e;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       left[e] *= unit;
       right[e] *= unit;
     }
-    if (!all) {
-      const int own = key + column_of(lane, 0);
+    if (kAreSinks || key < own.last_start || key < p.sink || key + 15 > own.first) {
+      const int column = key + column_of(lane, 0);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        // Columns c with own + c <= row and, of sinks, < p.sink, of others >= start and >= p.sink.
-        const int last = at_most(row + 8 * half, kAreSinks ? p.sink - 1 : row + 8) - own;
-        const int first = kAreSinks ? 0 : at_least(start[half], p.sink) - own;
+        const int row = own.row + 8 * half;
+        const int first = kAreSinks ? 0 : at_least(own.start[half], p.sink) - column;
+        const int last = (kAreSinks ? at_most(row, p.sink - 1) : row) - column;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           if (e < first || e > last) left[2 * half + e] = __uint_as_float(kNegativeInfinity);

@@ -1,21 +1,34 @@
 // The instances of hybrid_attention and linear_attention, for whoever names, compiles or launches
-// them: <number type, D, f, sides of the feature map, columns of V of a block, tokens of a chunk>,
-// padded. The first that holds a problem runs it; the last of each number type holds all. With F =
-// 128 and 64 columns of V, 4 warps hold the state in 72 registers of a thread; with F = 256, in 32
-// columns, in 80.
+// them: <number type, D, f, sides of the feature map, columns of V of a block, tokens of a chunk,
+// tiles of keys in shared memory>, padded. The first that holds a problem and fits a GPU's shared
+// memory runs it. With F = 128 and 64 columns of V, 4 warps hold the state in 72 registers of a
+// thread; with F = 256, in 32 columns, in 80.
+//
+// D = f = 64 takes so little that two blocks share a multiprocessor of sm_80 (and one fits sm_86):
+// they wait for each other's keys, and one tile is enough. Larger heads have a multiprocessor for
+// themselves, and up to three tiles: two are at work, with windows up to a chunk, and one is on its
+// way. The second list is what the 99 KB of sm_86 and sm_89 hold of them.
 #pragma once
 
 #define LOL_ATTENTION_INSTANCES_OF_16_BITS(X, T) \
-  X(T, 64, 128, 1, 64, 64)                       \
-  X(T, 64, 64, 2, 64, 64)                        \
-  X(T, 128, 64, 2, 64, 64)                       \
-  X(T, 128, 128, 2, 32, 64)                      \
-  X(T, 256, 64, 2, 64, 32)                       \
-  X(T, 256, 256, 2, 16, 32)
+  X(T, 64, 64, 2, 64, 64, 1)                     \
+  X(T, 64, 128, 1, 64, 64, 1)                    \
+  X(T, 128, 64, 2, 64, 64, 3)                    \
+  X(T, 128, 128, 2, 32, 64, 1)                   \
+  X(T, 256, 64, 2, 64, 32, 2)                    \
+  X(T, 256, 256, 2, 16, 32, 2)                   \
+                                                 \
+  X(T, 128, 64, 2, 64, 32, 2)                    \
+  X(T, 256, 256, 2, 16, 16, 1)
 
-#define LOL_ATTENTION_INSTANCES(X)                 \
-  X(float, 64, 64, 2, 32, 64)                      \
-  X(float, 128, 64, 2, 32, 32)                     \
-  X(float, 256, 256, 2, 16, 16)                    \
-  LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::bf16) \
-  LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::f16)
+#define LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::bf16)
+#define LOL_ATTENTION_INSTANCES_f16(X) LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::f16)
+#define LOL_ATTENTION_INSTANCES_f32(X) \
+  X(float, 64, 64, 2, 32, 64, 2)       \
+  X(float, 128, 64, 2, 32, 32, 1)      \
+  X(float, 256, 256, 2, 16, 16, 1)     \
+                                       \
+  X(float, 64, 64, 2, 32, 32, 1)
+
+#define LOL_ATTENTION_INSTANCES(X) \
+  LOL_ATTENTION_INSTANCES_f32(X) LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_f16(X)

@@ -6,11 +6,11 @@
 namespace lol {
 namespace cuda {
 
-template <class T, int kD, int kf, int kSides, int kV, int kChunk>
+template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots>
 class AttentionMemory : protected AttentionBlock {
  protected:
-  static constexpr AttentionTiles kTiles = {sizeof(T), kD, kf, kSides, kV, kChunk};
-  static constexpr int kWarps = kTiles.warps(), kF = kTiles.F(), kSlots = kTiles.slots();
+  static constexpr AttentionTiles kTiles = {sizeof(T), kD, kf, kSides, kV, kChunk, kSlots};
+  static constexpr int kWarps = kTiles.warps(), kF = kTiles.F();
   static constexpr int kHeaderBytes = kTiles.header_bytes(), kThreads = 32 * kWarps;
   static constexpr bool kSharesQueries = kTiles.shares_queries(), kHoldsMaps = kTiles.holds_maps();
   static constexpr int kUnroll = kUnrollFor<T, kF>;
@@ -92,7 +92,11 @@ class AttentionMemory : protected AttentionBlock {
     }
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (next < at.end && !holds(next) && next % kSlots != tile % kSlots) load_tile(next);
+    if (next % kSlots != tile % kSlots) load_ahead(next);
+  }
+  // Starts with a tile; no thread needs what its slot has.
+  __device__ __forceinline__ void load_ahead(int tile) {
+    if (tile < at.end && !holds(tile)) load_tile(tile);
   }
 
   Tile<T, kD> q, k, k_sink;

@@ -11,9 +11,9 @@ constexpr int kSinks = 16;                    // that are in shared memory at a 
 
 // The tiles of an instance: the bytes of a number; D and f, padded; sides of the feature map;
 // columns of V; tokens of a chunk, which are the queries that a block takes at a time and the keys
-// of a tile.
+// of a tile; and how many of these tiles shared memory holds.
 struct AttentionTiles {
-  int number, D, f, sides, V, chunk;
+  int number, D, f, sides, V, chunk, slots;
 
   constexpr int F() const { return sides * f; }
   // All share the state, the first ones have 16 queries each, the last ones as many keys' features.
@@ -21,22 +21,15 @@ struct AttentionTiles {
   constexpr int warps() const { return number * F() > 256 ? 8 : 4; }
   constexpr int header_bytes() const { return kPlaceBytes + warps() * 16 * 4; }
 
-  // What shared memory has to hold: q, sinks, phi_k, the state and ksum; phi_q if it takes more
-  // than 64 registers of a thread; maps, if there is room, else they are read where they are; and
-  // up to three tiles of keys and values, which are two at work, with windows up to a chunk, and
-  // one on its way.
+  // What shared memory has to hold: q, sinks, phi_k, the state and ksum, tiles of keys and values;
+  // phi_q if it takes more than 64 registers of a thread; maps, if there is room, else they are
+  // read where they are.
   constexpr bool shares_queries() const { return number * F() > 512; }
-  constexpr bool holds_maps() const { return bytes(1, true) <= kAttentionShared; }
-  constexpr int slots() const {
-    for (int n = 3; n > 1; n--) {
-      if (bytes(n, holds_maps()) <= kAttentionShared) return n;
-    }
-    return 1;
-  }
-  constexpr int shared_bytes() const { return bytes(slots(), holds_maps()); }
+  constexpr bool holds_maps() const { return bytes(true) <= kAttentionShared; }
+  constexpr int shared_bytes() const { return bytes(holds_maps()); }
 
  private:
-  constexpr int bytes(int slots, bool maps) const {
+  constexpr int bytes(bool maps) const {
     return header_bytes() +
            number * (chunk * D + kSinks * (D + V) + chunk * F() * (shares_queries() ? 2 : 1) +
                      F() * (V + 8) + (maps ? 2 * D * f : 0) + slots * chunk * (D + V));

@@ -5,11 +5,12 @@
 namespace lol {
 namespace cuda {
 
-template <class T, int kD, int kf, int kSides, int kV, int kChunk>
-__global__ void __launch_bounds__(32 *
-                                  AttentionTiles{sizeof(T), kD, kf, kSides, kV, kChunk}.warps())
+template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots>
+__global__ void __launch_bounds__(
+    32 * AttentionTiles{sizeof(T), kD, kf, kSides, kV, kChunk, kSlots}.warps())
     hybrid_attention(const __grid_constant__ AttentionParams params) {
-  Attention<T, kD, kf, kSides, kV, kChunk, true>(params, ptx::dynamic_shared<unsigned char>())
+  Attention<T, kD, kf, kSides, kV, kChunk, kSlots, true>(params,
+                                                         ptx::dynamic_shared<unsigned char>())
       .run();
 }
 

@@ -11,13 +11,9 @@
 // wide: rows start at multiples of 16 bytes and are as long. The others are right, not fast.
 #pragma once
 
-#define LOL_FEATURE_MAP_INSTANCES(X) \
-  X(float, true)                     \
-  X(float, false)                    \
-  X(lol::bf16, true)                 \
-  X(lol::bf16, false)                \
-  X(lol::f16, true)                  \
-  X(lol::f16, false)
+#define LOL_FEATURE_MAP_INSTANCES_OF(X, T) \
+  X(T, true)                               \
+  X(T, false)
 
 #define LOL_STEP_INSTANCES_OF(X, T) \
   X(T, 16, 8, true)                 \
@@ -26,7 +22,15 @@
   X(T, 16, 32, true)                \
   X(T, 16, 32, false)
 
-#define LOL_STEP_INSTANCES(X)         \
-  LOL_STEP_INSTANCES_OF(X, float)     \
-  LOL_STEP_INSTANCES_OF(X, lol::bf16) \
-  LOL_STEP_INSTANCES_OF(X, lol::f16)
+#define LOL_FEATURE_MAP_INSTANCES_f32(X) LOL_FEATURE_MAP_INSTANCES_OF(X, float)
+#define LOL_FEATURE_MAP_INSTANCES_bf16(X) LOL_FEATURE_MAP_INSTANCES_OF(X, lol::bf16)
+#define LOL_FEATURE_MAP_INSTANCES_f16(X) LOL_FEATURE_MAP_INSTANCES_OF(X, lol::f16)
+#define LOL_STEP_INSTANCES_f32(X) LOL_STEP_INSTANCES_OF(X, float)
+#define LOL_STEP_INSTANCES_bf16(X) LOL_STEP_INSTANCES_OF(X, lol::bf16)
+#define LOL_STEP_INSTANCES_f16(X) LOL_STEP_INSTANCES_OF(X, lol::f16)
+
+#define LOL_FEATURE_MAP_INSTANCES(X)                                 \
+  LOL_FEATURE_MAP_INSTANCES_f32(X) LOL_FEATURE_MAP_INSTANCES_bf16(X) \
+      LOL_FEATURE_MAP_INSTANCES_f16(X)
+#define LOL_STEP_INSTANCES(X) \
+  LOL_STEP_INSTANCES_f32(X) LOL_STEP_INSTANCES_bf16(X) LOL_STEP_INSTANCES_f16(X)

@@ -22,21 +22,26 @@ thread_local Launcher of_thread = {nullptr, nullptr};
 
 const Launcher& launcher() { return of_thread.launch ? of_thread : of_process; }
 
+// The first choice; where the device is too small for it, the next one, if there is any.
 template <class Params, class Args>
 int plan_and_launch(const Args& a) {
-  Plan planned;
-  Params params;
-  if (const int status = plan(a, &planned, &params)) return status;
-  if (planned.blocks == 0) return LOL_OK;
-  if (planned.blocks > INT32_MAX) return fail("lolcats_ops: too many blocks for one launch");
-  const lol_cuda_launch launch = {planned.kernel,
-                                  static_cast<uint32_t>(planned.blocks),
-                                  static_cast<uint32_t>(planned.threads),
-                                  static_cast<uint32_t>(planned.shared_bytes),
-                                  &params,
-                                  sizeof(params),
-                                  a.context};
-  return launcher().launch(&launch, launcher().user);
+  for (int most_shared_bytes = INT32_MAX;;) {
+    Plan planned;
+    Params params;
+    if (const int status = plan(a, most_shared_bytes, &planned, &params)) return status;
+    if (planned.blocks == 0) return LOL_OK;
+    if (planned.blocks > INT32_MAX) return fail("lolcats_ops: too many blocks for one launch");
+    const lol_cuda_launch launch = {planned.kernel,
+                                    static_cast<uint32_t>(planned.blocks),
+                                    static_cast<uint32_t>(planned.threads),
+                                    static_cast<uint32_t>(planned.shared_bytes),
+                                    &params,
+                                    sizeof(params),
+                                    a.context};
+    const int status = launcher().launch(&launch, launcher().user);
+    if (status != LOL_EUNSUPPORTED) return status;
+    most_shared_bytes = planned.shared_bytes - 1;
+  }
 }
 
 }  // namespace

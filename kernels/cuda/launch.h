@@ -11,7 +11,7 @@ int run(const lol_linear_attention_args& a);
 int run(const lol_hybrid_attention_args& a);
 int run(const lol_hybrid_attention_step_args& a);
 
-// The launcher of builds that have the kernels (kernels.cu).
+// The launcher of builds that have the kernels (built_in.cu).
 int launch_built_in(const lol_cuda_launch* launch, void*);
 
 }  // namespace cuda

@@ -61,7 +61,8 @@ class Offsets {
 
 }  // namespace
 
-int plan(const lol_feature_map_args& a, Plan* plan, FeatureMapParams* params) {
+int plan(const lol_feature_map_args& a, int most_shared_bytes, Plan* plan,
+         FeatureMapParams* params) {
   FeatureMapParams p = {};
   p.x = rows_of(a.x);
   p.y = rows_of(a.y);
@@ -80,10 +81,11 @@ int plan(const lol_feature_map_args& a, Plan* plan, FeatureMapParams* params) {
   *params = p;
   *plan = {feature_map_instances[2 * a.x.dtype + (wide ? 0 : 1)], strips * p.H * a.x.shape[0],
            kFeatureMapThreads, at.bytes()};
-  return LOL_OK;
+  return at.bytes() <= most_shared_bytes ? LOL_OK : LOL_EUNSUPPORTED;
 }
 
-int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params) {
+int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* plan,
+         StepParams* params) {
   if (a.key_padding_mask.data) {
     fail(
         "hybrid_attention_step: key_padding_mask is not for the CUDA kernels: pack the sequences "
@@ -158,7 +160,7 @@ int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params
   const int64_t sequences = a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0];
   *params = p;
   *plan = {instance.kernel, a.q.shape[0] * p.T > 0 ? sequences * p.Hs : 0, threads, at.bytes()};
-  return LOL_OK;
+  return at.bytes() <= most_shared_bytes ? LOL_OK : LOL_EUNSUPPORTED;
 }
 
 }  // namespace cuda

@@ -18,11 +18,16 @@ struct Plan {
   int shared_bytes;
 };
 
-// LOL_OK, or an error and its message.
-int plan(const lol_feature_map_args& a, Plan* plan, FeatureMapParams* params);
-int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params);
-int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params);
-int plan(const lol_hybrid_attention_step_args& a, Plan* plan, StepParams* params);
+// The first choice among those that take at most so many bytes of shared memory. LOL_OK;
+// LOL_EUNSUPPORTED if there is none, and its message if that is not for want of memory.
+int plan(const lol_feature_map_args& a, int most_shared_bytes, Plan* plan,
+         FeatureMapParams* params);
+int plan(const lol_hybrid_attention_args& a, int most_shared_bytes, Plan* plan,
+         AttentionParams* params);
+int plan(const lol_linear_attention_args& a, int most_shared_bytes, Plan* plan,
+         AttentionParams* params);
+int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* plan,
+         StepParams* params);
 
 }  // namespace cuda
 }  // namespace lol

@@ -18,21 +18,23 @@ constexpr int type_code(const char* name) {
   return name[0] == 'f' ? LOL_F32 : name[5] == 'b' ? LOL_BF16 : LOL_F16;
 }
 const AttentionInstance attention_instances[] = {
-#define LOL_NAME(T, D, f, sides, V, chunk)                                                \
-  {"lol::cuda::hybrid_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
-   "lol::cuda::linear_attention<" #T ", " #D ", " #f ", " #sides ", " #V ", " #chunk ">", \
-   type_code(#T),                                                                         \
-   {size_of(type_code(#T)), D, f, sides, V, chunk}},
+#define LOL_NAME(T, ...)                                    \
+  {"lol::cuda::hybrid_attention<" #T ", " #__VA_ARGS__ ">", \
+   "lol::cuda::linear_attention<" #T ", " #__VA_ARGS__ ">", \
+   type_code(#T),                                           \
+   {size_of(type_code(#T)), __VA_ARGS__}},
     LOL_ATTENTION_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
-// The first one that holds the problem.
-const AttentionInstance& instance_for(int dtype, const AttentionParams& p) {
-  const AttentionInstance* at = attention_instances;
-  while (at->dtype != dtype || at->tiles.D < p.D || at->tiles.f < p.f || at->tiles.sides < p.sides)
-    at++;
-  return *at;
+// The first one that holds the problem in so much shared memory, or null.
+const AttentionInstance* instance_for(int dtype, const AttentionParams& p, int most_shared_bytes) {
+  for (const AttentionInstance& at : attention_instances) {
+    if (at.dtype == dtype && at.tiles.D >= p.D && at.tiles.f >= p.f && at.tiles.sides >= p.sides &&
+        at.tiles.shared_bytes() <= most_shared_bytes)
+      return &at;
+  }
+  return nullptr;
 }
 
 // Few sequences and heads are cut into segments, as many as find an idle multiprocessor; an A100
@@ -48,8 +50,8 @@ int segments_for(int64 blocks, int T) {
 
 // What both operators have; Args: of either.
 template <class Args>
-int plan_attention(const char* op, const Args& a, const char* AttentionInstance::* kernel,
-                   Plan* plan, AttentionParams* params) {
+int plan_attention(const char* op, const Args& a, int most_shared_bytes,
+                   const char* AttentionInstance::* kernel, Plan* plan, AttentionParams* params) {
   const bool mapped = a.feature_k.weight.data != nullptr;
   AttentionParams& p = *params;
   p.q = rows_of(a.q);
@@ -84,19 +86,21 @@ int plan_attention(const char* op, const Args& a, const char* AttentionInstance:
   p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
   p.wide = is_wide(a.q) && is_wide(a.k) && is_wide(a.v) && is_wide(a.o);
 
-  const AttentionInstance& at = instance_for(a.q.dtype, p);
-  const int64 slices = (p.V + at.tiles.V - 1) / at.tiles.V;
+  const AttentionInstance* at = instance_for(a.q.dtype, p, most_shared_bytes);
+  if (!at) return LOL_EUNSUPPORTED;
+  const int64 slices = (p.V + at->tiles.V - 1) / at->tiles.V;
   // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
   const int64 sequences = p.sequences ? p.sequences : a.q.shape[0] > 0 && p.T > 0;
   const int64 blocks = sequences * p.H * slices;
   p.segments = segments_for(blocks, p.T);
-  *plan = {at.*kernel, blocks * p.segments, 32 * at.tiles.warps(), at.tiles.shared_bytes()};
+  *plan = {at->*kernel, blocks * p.segments, 32 * at->tiles.warps(), at->tiles.shared_bytes()};
   return LOL_OK;
 }
 
 }  // namespace
 
-int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params) {
+int plan(const lol_hybrid_attention_args& a, int most_shared_bytes, Plan* plan,
+         AttentionParams* params) {
   AttentionParams p = {};
   p.gate = static_cast<const float*>(a.gate.data);
   p.affine = a.affine != 0;
@@ -107,10 +111,12 @@ int plan(const lol_hybrid_attention_args& a, Plan* plan, AttentionParams* params
   p.sink = static_cast<int>(std::min(a.sink, a.q.shape[2]));
   p.m = static_cast<float*>(a.m.data);
   *params = p;
-  return plan_attention("hybrid_attention", a, &AttentionInstance::hybrid, plan, params);
+  return plan_attention("hybrid_attention", a, most_shared_bytes, &AttentionInstance::hybrid, plan,
+                        params);
 }
 
-int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params) {
+int plan(const lol_linear_attention_args& a, int most_shared_bytes, Plan* plan,
+         AttentionParams* params) {
   AttentionParams p = {};
   p.normalize = a.normalize != 0;
   p.eps = static_cast<float>(a.eps);
@@ -120,7 +126,8 @@ int plan(const lol_linear_attention_args& a, Plan* plan, AttentionParams* params
   p.kv = any ? static_cast<float*>(a.kv.data) : nullptr;
   p.ksum = any ? static_cast<float*>(a.ksum.data) : nullptr;
   *params = p;
-  return plan_attention("linear_attention", a, &AttentionInstance::linear, plan, params);
+  return plan_attention("linear_attention", a, most_shared_bytes, &AttentionInstance::linear, plan,
+                        params);
 }
 
 }  // namespace cuda

@@ -200,19 +200,26 @@ struct Tokens {
 };
 
 // A warp brings rows of `width` numbers of `count` tokens, at most 16, to a tile; zeros elsewhere.
-// Asynchronously, if the rows are wide (memory.cuh).
+// Asynchronously, if the rows are wide (memory.cuh) and follow one another.
 template <class T, int kColumns>
 __device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to, const T* from,
                                           int64 stride, const Tokens& tokens, int count, int width,
                                           bool wide) {
   constexpr int kRows = 16, kPer = kPerChunk<T>, kPieces = kColumns / kPer;
-  if (wide) {
+  if (wide && !tokens.list) {
+    constexpr int kAcross = kPieces < 32 ? kPieces : 32, kStep = 32 / kAcross;  // at a time
+    const int first = lane / kAcross;
 #pragma unroll
-    for (int i = lane; i < kRows * kPieces; i += 32) {
-      const int row = i / kPieces, column = i % kPieces * kPer;
-      const bool inside = row < count && column < width;
-      ptx::cp_async<16>(to.at(row, column / 8) + column % 8,
-                        from + (inside ? tokens[row] * stride + column : 0), inside ? 16 : 0);
+    for (int n = 0; n < kPieces; n += kAcross) {
+      const int column = (n + lane % kAcross) * kPer;
+      const T* source = from + (tokens.first + first) * stride + column;
+#pragma unroll
+      for (int row = 0; row < kRows; row += kStep) {
+        const bool inside = first + row < count && column < width;
+        ptx::cp_async<16>(to.at(first + row, column / 8) + column % 8, inside ? source : from,
+                          inside ? 16 : 0);
+        source += kStep * stride;
+      }
     }
     return;
   }

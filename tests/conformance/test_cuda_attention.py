@@ -2,7 +2,6 @@
 (gpu_on_cpu.cuda), through the C ABI's checks and the plan."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -17,8 +16,11 @@ from helpers.emulated_attention import (
     ONE,
     ONE_FP32,
     ONE_LARGE,
+    SM_86,
+    SMALLEST,
     WIDE,
     Kernels,
+    program,
 )
 
 import lolcats_ops as lo
@@ -28,9 +30,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def check(call, case, instances=NARROW, sanitizer=None, order=0):
+def check(call, case, instances=NARROW, **settings):
     """Outputs against the reference; returns the kernels, with what they left for backward."""
-    kernels = Kernels(partial(emulated.program("attention", instances, sanitizer), order=order))
+    kernels = Kernels(program(instances, **settings))
     want = operators.expected(call, case).outputs
     compare(call(kernels, make_inputs(case).as_dtype(case.dtype, case.layout)), want, case.dtype)
     return kernels
@@ -94,14 +96,14 @@ def test_linear_attention_equals_the_reference(case):
 
 @small(ONE_SIDED, "D", "f", "two_sided", "bias", "skip", "activation", "window", "affine", "dtype")
 def test_every_activation(case):
-    check(operators.hybrid_attention, case, WIDE)
+    check(operators.hybrid_attention, case)
 
 
 CASES_OF_WIDE = [
     (operators.hybrid_attention, Case(D=128, f=64, G=2, window=64, sink=4, dtype=BF16)),
     (operators.hybrid_attention, Case(D=96, f=64, window=256, window_kind="terrace", dtype=BF16)),
     (operators.linear_attention, Case("500", D=128, f=64, batch=(1, 1), initial=True, dtype=BF16)),
-    (operators.linear_attention, Case("500", D=60, activation=None, batch=(1, 1), dtype=BF16)),
+    (operators.hybrid_attention, Case(D=60, f=100, two_sided=False, sink=1, dtype=BF16)),
 ]
 
 
@@ -132,9 +134,26 @@ def test_heads_and_features_of_128_and_256(call, case):
     check(call, case, LARGE)
 
 
+CASES_OF_SMALLEST = [
+    (operators.hybrid_attention, Case(D=128, f=64, dtype=BF16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, dtype=BF16, **SMALL_STATE)),
+    (operators.hybrid_attention, Case(D=60, dtype=FP32, **SMALL_PADDED)),
+]
+
+
 @pytest.mark.parametrize(("call", "case"), CASES_OF_LARGEST, ids=name)
 def test_instances_that_hold_every_problem(call, case):
     check(call, case, LARGEST)
+
+
+@pytest.mark.parametrize(("call", "case"), CASES_OF_SMALLEST, ids=name)
+def test_gpus_with_little_shared_memory_get_what_fits(call, case):
+    check(call, case, SMALLEST, most_shared_bytes=SM_86)
+
+
+def test_what_fits_no_kernel_says_what_it_needs():
+    with pytest.raises(KernelError, match=r"256, 256, 2, 16, 16, 1> needs \d{6} bytes of shared"):
+        check(operators.hybrid_attention, Case(D=256, dtype=FP32), most_shared_bytes=SM_86)
 
 
 def test_long_sequences_keep_their_precision_in_fp16():
@@ -204,7 +223,7 @@ def test_padding_may_be_anywhere(call, case):
     real = torch.rand(3, case.T, generator=torch.Generator().manual_seed(1)) < 0.6
     real[2] = False
     x.sequences = {"key_padding_mask": real}
-    kernels = Kernels(emulated.program("attention", NARROW))
+    kernels = Kernels(program(NARROW))
     got = call(kernels, x.as_dtype(case.dtype, case.layout))
     compare(got, call(lo.reference, x), case.dtype)
     padded = ~real[:, None].expand_as(kernels.saved.den)
@@ -214,7 +233,7 @@ def test_padding_may_be_anywhere(call, case):
 def test_tokens_after_the_last_sequence_get_zero():
     case = Case("3w+7", D=64, window=16, batch=(1, 1), dtype=BF16)
     x = make_inputs(case).as_dtype(BF16, "plain")
-    run = emulated.program("attention", NARROW)
+    run = program(NARROW)
     for bounds in ([0, 20], [0]):
         x.sequences = {"cu_seqlens": torch.tensor(bounds)}
         kernels, end = Kernels(run), bounds[-1]
@@ -245,14 +264,14 @@ NARROW_HEADS = [
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize(("call", "case"), NARROW_HEADS, ids=name)
 def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
-    check(call, case, ONE, sanitizer, order=3)
+    check(call, case, ONE, sanitizer=sanitizer, order=3)
 
 
 def test_no_access_of_fp32_is_out_of_bounds():
     case = Case(D=64, window=20, window_kind="terrace", sink=17, packing="left", dtype=FP32)
-    check(operators.hybrid_attention, case, ONE_FP32, "address")
+    check(operators.hybrid_attention, case, ONE_FP32, sanitizer="address")
 
 
 def test_warps_with_queries_and_warps_with_keys_do_not_race():
     case = Case(D=128, dtype=BF16, **SMALL_PADDED)
-    check(operators.hybrid_attention, case, ONE_LARGE, "thread", order=3)
+    check(operators.hybrid_attention, case, ONE_LARGE, sanitizer="thread", order=3)

@@ -40,9 +40,19 @@ struct Instance {
 };
 
 template <class Params, int n>
+struct Gpu {
+  const Instance<Params> (&instances)[n];
+  uint32_t most_shared_bytes;
+};
+
+template <class Params, int n>
 int launch(const lol_cuda_launch* launch, void* user) {
-  const auto& instances = *static_cast<const Instance<Params>(*)[n]>(user);
-  for (const Instance<Params>& instance : instances) {
+  const auto& gpu = *static_cast<const Gpu<Params, n>*>(user);
+  if (launch->shared_bytes > gpu.most_shared_bytes) {
+    lol::fail("%s needs %u bytes of shared memory", launch->kernel, launch->shared_bytes);
+    return LOL_EUNSUPPORTED;
+  }
+  for (const Instance<Params>& instance : gpu.instances) {
     if (std::strcmp(instance.name, launch->kernel)) continue;
     emulator::launch(instance.kernel, launch->blocks, launch->threads, launch->shared_bytes,
                      *static_cast<const Params*>(launch->params));
@@ -52,12 +62,14 @@ int launch(const lol_cuda_launch* launch, void* user) {
   return LOL_ECUDA;
 }
 
-// Checks and runs a call, as the library would for CUDA tensors.
+// Checks and runs a call, as the library would for CUDA tensors; by default on sm_80.
 template <class Params, class Args, int n>
-void run_emulated(Args& args, const Instance<Params> (&instances)[n]) {
+void run_emulated(Args& args, const Instance<Params> (&instances)[n],
+                  uint32_t most_shared_bytes = 163 << 10) {
   args.struct_size = sizeof args;
   args.context.device = 0;
-  lol_set_cuda_launcher(launch<Params, n>, const_cast<Instance<Params>(*)[n]>(&instances));
+  Gpu<Params, n> gpu = {instances, most_shared_bytes};
+  lol_set_cuda_launcher(launch<Params, n>, &gpu);
   if (!lol::check(args) && !lol::cuda::run(args)) return;
   std::fprintf(stderr, "emulator: %s\n", lol::last_error());
   std::exit(1);

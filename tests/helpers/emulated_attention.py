@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -12,18 +13,33 @@ from lolcats_ops._codes import WINDOW_KINDS
 from lolcats_ops.features import Features
 from lolcats_ops.state import HybridState
 
+from . import emulated
 from .emulated import activation, described
 
 # What a program has of the kernels, so that few are compiled.
-ONE = "X(lol::bf16, 64, 64, 2, 64, 64)"
-ONE_FP32 = "X(float, 64, 64, 2, 32, 64)"
-ONE_LARGE = "X(lol::bf16, 128, 128, 2, 32, 64)"
-NARROW = f"{ONE} {ONE_FP32} X(lol::f16, 64, 64, 2, 64, 64)"
-WIDE = "X(lol::bf16, 128, 64, 2, 64, 64) X(lol::bf16, 64, 128, 1, 64, 64)"
-LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 64, 32)"
+ONE = "X(lol::bf16, 64, 64, 2, 64, 64, 1)"
+ONE_FP32 = "X(float, 64, 64, 2, 32, 64, 2)"
+ONE_LARGE = "X(lol::bf16, 128, 128, 2, 32, 64, 1)"
+NARROW = f"{ONE} {ONE_FP32} X(lol::f16, 64, 64, 2, 64, 64, 1)"
+WIDE = "X(lol::bf16, 128, 64, 2, 64, 64, 3) X(lol::bf16, 64, 128, 1, 64, 64, 1)"
+LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 64, 32, 2)"
 LARGEST = (
-    "X(float, 128, 64, 2, 32, 32) X(float, 256, 256, 2, 16, 16) X(lol::bf16, 256, 256, 2, 16, 32)"
+    "X(float, 128, 64, 2, 32, 32, 1) X(float, 256, 256, 2, 16, 16, 1) "
+    "X(lol::bf16, 256, 256, 2, 16, 32, 2)"
 )
+SMALLEST = (
+    "X(lol::bf16, 128, 64, 2, 64, 32, 2) X(lol::bf16, 256, 256, 2, 16, 16, 1) "
+    "X(float, 64, 64, 2, 32, 32, 1)"
+)
+SM_80, SM_86 = 163 * 1024, 99 * 1024  # bytes of shared memory that a block may have
+
+
+def program(
+    instances: str, sanitizer: str | None = None, order: int = 0, most_shared_bytes: int = SM_80
+) -> Callable[..., None]:
+    """What runs the kernels, for ``Kernels``."""
+    run = emulated.program("attention", instances, sanitizer)
+    return partial(run, order=order, most_shared_bytes=most_shared_bytes)
 
 
 class Kernels:
