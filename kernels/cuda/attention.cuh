@@ -144,7 +144,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
     for (int side = 0; side < kSides; side++) {
 #pragma unroll
       for (int half = 0; half < 2; half++)
-        activate(z, half, side ? -1.f : 1.f, p.activation, p.f, at.lambda,
+        activate(z, half, side ? -1.f : 1.f, p.activation, at.lambda,
                  [&](int n, float left, float right) {  // zeros, whatever the keys have there
                    const Pair<T> pair =
                        pack<T>(8 * n < columns ? left : 0.f, 8 * n + 1 < columns ? right : 0.f);
@@ -172,7 +172,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       for (int half = 0; half < 2; half++) {
         const int row = first + lane / 4 + 8 * half, j = tile * kChunk + row;
         const bool counts = j < at.length && j >= p.sink && side < p.sides;
-        activate(z, half, side ? -1.f : 1.f, p.activation, p.f, counts ? 1.f : 0.f,
+        activate(z, half, side ? -1.f : 1.f, p.activation, counts ? 1.f : 0.f,
                  [&](int n, float left, float right) {
                    phi_k.pair(row, side * kf / 2 + 4 * n + lane % 4) = pack<T>(left, right);
                  });

@@ -94,22 +94,34 @@ constexpr unsigned kNegativeInfinity = 0xff800000u, kNaN = 0x7fffffffu;
 // The columns of this thread in tile n of a fragment: this one and the next.
 __device__ __forceinline__ int column_of(int lane, int n) { return 8 * n + lane % 4 * 2; }
 
+// Of a row, relative to its maximum.
 __device__ __forceinline__ bool has_exponentials(const Activation& activation) {
   return activation.kind == kSoftmax || activation.kind == kExp;
 }
 
-// z = x W + b (+ x), of the first 16 rows of a tile; for favor less |x|^2 / 2. Columns from f on
-// are 0, or NaN, which a maximum passes over.
+template <int kTiles, class Function>
+__device__ __forceinline__ void for_all(float (&z)[kTiles][4], const Function& function) {
+#pragma unroll
+  for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) z[n][e] = function(z[n][e]);
+  }
+}
+
+// z = x W + b (+ x), of the first 16 rows of a tile; act(z), but for activations of whole rows.
+// Columns from f on are finite, or NaN, which a maximum passes over.
 template <class T, int kD, class Weight, int kTiles>
 __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const Tile<T, kD>& x,
                                         const TileMap<Weight>& map, const Activation& activation) {
   const float padding = __uint_as_float(has_exponentials(activation) ? kNaN : 0u);
+  const int own = column_of(lane, 0), columns = map.f - own;  // 8 n + e is a column if it is less
+  const float* bias = map.bias ? map.bias + own : nullptr;
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      const int column = column_of(lane, n) + e;
-      z[n][e] = z[n][2 + e] = column >= map.f ? padding : map.bias ? map.bias[column] : 0.f;
+      const int column = 8 * n + e;
+      z[n][e] = z[n][2 + e] = column >= columns ? padding : bias ? bias[column] : 0.f;
     }
   }
   if (map.projects) {
@@ -132,37 +144,38 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
       }
     }
   }
-  if (activation.kind == kFavor && map.projects) {
+  if (activation.kind == kElu1) {
+    for_all(z, [](float x) { return x > 0.f ? x + 1.f : ptx::exp2_approx(kLog2e * x); });
+  } else if (activation.kind == kRelu) {
+    for_all(z, [](float x) { return fmaxf(x, 0.f); });
+  } else if (activation.kind == kFavor) {
+    float shift[2] = {0.f, 0.f};  // of each of the thread's rows
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; map.projects && half < 2; half++) {
       float norm = 0.f;
       for (int i = lane % 4; i < kD / 2; i += 4) {
         const Pair<T> pair = x.pair(lane / 4 + 8 * half, i);
         norm += low<T>(pair) * low<T>(pair) + high<T>(pair) * high<T>(pair);
       }
-      norm = 0.5f * quad_sum(norm);
+      shift[half] = 0.5f * quad_sum(norm);
+    }
+    const float factor = rsqrtf(static_cast<float>(map.f));
 #pragma unroll
-      for (int n = 0; n < kTiles; n++) {
-        z[n][2 * half] -= norm;
-        z[n][2 * half + 1] -= norm;
-      }
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        z[n][e] = ptx::exp2_approx(kLog2e * (z[n][e] - shift[e / 2])) * factor;
     }
   }
 }
 
-__device__ __forceinline__ float elementwise(int kind, float z, float favor_factor) {
-  if (kind == kElu1) return z > 0.f ? z + 1.f : ptx::exp2_approx(kLog2e * z);
-  if (kind == kRelu) return fmaxf(z, 0.f);
-  if (kind == kFavor) return ptx::exp2_approx(kLog2e * z) * favor_factor;
-  return z;
-}
-
-// factor * act(z), clamped, of the thread's row `half` and the side of that sign; finite from
-// column f on; factor >= 0. Tile n by tile n to take(n, its two columns). One row at a time, which
-// takes few registers; of many columns the exponentials are computed twice, once for their sum.
+// Of what `project` left, factor * phi of the thread's row `half` and the side of that sign; finite
+// from column f on; factor >= 0. Tile n by tile n to take(n, its two columns). One row at a time,
+// which takes few registers; of many columns the exponentials are computed twice, once for their
+// sum.
 template <int kTiles, class Take>
 __device__ __forceinline__ void activate(const float (&z)[kTiles][4], int half, float sign,
-                                         const Activation& activation, int f, float factor,
+                                         const Activation& activation, float factor,
                                          const Take& take) {
   constexpr bool kOnce = kTiles <= 8;
   const float least = factor * (activation.kind == kIdentity ? kLowest : activation.eps);
@@ -170,11 +183,9 @@ __device__ __forceinline__ void activate(const float (&z)[kTiles][4], int half, 
     take(n, fmaxf(left, least), fmaxf(right, least));
   };
   if (!has_exponentials(activation)) {
-    const float favor_factor = rsqrtf(static_cast<float>(f));
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
-      finish(n, factor * elementwise(activation.kind, z[n][2 * half], favor_factor),
-             factor * elementwise(activation.kind, z[n][2 * half + 1], favor_factor));
+      finish(n, factor * z[n][2 * half], factor * z[n][2 * half + 1]);
     return;
   }
   float top = kLowest, sum = 0.f, y[kOnce ? kTiles : 1][2];
