@@ -2,8 +2,8 @@
 on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py -k budget renews
-tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most. Without the
-variable a part is compiled.
+tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most, in bf16 and, of
+hybrid attention, fp32. Without the variable a part is compiled.
 """
 
 import json
@@ -27,22 +27,18 @@ HYBRID = "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64, 1>"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
 UPDATE = os.environ.get("UPDATE_CUDA_BUDGET")
 LARGE = "lol::cuda::hybrid_attention<lol::bf16, 128, 128, 2, 32, 64, 1>"
-KERNELS = (
-    STEP,
-    "lol::cuda::feature_map<lol::bf16, true>",
-    HYBRID,
-    "lol::cuda::hybrid_attention<lol::bf16, 128, 64, 2, 64, 64, 3>",
-    LARGE,
-    "lol::cuda::hybrid_attention<lol::bf16, 256, 64, 2, 64, 32, 2>",
-    "lol::cuda::hybrid_attention<float, 64, 64, 2, 32, 64, 2>",
-    "lol::cuda::hybrid_attention<float, 128, 64, 2, 32, 32, 1>",
+FEATURE_MAP = "lol::cuda::feature_map<lol::bf16, true>"
+IN_CI = (STEP, FEATURE_MAP, HYBRID)  # and LARGE, once
+OPERATORS = (
+    r"lol::cuda::(feature_map<lol::bf16|hybrid_attention_step<lol::bf16"
+    r"|hybrid_attention<(lol::bf16|float)),"
 )
 TARGETS = ("sm_80", "sm_90", "sm_100")
 BUDGETED = [
     (kernel, target)
-    for i, kernel in enumerate(KERNELS)
+    for kernel in filter(re.compile(OPERATORS).match, nvrtc.instances())
     for target in TARGETS
-    if UPDATE or i < 3 or (kernel, target) == (LARGE, "sm_80")
+    if UPDATE or kernel in IN_CI or (kernel, target) == (LARGE, "sm_80")
 ]
 
 
@@ -65,7 +61,8 @@ def test_kernels_stay_within_their_budget(kernel, target):
     if not needs:
         pytest.skip("no compiler for this target")
     most = {what: max(need[what] for need in needs) for what in needs[0]}
-    may_spill = kernel == LARGE or ("float" in kernel and target == "sm_100")
+    # Those with f = 256 are right, not fast; the other keeps an address in memory, 8 bytes.
+    may_spill = "256, 256" in kernel or (kernel, target) == (LARGE, "sm_100")
     assert most["spill_bytes"] == 0 or may_spill
     if UPDATE:
         BUDGET.write_text(json.dumps({**entries, name: most}, indent=1, sort_keys=True) + "\n")

@@ -97,25 +97,27 @@ class Step : StepBlock {
 
   // ---- The state
 
-  __device__ float* kv_row(int i) const {
-    return p.kv + ((s().slot * p.Hs + s().head) * p.map.F + i) * p.V + column;
+  __device__ float* kv_of_head() const {
+    return p.kv + (s().slot * p.Hs + s().head) * p.map.F * p.V + column;
   }
   __device__ void load_state() {
     const Thread me = this_thread();
+    const float* rows = kv_of_head();
 #pragma unroll
     for (int r = 0; r < kPerThread; r++) {
       const int i = me.group() + kGroups * r;
-      kv[r] = i < p.map.F ? load_quad<kWide>(kv_row(i), me.column(), p.V - column) : zero4();
+      kv[r] = i < p.map.F ? load_quad<kWide>(rows + i * p.V, me.column(), p.V - column) : zero4();
     }
     for (int i = me.index; i < p.map.F; i += kThreads) ksum()[i] = ksum_of_head()[i];
   }
   __device__ void store_state() {
     const Thread me = this_thread();
     if (s().begin == s().end) return;
+    float* rows = kv_of_head();
 #pragma unroll
     for (int r = 0; r < kPerThread; r++) {
       const int i = me.group() + kGroups * r;
-      if (i < p.map.F) store_quad<kWide>(kv_row(i), me.column(), p.V - column, kv[r]);
+      if (i < p.map.F) store_quad<kWide>(rows + i * p.V, me.column(), p.V - column, kv[r]);
     }
     if (column + kColumns < p.V) return;
     for (int i = me.index; i < p.map.F; i += kThreads) ksum_of_head()[i] = ksum()[i];

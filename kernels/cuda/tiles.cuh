@@ -35,7 +35,7 @@ struct Tile {
   __device__ __forceinline__ Pair<T> pair_of_rows(int row, int column) const {
     return pack<T>(at(row, column / 8)[column % 8], at(row + 1, column / 8)[column % 8]);
   }
-  // From row `first` on, a multiple of 8.
+  // From row `first` on, a multiple of 16, after which permutations are repeated.
   __device__ __forceinline__ Tile rows(int first) const { return {data + first * kColumns}; }
 };
 
@@ -50,60 +50,60 @@ __device__ __forceinline__ int this_warp() { return ptx::thread_of_block() / 32;
 template <class T, int n>
 __device__ __forceinline__ void load_left(int lane, unsigned (&a)[4], const Tile<T, n>& tile, int m,
                                           int k) {
-  ptx::ldmatrix(a, tile.at(m + lane % 16, k / 8 ^ lane / 16));
+  ptx::ldmatrix(a, tile.rows(m).at(lane % 16, k / 8 ^ lane / 16));
 }
 template <int n>
 __device__ __forceinline__ void load_left(int lane, float2 (&a)[4], const Tile<float, n>& tile,
                                           int m, int k) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    a[i] = tile.pair(m + i % 2 * 8 + lane / 4, k / 2 + i / 2 * 4 + lane % 4);
+    a[i] = tile.rows(m).pair(i % 2 * 8 + lane / 4, k / 2 + i / 2 * 4 + lane % 4);
 }
 
 // Left, tile[k][m].
 template <class T, int n>
 __device__ __forceinline__ void load_left_transposed(int lane, unsigned (&a)[4],
                                                      const Tile<T, n>& tile, int m, int k) {
-  ptx::ldmatrix_trans(a, tile.at(k + lane / 16 * 8 + lane % 8, m / 8 ^ lane / 8 % 2));
+  ptx::ldmatrix_trans(a, tile.rows(k).at(lane / 16 * 8 + lane % 8, m / 8 ^ lane / 8 % 2));
 }
 template <int n>
 __device__ __forceinline__ void load_left_transposed(int lane, float2 (&a)[4],
                                                      const Tile<float, n>& tile, int m, int k) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    a[i] = tile.pair_of_rows(k + i / 2 * 8 + lane % 4 * 2, m + i % 2 * 8 + lane / 4);
+    a[i] = tile.rows(k).pair_of_rows(i / 2 * 8 + lane % 4 * 2, m + i % 2 * 8 + lane / 4);
 }
 
 // Right, tile[k][n]: the left half of the columns in b[0], b[1].
 template <class T, int width>
 __device__ __forceinline__ void load_right(int lane, unsigned (&b)[4], const Tile<T, width>& tile,
                                            int k, int n) {
-  ptx::ldmatrix_trans(b, tile.at(k + lane % 16, n / 8 ^ lane / 16));
+  ptx::ldmatrix_trans(b, tile.rows(k).at(lane % 16, n / 8 ^ lane / 16));
 }
 template <int width>
 __device__ __forceinline__ void load_right(int lane, float2 (&b)[4], const Tile<float, width>& tile,
                                            int k, int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    b[i] = tile.pair_of_rows(k + i % 2 * 8 + lane % 4 * 2, n + i / 2 * 8 + lane / 4);
+    b[i] = tile.rows(k).pair_of_rows(i % 2 * 8 + lane % 4 * 2, n + i / 2 * 8 + lane / 4);
 }
 // The left half alone, of a tile of 8 columns.
 template <class T>
 __device__ __forceinline__ void load_right(int lane, unsigned (&b)[2], const Tile<T, 8>& tile,
                                            int k) {
-  ptx::ldmatrix_trans(b, tile.at(k + lane % 16, 0));
+  ptx::ldmatrix_trans(b, tile.rows(k).at(lane % 16, 0));
 }
 __device__ __forceinline__ void load_right(int lane, float2 (&b)[2], const Tile<float, 8>& tile,
                                            int k) {
 #pragma unroll
-  for (int i = 0; i < 2; i++) b[i] = tile.pair_of_rows(k + i * 8 + lane % 4 * 2, lane / 4);
+  for (int i = 0; i < 2; i++) b[i] = tile.rows(k).pair_of_rows(i * 8 + lane % 4 * 2, lane / 4);
 }
 
 // Right, tile[n][k].
 template <class T, int width>
 __device__ __forceinline__ void load_right_transposed(int lane, unsigned (&b)[4],
                                                       const Tile<T, width>& tile, int k, int n) {
-  ptx::ldmatrix(b, tile.at(n + lane / 16 * 8 + lane % 8, k / 8 ^ lane / 8 % 2));
+  ptx::ldmatrix(b, tile.rows(n).at(lane / 16 * 8 + lane % 8, k / 8 ^ lane / 8 % 2));
 }
 template <int width>
 __device__ __forceinline__ void load_right_transposed(int lane, float2 (&b)[4],
@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_right_transposed(int lane, float2 (&b)[4],
                                                       int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    b[i] = tile.pair(n + i / 2 * 8 + lane / 4, k / 2 + i % 2 * 4 + lane % 4);
+    b[i] = tile.rows(n).pair(i / 2 * 8 + lane / 4, k / 2 + i % 2 * 4 + lane % 4);
 }
 
 // ---- Products

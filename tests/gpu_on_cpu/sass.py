@@ -28,13 +28,14 @@ class Cubin:
 
 
 def read_cubin(cubin: bytes) -> Cubin:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _run("nvdisasm", "-c", file.name)
+    usage, sass = _of_file(cubin, "cuobjdump", "--dump-resource-usage"), disassembled(cubin)
     amounts = {name: int(amount) for name, amount in re.findall(r"(\w+):(\d+)", usage)}
     return Cubin(sass, read_sass(sass), amounts["REG"], amounts["STACK"])
+
+
+def disassembled(cubin: bytes, *, lines: bool = False) -> str:
+    """The machine code of a cubin; with the source lines, if it has them."""
+    return _of_file(cubin, "nvdisasm", *(("-gi",) if lines else ()), "-c")
 
 
 def read_sass(text: str) -> Listing:
@@ -46,9 +47,12 @@ def _branch_target(instruction: re.Match[str]) -> str | None:
     return target[1] if target and instruction["opcode"].startswith("BRA") else None
 
 
-def _run(tool: str, *arguments: str) -> str:
+def _of_file(cubin: bytes, tool: str, *options: str) -> str:
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = (program, *options, file.name)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -27,6 +27,7 @@ class CompileError(Exception):
 
 class Compiled(NamedTuple):
     ptx: str
+    cubin: bytes  # nothing for a virtual architecture, such as compute_80
     log: str
 
 
@@ -53,17 +54,22 @@ def build(code: str, options: Sequence[str], kernel: str) -> Compiled:
         log = _text(program, "ProgramLog")
         if failed:
             raise CompileError(log)
-        return Compiled(_text(program, "PTX"), log)
+        return Compiled(_text(program, "PTX"), _bytes(program, "CUBIN"), log)
     finally:
         _call("DestroyProgram", ctypes.byref(program))
 
 
-def _text(program: ctypes.c_void_p, what: str) -> str:
+def _bytes(program: ctypes.c_void_p, what: str) -> bytes:
     size = ctypes.c_size_t()
     _call(f"Get{what}Size", program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
-    _call(f"Get{what}", program, buffer)
-    return buffer.value.decode()
+    if size.value:
+        _call(f"Get{what}", program, buffer)
+    return buffer.raw
+
+
+def _text(program: ctypes.c_void_p, what: str) -> str:
+    return _bytes(program, what).rstrip(b"\0").decode()
 
 
 def _call(function: str, *arguments: object) -> None:
