@@ -221,13 +221,16 @@ def _best_first(case: Case) -> list[Backend]:
 
 
 def _cuda_is_best(case: Case) -> bool:
-    """Where CUDA C++ is meant to be faster than Triton: nothing of it has been measured."""
+    """Where CUDA C++ is meant to be faster than Triton, by a model: nothing has been measured."""
     if case.op == "hybrid_attention_step_":
         return case.tokens <= FEW_TOKENS
-    if case.op not in ("hybrid_attention", "linear_attention"):
+    tuned = case.head_dim <= 128 and case.feature_dim <= 64
+    if case.op not in ("hybrid_attention", "linear_attention") or not tuned:
         return False
-    tuned = case.head_dim <= 128 and case.feature_dim <= 64  # larger ones spill, or worse
-    return tuned and torch.cuda.is_available() and _gpu(case.device).major == 8
+    if not torch.cuda.is_available() or (gpu := _gpu(case.device)).major != 8:
+        return False
+    # Where the kernel is the first choice, not one that merely fits.
+    return launches_of(case, gpu.shared_memory_per_block_optin) == launches_of(case)
 
 
 def _name(dtype: torch.dtype) -> str:
