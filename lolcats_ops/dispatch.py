@@ -224,7 +224,7 @@ def _cuda_is_best(case: Case) -> bool:
     """Where CUDA C++ is meant to be faster than Triton, by a model: nothing has been measured."""
     if case.op == "hybrid_attention_step_":
         return case.tokens <= FEW_TOKENS
-    tuned = case.head_dim <= 128 and case.feature_dim <= 64
+    tuned = case.head_dim <= 128 and (case.feature_dim or case.head_dim) <= 64
     if case.op not in ("hybrid_attention", "linear_attention") or not tuned:
         return False
     if not torch.cuda.is_available() or (gpu := _gpu(case.device)).major != 8:

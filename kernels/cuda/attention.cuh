@@ -21,6 +21,7 @@ namespace lol {
 namespace cuda {
 
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr unsigned kNegativeInfinity = 0xff800000u;
 
 template <class T>
 constexpr bool kHoldsSums = true;
@@ -47,7 +48,8 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
     if (at.begin < at.end) {
       const int first = at.begin ? at.begin - 1 : 0;
       if (attends(first)) this->load_queries(first);
-      this->load_tile(at_least(newest_tile(first), 0));
+      const int newest = newest_tile(first);
+      this->load_tile(newest < 0 ? at.begin : newest);  // whatever is visited first
       if (kHybrid && p.sink) this->load_sinks(0);
       for (int chunk = first; chunk < at.end; chunk++) attend(chunk);
     }
@@ -182,9 +184,10 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
 
   // The warp's queries, and two of their rows, which a thread has.
   struct Queries {
-    int first, first_start,
-        last_start;     // and where the windows of the first and the last one start
-    int row, start[2];  // the second row is 8 further
+    int first;                    // of them
+    int first_start, last_start;  // the start of the window of the first one, and of the last one
+    int row;                      // the thread's first row; the second one is 8 further
+    int start[2];                 // of the windows of the thread's rows
   };
   __device__ __forceinline__ Queries queries_of(int lane, int chunk) const {
     const int i = first_query(chunk), row = i + lane / 4;

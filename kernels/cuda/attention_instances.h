@@ -4,10 +4,11 @@
 // memory runs it. With F = 128 and 64 columns of V, 4 warps hold the state in 72 registers of a
 // thread; with F = 256, in 32 columns, in 80.
 //
-// D = f = 64 takes so little that two blocks share a multiprocessor of sm_80 (and one fits sm_86):
-// they wait for each other's keys, and one tile is enough. Larger heads have a multiprocessor for
-// themselves, and up to three tiles: two are at work, with windows up to a chunk, and one is on its
-// way. The second list is what the 99 KB of sm_86 and sm_89 hold of them.
+// D = f = 64 takes so little that two blocks share a multiprocessor of sm_80: they wait for each
+// other's keys, and one tile is enough. It and the one-sided instance, which has one tile for that,
+// fit the 99 KB of sm_86 and sm_89. Larger ones have a multiprocessor for themselves, and up to
+// three tiles: two are at work, with windows up to a chunk, and one is on its way. The second part
+// of a list is what fits 99 KB in their place.
 #pragma once
 
 #define LOL_ATTENTION_INSTANCES_OF_16_BITS(X, T) \

@@ -89,7 +89,7 @@ struct LeftFeatures<T, kF, true> {
   }
 };
 
-constexpr unsigned kNegativeInfinity = 0xff800000u, kNaN = 0x7fffffffu;
+constexpr unsigned kNaN = 0x7fffffffu;
 
 // The columns of this thread in tile n of a fragment: this one and the next.
 __device__ __forceinline__ int column_of(int lane, int n) { return 8 * n + lane % 4 * 2; }
@@ -151,7 +151,7 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
   } else if (activation.kind == kFavor) {
     float shift[2] = {0.f, 0.f};  // of each of the thread's rows
 #pragma unroll
-    for (int half = 0; map.projects && half < 2; half++) {
+    for (int half = 0; half < 2; half++) {
       float norm = 0.f;
       for (int i = lane % 4; i < kD / 2; i += 4) {
         const Pair<T> pair = x.pair(lane / 4 + 8 * half, i);

@@ -31,7 +31,7 @@ struct Tile {
   __device__ __forceinline__ Pair<T>& pair(int row, int i) const {
     return reinterpret_cast<Pair<T>*>(at(row, i / 4))[i % 4];
   }
-  // Rows 2 i and the next one.
+  // Row `row` and the next one.
   __device__ __forceinline__ Pair<T> pair_of_rows(int row, int column) const {
     return pack<T>(at(row, column / 8)[column % 8], at(row + 1, column / 8)[column % 8]);
   }

@@ -16,6 +16,7 @@ from helpers.emulated_attention import (
     ONE,
     ONE_FP32,
     ONE_LARGE,
+    ONE_WIDE,
     SM_86,
     SMALLEST,
     WIDE,
@@ -265,6 +266,11 @@ NARROW_HEADS = [
 @pytest.mark.parametrize(("call", "case"), NARROW_HEADS, ids=name)
 def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
     check(call, case, ONE, sanitizer=sanitizer, order=3)
+
+
+def test_tiles_that_are_loaded_ahead_do_not_race():
+    case = Case("500", D=128, f=64, window=100, batch=(1, 1), dtype=BF16)  # three slots
+    check(operators.hybrid_attention, case, ONE_WIDE, sanitizer="thread", order=3)
 
 
 def test_no_access_of_fp32_is_out_of_bounds():

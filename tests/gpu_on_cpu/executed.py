@@ -2,7 +2,8 @@
 
 Both carry source lines (``-lineinfo``). The machine instructions of a line are taken to be executed
 as often as the line's PTX instructions on average, a line being told apart by where it was inlined.
-An estimate: it is wrong where the instructions of one line are executed unequally often.
+An estimate: it is wrong where the instructions of one line are executed unequally often, and leaves
+out machine instructions of lines that no PTX instruction has.
 """
 
 from __future__ import annotations

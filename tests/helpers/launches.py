@@ -45,8 +45,9 @@ CASES = {
         Case("bf16 64", ALL),
         Case("bf16 64 terrace", HYBRID, window="terrace"),
         Case("bf16 64 segments", HYBRID, segmented=True),
-        Case("bf16 128x64", HYBRID, sizes=(128, 64, 128)),
+        Case("bf16 128x64", ALL, sizes=(128, 64, 128)),
         Case("fp32 64", HYBRID, dtype="fp32"),
+        Case("fp16 64", ("feature_map", "linear", *HYBRID, "step"), dtype="fp16"),
     )
 }
 

@@ -80,6 +80,7 @@ PLANTED = [
     ("no_wait", ADDRESS, "use-after-poison", "x = tile["),
     *(("no_wait", build, "copies in flight", "__syncthreads()") for build in (PLAIN, THREAD)),
     *(("copy_out_of_shared", build, NOT_SHARED, "cp_async<4>(tile") for build in (PLAIN, ADDRESS)),
+    ("two_copies", PLAIN, "another copy to the same bytes", "two_copies"),
     ("divergent_barrier", PLAIN, "diverges", "__syncthreads()"),
     ("half_warp", PLAIN, "deadlock.*__shfl_xor_sync", "__shfl_xor_sync"),
     ("lane_outside", PLAIN, "lacks lane 16", "__shfl_xor_sync"),

@@ -18,6 +18,13 @@ void check_copy(const Copy& copy, Site site) {
   if (!block->memory.is_shared(copy.shared, bytes))
     fault(site, "cp.async: the destination is not inside of shared memory");
   if (block->memory.is_shared(copy.global, 1)) fault(site, "cp.async: the source is shared memory");
+  for (std::size_t i = 0; i < current->in_flight; i++) {  // these may land in any order
+    const Copy& other = current->copies[(current->oldest + i) % kMaxCopies];
+    const char *begin = static_cast<const char*>(copy.shared),
+               *theirs = static_cast<const char*>(other.shared);
+    if (begin < theirs + other.bytes && theirs < begin + copy.bytes)
+      fault(site, "cp.async: another copy to the same bytes is in flight");
+  }
   if (current->in_flight == kMaxCopies)
     fault(site, "cp.async: more than %zu in flight in one thread", current->in_flight);
 }

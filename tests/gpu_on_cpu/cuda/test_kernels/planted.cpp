@@ -22,6 +22,7 @@ const std::map<std::string, Kernel> kReverse = {
     {"no_wait", reverse<Bug::no_wait>},
     {"copy_out_of_shared", reverse<Bug::copy_out_of_shared>},
     {"early_copy", reverse<Bug::early_copy>},
+    {"two_copies", reverse<Bug::two_copies>},
     {"same_output", reverse<Bug::same_output>},
 };
 const std::map<std::string, Kernel> kOneBlock = {

@@ -21,6 +21,7 @@ enum class Bug {
   no_wait,
   copy_out_of_shared,
   early_copy,
+  two_copies,
   same_output,
   no_release,
   no_acquire,
@@ -37,6 +38,7 @@ __global__ void reverse(const float* in, float* out) {
   const bool last = i == kThreads - 1;
 
   ptx::cp_async<4>(tile + i + (kBug == Bug::copy_out_of_shared), in + first + i);
+  if (kBug == Bug::two_copies) ptx::cp_async<4>(tile + i, in + first + i);
   ptx::cp_async_commit();
   if (kBug != Bug::no_wait) ptx::cp_async_wait<0>();
   if (kBug == Bug::dynamic_shared && last) tile[i + 1] = 0;
