@@ -442,7 +442,7 @@ class Step : StepBlock {
 };
 
 template <class T, int kLanes, int kPerThread, bool kWide>
-__global__ void __launch_bounds__(kGroups* kLanes)
+__global__ void __launch_bounds__(kGroups* kLanes, 1)  // else ptxas spills to fit a second one
     hybrid_attention_step(const __grid_constant__ StepParams params) {
   Step<T, kLanes, kPerThread, kWide>(params, ptx::dynamic_shared<unsigned char>()).run();
 }
