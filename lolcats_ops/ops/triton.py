@@ -36,7 +36,8 @@ def implementation(name: str) -> Callable[..., Any]:
     """The operator ``name`` on arguments in the order of its schema."""
 
     def call(*args: Any) -> Any:
-        return getattr(_kernels(), name)(*args)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            return getattr(_kernels(), name)(*args)
 
     return call
 

@@ -302,7 +302,22 @@ def test_steps_on_cuda_tensors_run_on_their_device(gpu, asked):
     assert_same_state(state, final, torch.float32)  # in the memory of ``there``
 
 
-def test_torch_ops_on_cuda_tensors_run_the_default(gpu, monkeypatch):
+@pytest.fixture
+def current_devices(monkeypatch):
+    """Those that were made current."""
+    devices = []
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda i: devices.append(i) or -1)
+    return devices
+
+
+def test_triton_launches_on_the_device_of_the_tensors(current_devices, monkeypatch):
+    kernels = SimpleNamespace(feature_map=lambda x: current_devices[-1])
+    monkeypatch.setattr(triton, "_kernels", lambda: kernels)
+    with cuda_tensors():
+        assert triton.implementation("feature_map")(on_cuda(torch.ones(1), 1)) == 1
+
+
+def test_torch_ops_on_cuda_tensors_run_the_default(gpu, current_devices, monkeypatch):
     def by_triton():
         raise RuntimeError("these are Triton's")
 
