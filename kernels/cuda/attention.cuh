@@ -274,8 +274,8 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
     }
   }
 
-  // Scores of 16 keys in powers of 2, and the maxima of the thread's rows; minus infinity outside
-  // of the window, in which all the keys may be.
+  // Scores of 16 keys in powers of 2, minus infinity outside of the window, and the maxima of the
+  // thread's rows. Keys are compared only where some may be outside.
   template <bool kAreSinks>
   __device__ __forceinline__ void scale_scores(int lane, float (&left)[4], float (&right)[4],
                                                float (&top)[2], const Queries& own, int key) {

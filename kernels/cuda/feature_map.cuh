@@ -9,8 +9,9 @@
 namespace lol {
 namespace cuda {
 
+// Four blocks share a multiprocessor; else ptxas spills to fit six.
 template <class T, bool kWide>
-__global__ void __launch_bounds__(kFeatureMapThreads)
+__global__ void __launch_bounds__(kFeatureMapThreads, 4)
     feature_map(const __grid_constant__ FeatureMapParams p) {
   constexpr int per = kPerChunk<T>;
   unsigned char* shared = ptx::dynamic_shared<unsigned char>();
