@@ -1,4 +1,4 @@
-"""Timers in another process: another commit of this library, or torch held to AVX2."""
+"""Timers in another process (serve.py): another commit of this library, or torch held to AVX2."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Server:
             # Without site-packages' .pth files: an editable installation would come first.
             options = ["-S"]
             paths = [str(site), str(CHECKOUT), *map(sysconfig.get_path, ("purelib", "platlib"))]
-        code = f"import sys; sys.path[:0] = {paths!r}; from bench.remote import serve; serve()"
+        code = f"import sys; sys.path[:0] = {paths!r}; from bench.serve import serve; serve()"
         self._process = subprocess.Popen(
             [sys.executable, *options, "-c", code],
             stdin=subprocess.PIPE,
@@ -130,49 +130,3 @@ class RemoteTimer:
     def cold(self, budget_s: float) -> list[float]:
         """Seconds of calls on a GPU, each with an empty L2."""
         return self.server.cold(budget_s)
-
-
-def serve() -> None:
-    """The other side: answers the requests of a Server until it closes stdin."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no reply
-
-    def reply(**message: Any) -> None:
-        print(json.dumps(message), file=replies, flush=True)
-
-    try:
-        import torch
-
-        from .device import isa
-        from .measure import keep_freed_memory, mm_timer
-        from .run import MM, Entry, prepare
-    except Exception as error:
-        reply(error=f"{type(error).__name__}: {error}")
-        return
-    keep_freed_memory()
-    reply(ready=True)
-    entry: Entry | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "number" in request:
-            assert entry is not None
-            reply(seconds=entry.timer.seconds(request["number"]))
-            continue
-        if "cold" in request:
-            assert entry is not None
-            reply(seconds=entry.timer.cold(request["cold"]))
-            continue
-        entry = None  # frees its inputs before the next ones are made
-        torch.set_num_threads(request["threads"])
-        device = request["device"]
-        try:
-            if request["name"] == MM:
-                entry = Entry(mm_timer(device), isa(device), "")
-            else:
-                entry = prepare(request["name"], Case(**request["case"]), device)
-        except Refused as refused:
-            reply(refused=str(refused))
-        except Exception as error:  # the interface of another commit may be another
-            reply(refused=f"{type(error).__name__}: {error}")
-        else:
-            reply(isa=entry.isa, version=entry.version, extra_bytes=entry.extra_bytes)

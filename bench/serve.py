@@ -1,0 +1,57 @@
+"""The process behind a remote.Server."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from .cases import Case
+from .remote import Refused
+
+
+def serve() -> None:
+    """Answers the requests of a Server until it closes stdin."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no reply
+
+    def reply(**message: Any) -> None:
+        print(json.dumps(message), file=replies, flush=True)
+
+    try:
+        import torch
+
+        from .device import isa
+        from .measure import keep_freed_memory, mm_timer
+        from .run import MM, Entry, prepare
+    except Exception as error:
+        reply(error=f"{type(error).__name__}: {error}")
+        return
+    keep_freed_memory()
+    reply(ready=True)
+    entry: Entry | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "number" in request:
+            assert entry is not None
+            reply(seconds=entry.timer.seconds(request["number"]))
+            continue
+        if "cold" in request:
+            assert entry is not None
+            reply(seconds=entry.timer.cold(request["cold"]))
+            continue
+        entry = None  # frees its inputs before the next ones are made
+        torch.set_num_threads(request["threads"])
+        device = request["device"]
+        try:
+            if request["name"] == MM:
+                entry = Entry(mm_timer(device), isa(device), "")
+            else:
+                entry = prepare(request["name"], Case(**request["case"]), device)
+        except Refused as refused:
+            reply(refused=str(refused))
+        except Exception as error:  # the interface of another commit may be another
+            reply(refused=f"{type(error).__name__}: {error}")
+        else:
+            reply(isa=entry.isa, version=entry.version, extra_bytes=entry.extra_bytes)
