@@ -3,7 +3,7 @@ on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py -k budget renews
 tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most, in bf16 and, of
-hybrid attention, fp32. Without the variable a part is compiled.
+hybrid attention, in fp32. Without the variable a part is compiled.
 """
 
 import json
@@ -31,7 +31,7 @@ FEATURE_MAP = "lol::cuda::feature_map<lol::bf16, true>"
 IN_CI = (STEP, FEATURE_MAP, HYBRID)  # and LARGE, once
 OPERATORS = (
     r"lol::cuda::(feature_map<lol::bf16|hybrid_attention_step<lol::bf16"
-    r"|hybrid_attention<(lol::bf16|float)),"
+    r"|hybrid_attention<(lol::bf16|float)|linear_attention<lol::bf16),"
 )
 # PTX instructions that a warp executes, with a margin of 3 % for other versions of NVRTC.
 INSTRUCTIONS_OF_A_CHUNK, INSTRUCTIONS_OF_A_STEP = 5700, 2950
@@ -70,6 +70,12 @@ def test_kernels_stay_within_their_budget(kernel, target):
         BUDGET.write_text(json.dumps({**entries, name: most}, indent=1, sort_keys=True) + "\n")
     for what, allowed in json.loads(BUDGET.read_text())[name].items():
         assert most[what] <= allowed, f"{name}: {what} {most[what]}, at most {allowed}"
+
+
+def test_two_blocks_of_the_step_share_the_registers_of_a_multiprocessor():
+    entries, threads = json.loads(BUDGET.read_text()), 256
+    for target in TARGETS:
+        assert 2 * threads * entries[f"{STEP} {target}"]["registers"] <= 64 * 1024
 
 
 @needs_nvrtc

@@ -97,12 +97,9 @@ class Step : StepBlock {
 
   // ---- The state
 
-  __device__ float* kv_of_head() const {
-    return p.kv + (s().slot * p.Hs + s().head) * p.map.F * p.V + column;
-  }
   __device__ void load_state() {
     const Thread me = this_thread();
-    const float* rows = kv_of_head();
+    const float* rows = kv_of_head() + column;
 #pragma unroll
     for (int r = 0; r < kPerThread; r++) {
       const int i = me.group() + kGroups * r;
@@ -113,7 +110,7 @@ class Step : StepBlock {
   __device__ void store_state() {
     const Thread me = this_thread();
     if (s().begin == s().end) return;
-    float* rows = kv_of_head();
+    float* rows = kv_of_head() + column;
 #pragma unroll
     for (int r = 0; r < kPerThread; r++) {
       const int i = me.group() + kGroups * r;
@@ -441,8 +438,10 @@ class Step : StepBlock {
   float4 kv[kPerThread], acc[kRows];
 };
 
+// Two blocks share a multiprocessor where the state leaves registers for it (instances.h);
+// elsewhere ptxas would spill to fit a second one.
 template <class T, int kLanes, int kPerThread, bool kWide>
-__global__ void __launch_bounds__(kGroups* kLanes, 1)  // else ptxas spills to fit a second one
+__global__ void __launch_bounds__(kGroups* kLanes, kLanes* kPerThread == 16 * 8 ? 2 : 1)
     hybrid_attention_step(const __grid_constant__ StepParams params) {
   Step<T, kLanes, kPerThread, kWide>(params, ptx::dynamic_shared<unsigned char>()).run();
 }

@@ -88,6 +88,9 @@ class StepBlock {
     return key < s().sinks ? key : s().first_key + key - s().sinks;
   }
   __device__ float* ksum_of_head() const { return p.ksum + (s().slot * p.Hs + s().head) * p.map.F; }
+  __device__ float* kv_of_head() const {
+    return p.kv + (s().slot * p.Hs + s().head) * p.map.F * p.V;
+  }
 
   // A warp turns a row of scores of a tile of keys into weights and brings its sums up to date.
   __device__ void weigh_tile(int tile, int rows) {

@@ -31,20 +31,18 @@ class Executed:
     """Runs a kernel for a target and counts its machine instructions."""
 
     def __init__(self, target: str):
-        self.target, self.kernel, self.blocks, self.warps = target, "", 0, 0
+        self.target, self.kernel, self.warps = target, "", 0
         self.opcodes: Counter[str] = Counter()
 
     def __call__(self, **arguments: torch.Tensor | float) -> None:
         names = (*emulated.INPUTS, "m", "den")
-        self.kernel, (self.blocks, threads, shared), data, where = emulated.planned(
+        self.kernel, (blocks, threads, shared), data, where = emulated.planned(
             "hybrid_attention", names, arguments
         )
         options = (*_cuda_sources.options(), f"-arch={self.target}", "-lineinfo")
         compiled = nvrtc.build(_cuda_sources.unit(self.kernel), options, self.kernel)
         struct = Struct(data, {at: arguments[name] for at, name in where.items()})
-        report = PtxKernel(compiled.ptx)(
-            (self.blocks,), [struct], shared_bytes=shared, threads=threads
-        )
+        report = PtxKernel(compiled.ptx)((blocks,), [struct], shared_bytes=shared, threads=threads)
         self.warps = threads // 32
         sass = disassembled(compiled.cubin, lines=True)
         self.opcodes = executed_opcodes(compiled.ptx, sass, report.executed)
