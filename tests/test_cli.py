@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import lolcats_ops as lo
 from examples.demo.__main__ import run as run_demo
 from examples.demo.settings import DemoConfig
+from lolcats_ops import _C
 from lolcats_ops.cli import app, main
 from lolcats_ops.convert import FinetuneConfig, TransferConfig
 
@@ -80,7 +81,7 @@ def test_default_configuration_is_printed_as_yaml():
     assert lolcats("info", "--config").startswith("lolcats:\n  window: 64\n")
 
 
-@pytest.mark.skipif(lo._C.has_cuda(), reason="this build has the kernels")
+@pytest.mark.skipif(_C.has_cuda(), reason="this build has the kernels")
 def test_info_says_how_to_get_the_cuda_kernels():
     said = lolcats("info")
     assert "lolcats_ops.cupy.install_launcher()" in said
