@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -96,6 +96,8 @@ class Features:
     two_sided: bool = True
     skip: bool = False
     eps: float = 1e-12
+    # (activation, two_sided, skip, eps) as the operators take them
+    codes: tuple[int, bool, bool, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, Tensor):
@@ -122,7 +124,10 @@ class Features:
         if not self.eps >= 0:
             raise ValueError(f"Features: eps is {self.eps}, needs >= 0")
         # One-sided activations have one meaning, whatever the flag: readers of two_sided see it.
-        object.__setattr__(self, "two_sided", self.two_sided and self.activation in TWO_SIDED)
+        two_sided = self.two_sided and self.activation in TWO_SIDED
+        object.__setattr__(self, "two_sided", two_sided)
+        codes = ACTIVATIONS.index(self.activation), two_sided, self.skip, self.eps
+        object.__setattr__(self, "codes", codes)
 
     @property
     def heads(self) -> int:
@@ -148,11 +153,6 @@ class Features:
     def tensors(self) -> tuple[Tensor | None, Tensor | None]:
         """(weight, bias)."""
         return self.weight, self.bias
-
-    @property
-    def codes(self) -> tuple[int, bool, bool, float]:
-        """(activation, two_sided, skip, eps) as the operators take them."""
-        return ACTIVATIONS.index(self.activation), self.two_sided, self.skip, self.eps
 
     @property
     def kind(self) -> tuple[str, bool, bool, float, int]:

@@ -120,26 +120,30 @@ def _by_library(
         or type(feature_q) is not Features
         or type(feature_k) is not Features
         or torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cuda" if q.is_cuda else "cpu")
-        or not feature_q.weight.dtype is feature_k.weight.dtype is gate.dtype is torch.float32
     ):
         return None
+    on_cuda = q.is_cuda  # asked once: a property of a tensor takes as long as a line of Python
     codes = feature_q.codes
-    if feature_k is not feature_q and feature_k.codes != codes:
+    weight_q, weight_k = feature_q.weight, feature_k.weight
+    if (
+        feature_k.codes != codes
+        or torch.is_autocast_enabled("cuda" if on_cuda else "cpu")
+        or not weight_q.dtype is weight_k.dtype is gate.dtype is torch.float32
+    ):
         return None
-    inputs = (q, k, v, *feature_q.tensors, *feature_k.tensors, gate)
+    inputs = (q, k, v, weight_q, feature_q.bias, weight_k, feature_k.bias, gate)
     pool = _state_tensors(state)
     for x in (*inputs, *pool, state_indices):
         # On mixed devices torch may choose one that writes nothing, such as meta.
-        if x is not None and not (x.is_cuda if q.is_cuda else x.is_cpu):
+        if x is not None and not (x.is_cuda if on_cuda else x.is_cpu):
             return None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return None
-    if q.is_cuda and select(_OP, None, q, v, feature_k, **_windows(state)) != "cuda":
+    if on_cuda and select(_OP, None, q, v, feature_k, **_windows(state)) != "cuda":
         return None
     window = (state.window, window_code(state.window_kind))
     settings = (*window, scale_or_default(scale, q), affine, *codes)
-    operator = _on_cuda if q.is_cuda else _on_cpu
+    operator = _on_cuda if on_cuda else _on_cpu
     return operator(*inputs, *pool, state_indices, None, None, *settings)
 
 
