@@ -35,13 +35,17 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   using Memory::has_queries, Memory::own_queries, Memory::keys, Memory::values, Memory::tokens_at;
   using Memory::k_sink, Memory::v_sink, Memory::phi_k, Memory::kv, Memory::ksum, Memory::phi_q;
   using Memory::kF, Memory::kThreads, Memory::kWarps, Memory::kSharesQueries, Memory::kUnroll;
+  using Memory::kHoldsSinks;
 
  public:
   __device__ __forceinline__ Attention(const AttentionParams& params, unsigned char* shared)
       : Memory(params, shared) {}
 
   __device__ __forceinline__ void run() {
-    if (this_warp() == 0) this->find_place(kV, kChunk, kHybrid);
+    if (this_warp() == 0) {
+      this->find_place(kV, kChunk, kHybrid);
+      if (!kHoldsSums<T> && begins_with_state()) this->find_most_of_ksum();
+    }
     __syncthreads();
     this->load_maps();
     load_state();
@@ -50,16 +54,24 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       if (attends(first)) this->load_queries(first);
       const int newest = newest_tile(first);
       this->load_tile(newest < 0 ? at.begin : newest);  // whatever is visited first
-      if (kHybrid && p.sink) this->load_sinks(0);
+      if (sinks() && this->sinks_stay()) this->load_sinks(0);
       for (int chunk = first; chunk < at.end; chunk++) attend(chunk);
     }
-    if (at.stores) store_state();
+    if (stores_state()) store_state();
     if (at.last && (p.mask.real || at.sequence + 1 >= p.sequences))
       this->template clear_rest<T, kV>(kThreads);
   }
 
  private:
   static constexpr int kSum = kV / 8;  // the tile of sums whose first column is that of the ones
+
+  // Linear attention has no softmax keys, and hybrid attention no state before and after.
+  __device__ __forceinline__ int sinks() const { return kHybrid ? p.sink : 0; }
+  __device__ __forceinline__ int start_of(int query) const {
+    return kHybrid ? window_start(p, query) : query + 1;
+  }
+  __device__ __forceinline__ bool begins_with_state() const { return !kHybrid && p.kv0; }
+  __device__ __forceinline__ bool stores_state() const { return !kHybrid && at.stores; }
 
   __device__ __forceinline__ int first_query(int chunk) const {
     return ptx::opaque(chunk) * kChunk + 16 * this_warp();
@@ -68,7 +80,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   // as are the next two, so that nothing waits in registers.
   __device__ __forceinline__ int first_tile(int chunk) const {
     chunk = ptx::opaque(chunk);
-    return p.window == 0 ? chunk : window_start(p, chunk * kChunk) / kChunk;
+    return kHybrid ? window_start(p, chunk * kChunk) / kChunk : chunk;
   }
 
   // The chunk before a segment stands for all before it: their keys go into the state.
@@ -83,14 +95,13 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   // ---- A chunk
 
   __device__ __forceinline__ void attend(int chunk) {
-    float unit = 1.f;  // of the sums
 #pragma unroll 1
     for (int tile = newest_tile(chunk); tile >= oldest_tile(chunk); tile--) {
       this->visit(tile, tile > oldest_tile(chunk) ? tile - 1 : chunk + 1);
       if (tile == chunk && attends(chunk)) {
         if (has_queries()) begin_queries();
-        if (has_state(chunk)) unit = share_state(first_tile(chunk));
-        if (kHybrid) attend_sinks(chunk);
+        if (has_state(chunk)) state.share(kv, ksum, unit(chunk));
+        attend_sinks(chunk);
       }
       const bool leaves = absorbs(chunk, tile);
       if (leaves || tile * kChunk < last_start(chunk)) {
@@ -105,17 +116,16 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       if (has_state(chunk)) {
         __syncthreads();
         this->load_ahead(chunk + 1);
-        if (has_queries()) read_state(unit);
+        if (has_queries()) read_state(chunk);
       }
-      if (has_queries()) store_outputs(chunk, unit);
+      if (has_queries()) store_outputs(chunk);
     }
     if (chunk + 1 < at.end) this->load_queries(chunk + 1);
   }
-  // Few sinks stay where they are.
   __device__ __forceinline__ void attend_sinks(int chunk) {
 #pragma unroll 1
-    for (int first = 0; first < p.sink && first < (chunk + 1) * kChunk; first += kSinks) {
-      if (p.sink > kSinks) {
+    for (int first = 0; first < sinks() && first < (chunk + 1) * kChunk; first += kSinks) {
+      if (!this->sinks_stay()) {
         __syncthreads();
         this->load_sinks(first);
         ptx::cp_async_wait<0>();
@@ -123,36 +133,25 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       }
       if (has_queries()) attend_keys<kSinks, true>(k_sink, v_sink, chunk, first);
     }
+    if (!kHoldsSinks && sinks()) __syncthreads();  // before phi_k comes to their place
   }
   // The start of the window of a chunk's last query.
   __device__ __forceinline__ int last_start(int chunk) const {
-    return window_start(p, ptx::opaque(chunk) * kChunk + kChunk - 1);
+    return start_of(ptx::opaque(chunk) * kChunk + kChunk - 1);
   }
   __device__ __forceinline__ bool has_state(int chunk) const {
-    return first_tile(chunk) > 0 || p.kv0;
+    return first_tile(chunk) > 0 || begins_with_state();
   }
   // Whether the state of the next chunk has the tile.
   __device__ __forceinline__ bool absorbs(int chunk, int tile) const {
     const int next = chunk + 1;
-    return tile < first_tile(next) && (at.stores || next < at.end);
+    return tile < first_tile(next) && (stores_state() || next < at.end);
   }
 
   __device__ __forceinline__ void begin_queries() {
-    const int lane = this_lane();
-    float z[kf / 8][4];
-    project(lane, z, own_queries(), this->query_map(), p.activation);
-    const int columns = p.f - column_of(lane, 0);  // 8 n + e is a column if it is less
-#pragma unroll kSharesQueries ? 1 : kSides
-    for (int side = 0; side < kSides; side++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        activate(z, half, side ? -1.f : 1.f, p.activation, at.lambda,
-                 [&](int n, float left, float right) {  // zeros, whatever the keys have there
-                   const Pair<T> pair =
-                       pack<T>(8 * n < columns ? left : 0.f, 8 * n + 1 < columns ? right : 0.f);
-                   phi_q.set(lane, half, side * kf / 8 + n, pair);
-                 });
-    }
+    // Zeros from column f on, whatever the keys have there.
+    make_features<kf, kSides>(this_lane(), phi_q, own_queries(), this->query_map(), p.activation,
+                              p.f, [&](int, int) { return at.lambda; });
 #pragma unroll
     for (int n = 0; n <= kSum; n++) {
 #pragma unroll
@@ -166,20 +165,12 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   // phi_k of a tile; zero for keys that do not exist and for sinks, which the state does not take.
   __device__ __forceinline__ void make_key_features(int tile) {
     const int lane = this_lane(), first = this->first_key();
-    float z[kf / 8][4];
-    project(lane, z, keys(tile).rows(first), this->key_map(), p.activation);
-#pragma unroll kUnroll
-    for (int side = 0; side < kSides; side++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = first + lane / 4 + 8 * half, j = tile * kChunk + row;
-        const bool counts = j < at.length && j >= p.sink && side < p.sides;
-        activate(z, half, side ? -1.f : 1.f, p.activation, counts ? 1.f : 0.f,
-                 [&](int n, float left, float right) {
-                   phi_k.pair(row, side * kf / 2 + 4 * n + lane % 4) = pack<T>(left, right);
-                 });
-      }
-    }
+    LeftFeatures<T, kF, true> features = {phi_k, first};
+    make_features<kf, kSides>(lane, features, keys(tile).rows(first), this->key_map(), p.activation,
+                              kf, [&](int side, int half) {
+                                const int j = tile * kChunk + first + lane / 4 + 8 * half;
+                                return j < at.length && j >= sinks() && side < p.sides ? 1.f : 0.f;
+                              });
   }
 
   // The warp's queries, and two of their rows, which a thread has.
@@ -191,11 +182,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   };
   __device__ __forceinline__ Queries queries_of(int lane, int chunk) const {
     const int i = first_query(chunk), row = i + lane / 4;
-    return {i,
-            window_start(p, i),
-            window_start(p, i + 15),
-            row,
-            {window_start(p, row), window_start(p, row + 8)}};
+    return {i, start_of(i), start_of(i + 15), row, {start_of(row), start_of(row + 8)}};
   }
 
   // Adds keys to the sums of the warp's queries: those of a tile that starts at j, or the sinks.
@@ -236,7 +223,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   // Weights times 16 values, and times ones.
   __device__ __forceinline__ void add_values(int lane, const Pair<T> (&weights)[4],
                                              const Tile<T, kV>& values, int first) {
-    multiply_row(lane, acc, weights, values, first);
+    multiply_row<kV>(lane, acc, weights, values, first);
     multiply_ones<T>(lane, acc[kSum], weights);
   }
 
@@ -246,7 +233,8 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
                                                       const bool (&near)[groups],
                                                       const Queries& own, const Tile<T, kD>& keys,
                                                       int j) {
-#pragma unroll kUnroll
+    constexpr int kAtOnce = kUnroll < 4 ? kUnroll : 4;  // the eight of D = 128 would spill in fp16
+#pragma unroll kAtOnce
     for (int d = 0; d < kD; d += 16) {
       Pair<T> a[4];
       load_left(lane, a, own_queries(), 0, d);
@@ -285,13 +273,13 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       left[e] *= unit;
       right[e] *= unit;
     }
-    if (kAreSinks || key < own.last_start || key < p.sink || key + 15 > own.first) {
+    if (kAreSinks || key < own.last_start || key < sinks() || key + 15 > own.first) {
       const int column = key + column_of(lane, 0);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int row = own.row + 8 * half;
-        const int first = kAreSinks ? 0 : at_least(own.start[half], p.sink) - column;
-        const int last = (kAreSinks ? at_most(row, p.sink - 1) : row) - column;
+        const int first = kAreSinks ? 0 : at_least(own.start[half], sinks()) - column;
+        const int last = (kAreSinks ? at_most(row, sinks() - 1) : row) - column;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           if (e < first || e > last) left[2 * half + e] = __uint_as_float(kNegativeInfinity);
@@ -325,14 +313,14 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
   __device__ __forceinline__ void add_linear_weights(int lane, float (&left)[4], float (&right)[4],
                                                      const int (&start)[2], int j, int key) {
     float w[2][4] = {};
-#pragma unroll kSharesQueries ? 1 : kF / 16
+#pragma unroll kSharesQueries ? kUnroll : kF / 16
     for (int f = 0; f < kF; f += 16) {
       Pair<T> a[4], b[4];
       phi_q.load(lane, a, f);
       load_right_transposed(lane, b, phi_k, f, key);
       multiply<T>(w[0], w[1], a, b);
     }
-    const int own = j + key + column_of(lane, 0), first = p.sink - own;
+    const int own = j + key + column_of(lane, 0), first = sinks() - own;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const int column = e % 2, end = start[e / 2] - own;
@@ -345,37 +333,37 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
 
   __device__ __forceinline__ void load_state() {
     state.clear();
-    bound = 1.f;
-    if (!p.kv0) return;
+    if (!begins_with_state()) return;
     state.template move<true>(const_cast<float*>(p.kv0), const_cast<float*>(p.ksum0),
                               this->state_row(), p.sides, p.f, p.V, at.column);
-    for (int i = 0; i < p.sides * p.f; i++) bound = fmaxf(bound, p.ksum0[this->state_row() + i]);
   }
   __device__ __forceinline__ void store_state() {
     state.template move<false>(p.kv, p.ksum, this->state_row(), p.sides, p.f, p.V, at.column);
   }
-  // Rounds the state for all warps to read; in which units. fp16 does not hold sums, but their
-  // means. Its features are at most 1 (plan_attention.cpp), and so ksum at most the number of keys.
-  __device__ __forceinline__ float share_state(int oldest) {
-    const float unit = kHoldsSums<T> ? 1.f : 1.f / (bound + oldest * kChunk);
-    state.share(kv, ksum, unit);
-    return unit;
+  // By what the state is multiplied before it is rounded for all warps to read, and with it the
+  // sums of a chunk: fp16 does not hold sums, but their means. Its features are at most 1
+  // (plan_attention.cpp), and so ksum at most the number of keys.
+  __device__ __forceinline__ float unit(int chunk) const {
+    return kHoldsSums<T> || !has_state(chunk)
+               ? 1.f
+               : 1.f / (at.most_of_ksum + first_tile(chunk) * kChunk);
   }
   // Adds what the queries read from the state.
-  __device__ __forceinline__ void read_state(float unit) {
+  __device__ __forceinline__ void read_state(int chunk) {
     const int lane = this_lane();
     if (!kHoldsSums<T>) {
+      const float scale = unit(chunk);
 #pragma unroll
       for (int n = 0; n <= kSum; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) acc[n][e] *= unit;
+        for (int e = 0; e < 4; e++) acc[n][e] *= scale;
       }
     }
-#pragma unroll kSharesQueries ? 1 : kF / 16
+#pragma unroll kSharesQueries ? kUnroll : kF / 16
     for (int f = 0; f < kF; f += 16) {
       Pair<T> a[4], b[2];
       phi_q.load(lane, a, f);
-      multiply_row(lane, acc, a, kv, f);
+      multiply_row<kV>(lane, acc, a, kv, f);
       load_right(lane, b, ksum, f);
       mma_m16n8k16<T>(acc[kSum], a, b);
     }
@@ -383,13 +371,13 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
 
   // ---- Results
 
-  // Of the warp's queries; the sums are in units of 1 / unit. The rows of y are put together where
+  // Of the warp's queries. The rows of y are put together where
   // the queries were.
-  __device__ __forceinline__ void store_outputs(int chunk, float unit) {
+  __device__ __forceinline__ void store_outputs(int chunk) {
     const int lane = this_lane(), i = first_query(chunk);
     const Tokens tokens = tokens_at(i);
     const Tile<T, kV> y = {own_queries().data};
-    const float factor = (kHybrid ? 1.f : p.scale) / unit;
+    const float factor = (kHybrid ? 1.f : p.scale) / unit(chunk);
     __syncwarp();  // all lanes are done with the queries
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -426,8 +414,6 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
     }
     __syncwarp();  // before the next queries arrive
   }
-  float bound;  // of the initial ksum
-
   float m[2];              // of the thread's rows: the maximum, in powers of 2
   float acc[kSum + 1][4];  // of the warp's queries, the denominator in column kSum
   State<T, kf, kSides, kV, kWarps> state;

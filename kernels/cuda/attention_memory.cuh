@@ -12,9 +12,11 @@ class AttentionMemory : protected AttentionBlock {
   static constexpr AttentionTiles kTiles = {sizeof(T), kD, kf, kSides, kV, kChunk, kSlots};
   static constexpr int kWarps = kTiles.warps(), kF = kTiles.F();
   static constexpr int kHeaderBytes = kTiles.header_bytes(), kThreads = 32 * kWarps;
-  static constexpr bool kSharesQueries = kTiles.shares_queries(), kHoldsMaps = kTiles.holds_maps();
+  static constexpr bool kSharesQueries = kTiles.shares_queries(), kHoldsMaps = kTiles.holds_maps(),
+                        kHoldsSinks = kTiles.holds_sinks();
   static constexpr int kUnroll = kUnrollFor<T, kF>;
   static_assert(kV <= kD, "outputs pass through the tile of queries");
+  static_assert(kHoldsSinks || kSinks * (kD + kV) <= kChunk * kF, "no place for sinks");
   static_assert(kTiles.shared_bytes() <= kAttentionShared, "");
   using MapWeight = Weight<T, kD, kf, kHoldsMaps>;
 
@@ -24,12 +26,14 @@ class AttentionMemory : protected AttentionBlock {
     q = take<kChunk, kD>(free);
     k = take<kSlots * kChunk, kD>(free);
     v = take<kSlots * kChunk, kV>(free);
-    k_sink = take<kSinks, kD>(free);
-    v_sink = take<kSinks, kV>(free);
     phi_k = take<kChunk, kF>(free);
+    T* of_phi_k = phi_k.data;
+    T*& sinks = kHoldsSinks ? free : of_phi_k;
+    k_sink = take<kSinks, kD>(sinks);
+    v_sink = take<kSinks, kV>(sinks);
     kv = take<kF, kV>(free);
     ksum = take<kF, 8>(free);
-    if constexpr (kSharesQueries) phi_q.tile = take<kChunk, kF>(free).rows(16 * this_warp());
+    if constexpr (kSharesQueries) phi_q = {take<kChunk, kF>(free), 16 * this_warp()};
     if constexpr (kHoldsMaps) {
       weight_q.tile = take<kD, kf>(free);
       weight_k.tile = take<kD, kf>(free);
@@ -80,6 +84,8 @@ class AttentionMemory : protected AttentionBlock {
       held[slot] = tile % kSlots == slot ? tile : held[slot];
     load_keys<kChunk>(keys(tile), values(tile), tile * kChunk);
   }
+  // Whether sinks, once loaded, are there for every chunk.
+  __device__ __forceinline__ bool sinks_stay() const { return kHoldsSinks && p.sink <= kSinks; }
   __device__ __forceinline__ void load_sinks(int first) {
     load_keys<kSinks>(k_sink, v_sink, first);
   }

@@ -18,21 +18,35 @@ struct AttentionTiles {
   constexpr int F() const { return sides * f; }
   // All share the state, the first ones have 16 queries each, the last ones as many keys' features.
   // More than for the queries where the state would leave no registers for the rest.
-  constexpr int warps() const { return number * F() > 256 ? 8 : 4; }
+  constexpr int warps() const {
+    return number * F() > 256 || state_registers(4) > kMostOfState ? 8 : 4;
+  }
   constexpr int header_bytes() const { return kPlaceBytes + warps() * 16 * 4; }
 
-  // What shared memory has to hold: q, sinks, phi_k, the state and ksum, tiles of keys and values;
-  // phi_q if it takes more than 64 registers of a thread; maps, if there is room, else they are
-  // read where they are.
-  constexpr bool shares_queries() const { return number * F() > 512; }
-  constexpr bool holds_maps() const { return bytes(true) <= kAttentionShared; }
-  constexpr int shared_bytes() const { return bytes(holds_maps()); }
+  // What shared memory has to hold: q, phi_k, the state and ksum, tiles of keys and values; phi_q
+  // if a thread would have too little left beside it, the state and the sums; sinks, unless giving
+  // way makes room for the maps: then they come to the place of phi_k, anew for every chunk; maps,
+  // if there is room, else they are read where they are.
+  constexpr bool shares_queries() const {
+    return state_registers(warps()) + 4 * (V / 8 + 1) + number * F() / 8 > kMostHeld;
+  }
+  constexpr bool holds_sinks() const {
+    return bytes(true, true) <= kAttentionShared || bytes(false, true) > kAttentionShared;
+  }
+  constexpr bool holds_maps() const { return bytes(holds_sinks(), true) <= kAttentionShared; }
+  constexpr int shared_bytes() const { return bytes(holds_sinks(), holds_maps()); }
 
  private:
-  constexpr int bytes(bool maps) const {
-    return header_bytes() +
-           number * (chunk * D + kSinks * (D + V) + chunk * F() * (shares_queries() ? 2 : 1) +
-                     F() * (V + 8) + (maps ? 2 * D * f : 0) + slots * chunk * (D + V));
+  // Of a thread's 255 registers, what the compilers were seen to bear without spilling: the state
+  // of D = 96 in four warps; state, sums and phi_q of D = 128.
+  static constexpr int kMostOfState = 104, kMostHeld = 168;
+
+  // ksum is one more tile of 8 columns.
+  constexpr int state_registers(int warps) const { return F() / 16 / warps * (V / 8 + 1) * 4; }
+  constexpr int bytes(bool sinks, bool maps) const {
+    return header_bytes() + number * (chunk * D + chunk * F() * (shares_queries() ? 2 : 1) +
+                                      F() * (V + 8) + (sinks ? kSinks * (D + V) : 0) +
+                                      (maps ? 2 * D * f : 0) + slots * chunk * (D + V));
   }
 };
 

@@ -115,7 +115,7 @@ struct State {
       Pair<T> a[kTiles][4];
 #pragma unroll
       for (int t = 0; t < kTiles; t++) load_left_transposed(lane, a[t], phi_k, first + 16 * t, j);
-      for_columns(lane, values, j, [&](int n, const Pair<T>(&b)[4]) {
+      for_columns<kV>(lane, values, j, 0, [&](int n, const Pair<T>(&b)[4]) {
 #pragma unroll
         for (int t = 0; t < kTiles; t++) multiply<T>(sums[t][n], sums[t][n + 1], a[t], b);
       });

@@ -74,8 +74,8 @@ int plan_attention(const char* op, const Args& a, int most_shared_bytes,
   if (!mapped) p.activation = {LOL_IDENTITY, false, false, 0.f};
   if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP) {
     fail(
-        "%s: fp16 with features that have no bound is not for the CUDA kernels: use bf16, or the "
-        "Triton kernels",
+        "%s: fp16 with features that have no bound is not for the CUDA kernels: use bf16, fp32, or "
+        "the Triton kernels",
         op);
     return LOL_EUNSUPPORTED;
   }

@@ -65,29 +65,53 @@ struct TileMap {
 // The features of a warp's 16 rows, as left operands; in registers.
 template <class T, int kF, bool kShared>
 struct LeftFeatures {
-  Pair<T> at[kF / 16][4];
+  static constexpr bool kInRegisters = true;
+  Pair<T> fragments[kF / 16][4];
 
   // The thread's columns of tile n of 8, in one of its two rows.
-  __device__ __forceinline__ void set(int lane, int half, int n, Pair<T> pair) {
-    at[n / 2][n % 2 * 2 + half] = pair;  // as pack_left does
+  __device__ __forceinline__ Pair<T>& at(int lane, int half, int n) {
+    return fragments[n / 2][n % 2 * 2 + half];  // as pack_left does
   }
   __device__ __forceinline__ void load(int lane, Pair<T> (&a)[4], int f) const {
 #pragma unroll
-    for (int i = 0; i < 4; i++) a[i] = at[f / 16][i];
+    for (int i = 0; i < 4; i++) a[i] = fragments[f / 16][i];
   }
 };
 // In shared memory.
 template <class T, int kF>
 struct LeftFeatures<T, kF, true> {
+  static constexpr bool kInRegisters = false;
   Tile<T, kF> tile;
+  int first;  // of the rows
 
-  __device__ __forceinline__ void set(int lane, int half, int n, Pair<T> pair) {
-    tile.pair(lane / 4 + 8 * half, 4 * n + lane % 4) = pair;
+  __device__ __forceinline__ Pair<T>& at(int lane, int half, int n) {
+    return tile.pair(first + lane / 4 + 8 * half, 4 * n + lane % 4);
   }
   __device__ __forceinline__ void load(int lane, Pair<T> (&a)[4], int f) const {
-    load_left(lane, a, tile, 0, f);
+    load_left(lane, a, tile, first, f);
   }
 };
+
+// Two fp32 sums in the bytes of two pairs of 16-bit numbers, or of one pair of fp32.
+template <class T>
+__device__ __forceinline__ void put_sums(Pair<T>& here, Pair<T>& there, const float* sums) {
+  if constexpr (sizeof(T) == 4) {
+    here = make_float2(sums[0], sums[1]);
+  } else {
+    here = __float_as_uint(sums[0]);
+    there = __float_as_uint(sums[1]);
+  }
+}
+template <class T>
+__device__ __forceinline__ void get_sums(float* sums, const Pair<T>& here, const Pair<T>& there) {
+  if constexpr (sizeof(T) == 4) {
+    sums[0] = here.x;
+    sums[1] = here.y;
+  } else {
+    sums[0] = __uint_as_float(here);
+    sums[1] = __uint_as_float(there);
+  }
+}
 
 constexpr unsigned kNaN = 0x7fffffffu;
 
@@ -108,13 +132,15 @@ __device__ __forceinline__ void for_all(float (&z)[kTiles][4], const Function& f
   }
 }
 
-// z = x W + b (+ x), of the first 16 rows of a tile; act(z), but for activations of whole rows.
-// Columns from f on are finite, or NaN, which a maximum passes over.
+// z = x W + b (+ x), of the first 16 rows of a tile and the columns from `first` on; act(z), but
+// for activations of whole rows. Columns from f on are finite, or NaN, which a maximum passes over.
 template <class T, int kD, class Weight, int kTiles>
 __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const Tile<T, kD>& x,
-                                        const TileMap<Weight>& map, const Activation& activation) {
+                                        const TileMap<Weight>& map, const Activation& activation,
+                                        int first) {
   const float padding = __uint_as_float(has_exponentials(activation) ? kNaN : 0u);
-  const int own = column_of(lane, 0), columns = map.f - own;  // 8 n + e is a column if it is less
+  const int own = first + column_of(lane, 0);
+  const int columns = map.f - own;  // 8 n + e is a column if it is less
   const float* bias = map.bias ? map.bias + own : nullptr;
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
@@ -125,12 +151,12 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
     }
   }
   if (map.projects) {
-    constexpr int kUnroll = kUnrollFor<T, 16 * kTiles>;
+    constexpr int kUnroll = kUnrollFor<T, 2 * Weight::kWidth>;
 #pragma unroll kUnroll
     for (int k = 0; k < kD; k += 16) {
       Pair<T> a[4];
       load_left(lane, a, x, 0, k);
-      multiply_row(lane, z, a, map.weight, k);
+      multiply_row<8 * kTiles>(lane, z, a, map.weight, k, first);
     }
   }
   if (!map.projects || activation.skip) {  // f == D
@@ -138,7 +164,7 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
     for (int n = 0; n < (kTiles < kD / 8 ? kTiles : kD / 8); n++) {
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const Pair<T> pair = x.pair(lane / 4 + 8 * half, column_of(lane, n) / 2);
+        const Pair<T> pair = x.pair(lane / 4 + 8 * half, (first + column_of(lane, n)) / 2);
         z[n][2 * half] += low<T>(pair);
         z[n][2 * half + 1] += high<T>(pair);
       }
@@ -169,45 +195,125 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
   }
 }
 
-// Of what `project` left, factor * phi of the thread's row `half` and the side of that sign; finite
-// from column f on; factor >= 0. Tile n by tile n to take(n, its two columns). One row at a time,
-// which takes few registers; of many columns the exponentials are computed twice, once for their
-// sum.
-template <int kTiles, class Take>
-__device__ __forceinline__ void activate(const float (&z)[kTiles][4], int half, float sign,
-                                         const Activation& activation, float factor,
-                                         const Take& take) {
-  constexpr bool kOnce = kTiles <= 8;
-  const float least = factor * (activation.kind == kIdentity ? kLowest : activation.eps);
-  const auto finish = [&](int n, float left, float right) {
-    take(n, fmaxf(left, least), fmaxf(right, least));
-  };
-  if (!has_exponentials(activation)) {
+// The exponentials of a thread's row on one side of its map, relative to the largest.
+struct Exponentials {
+  float sign;           // of the side
+  float top = kLowest;  // the largest, in powers of 2
+  float sum = 0.f;      // of the thread's columns
+
+  __device__ __forceinline__ float of(float z) const {
+    return fmaxf(ptx::exp2_approx(fmaf(sign * kLog2e, z, -top)), 0.f);  // no NaN
+  }
+  // Columns of the thread's row `half`; their exponentials to keep(tile, column, it).
+  template <int kTiles, class Keep>
+  __device__ __forceinline__ void add(const float (&z)[kTiles][4], int half, const Keep& keep) {
+    const float before = top;
+    float most = kLowest;
 #pragma unroll
     for (int n = 0; n < kTiles; n++)
-      finish(n, factor * z[n][2 * half], factor * z[n][2 * half + 1]);
-    return;
-  }
-  float top = kLowest, sum = 0.f, y[kOnce ? kTiles : 1][2];
+      most = fmaxf(most, fmaxf(sign * z[n][2 * half], sign * z[n][2 * half + 1]));
+    top = fmaxf(before, quad_max(most) * kLog2e);
+    if (before != kLowest) sum *= ptx::exp2_approx(before - top);
 #pragma unroll
-  for (int n = 0; n < kTiles; n++)
-    top = fmaxf(top, fmaxf(sign * z[n][2 * half], sign * z[n][2 * half + 1]));
-  top = quad_max(top) * kLog2e;
-  const auto exponential = [&](int n, int e) {
-    return fmaxf(ptx::exp2_approx(fmaf(sign * kLog2e, z[n][2 * half + e], -top)), 0.f);  // no NaN
+    for (int n = 0; n < kTiles; n++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float y = of(z[n][2 * half + e]);
+        sum += y;
+        keep(n, e, y);
+      }
+    }
+  }
+};
+
+// The features of the first 16 rows of x, times factor(side, half) for the thread's two rows, which
+// is not negative. They are finite past the map's columns, and zero from `columns` on. Where they
+// are in shared memory, z of many columns waits, in fp32, in the place of the thread's features of
+// both sides.
+template <int kf, int kSides, class T, int kD, class Features, class Weight, class Factor>
+__device__ __forceinline__ void make_features(int lane, Features& features, const Tile<T, kD>& x,
+                                              const TileMap<Weight>& map,
+                                              const Activation& activation, int columns,
+                                              const Factor& factor) {
+  constexpr bool kWaits = !Features::kInRegisters && kSides == 2 && kf > 64;
+  constexpr int kBlock = kWaits ? 64 : kf, kTiles = kBlock / 8;
+  constexpr int kSidesAtOnce = Features::kInRegisters ? kSides : kUnrollFor<T, kSides * kf>;
+  float z[kTiles][4];
+  // Columns from `first` on: y(tile, column) in units of `unit`.
+  const auto finish = [&](int first, int side, int half, float unit, const auto& y) {
+    const float scale = factor(side, half);
+    const float least = scale * (activation.kind == kIdentity ? kLowest : activation.eps);
+    const int own = columns - column_of(lane, 0);  // 8 n + e is a column if it is less
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      const int tile = first / 8 + n;
+      const float left = fmaxf(scale * unit * y(n, 0), least);
+      const float right = fmaxf(scale * unit * y(n, 1), least);
+      features.at(lane, half, side * kf / 8 + tile) =
+          pack<T>(8 * tile < own ? left : 0.f, 8 * tile + 1 < own ? right : 0.f);
+    }
   };
+  const auto unit_of = [&](const Exponentials& row) {
+    return activation.kind == kSoftmax ? ptx::reciprocal_approx(quad_sum(row.sum)) : 1.f;
+  };
+  const auto finish_z = [&](int first, int side, int half, const Exponentials& row) {
+    if (has_exponentials(activation)) {
+      finish(first, side, half, unit_of(row),
+             [&](int n, int e) { return row.of(z[n][2 * half + e]); });
+    } else {
+      finish(first, side, half, 1.f, [&](int n, int e) { return z[n][2 * half + e]; });
+    }
+  };
+  const auto forget = [](int, int, float) {};
+  if constexpr (!kWaits) {
+    project(lane, z, x, map, activation, 0);
+#pragma unroll kSidesAtOnce
+    for (int side = 0; side < kSides; side++) {
 #pragma unroll
-  for (int n = 0; n < kTiles; n++) {
+      for (int half = 0; half < 2; half++) {
+        Exponentials row = {side ? -1.f : 1.f};
+        if (kTiles <= 8 && has_exponentials(activation)) {
+          float kept[kTiles][2];
+          row.add(z, half, [&](int n, int e, float y) { kept[n][e] = y; });
+          finish(0, side, half, unit_of(row), [&](int n, int e) { return kept[n][e]; });
+        } else {
+          if (has_exponentials(activation)) row.add(z, half, forget);
+          // Or the compiler would keep the exponentials, in as many registers as z has.
+          row.top = __int_as_float(ptx::opaque(__float_as_int(row.top)));
+          finish_z(0, side, half, row);
+        }
+      }
+    }
+  } else {
+    static_assert(kf <= kD, "x is read at the columns of z");
+    Exponentials rows[2][2] = {{{1.f}, {1.f}}, {{-1.f}, {-1.f}}};
+#pragma unroll 1
+    for (int first = 0; first < kf; first += kBlock) {
+      project(lane, z, x, map, activation, first);
 #pragma unroll
-    for (int e = 0; e < 2; e++) sum += y[kOnce ? n : 0][e] = exponential(n, e);
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int side = 0; side < 2; side++)
+          if (has_exponentials(activation)) rows[side][half].add(z, half, forget);
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+          put_sums<T>(features.at(lane, half, first / 8 + n),
+                      features.at(lane, half, (kf + first) / 8 + n), &z[n][2 * half]);
+      }
+    }
+#pragma unroll 1
+    for (int first = 0; first < kf; first += kBlock) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+          get_sums<T>(&z[n][2 * half], features.at(lane, half, first / 8 + n),
+                      features.at(lane, half, (kf + first) / 8 + n));
+#pragma unroll
+        for (int side = 0; side < 2; side++) finish_z(first, side, half, rows[side][half]);
+      }
+    }
   }
-  const float unit =
-      factor * (activation.kind == kSoftmax ? ptx::reciprocal_approx(quad_sum(sum)) : 1.f);
-  if (!kOnce) top = __int_as_float(ptx::opaque(__float_as_int(top)));  // or they would be kept
-#pragma unroll
-  for (int n = 0; n < kTiles; n++)
-    finish(n, unit * (kOnce ? y[kOnce ? n : 0][0] : exponential(n, 0)),
-           unit * (kOnce ? y[kOnce ? n : 0][1] : exponential(n, 1)));
 }
 
 }  // namespace cuda

@@ -9,23 +9,25 @@
 namespace lol {
 namespace cuda {
 
-// Rows of kColumns numbers, in chunks of 8. The chunks of a row are permuted by its number, so that
-// the rows that are loaded or stored at once lie in different banks: eight of 16-bit numbers, of
-// fp32 four in a row and every other one of eight.
+// Rows of kColumns numbers, in chunks of 8. Groups of chunks are permuted by the number of the row,
+// so that rows that are loaded or stored at once lie in different banks: eight of 16-bit numbers;
+// of fp32 four in a row, and every other one of eight if the columns are a multiple of 32.
 template <class T, int kColumns>
 struct Tile {
-  static_assert((kColumns & (kColumns - 1)) == 0 && kColumns >= 8, "");
+  static_assert(kColumns % 8 == 0, "");
   using Number = T;
-  static constexpr int kWidth = kColumns, kChunks = kColumns / 8;
+  static constexpr int kChunks = kColumns / 8;
   T* data;
 
   __device__ __forceinline__ T* at(int row, int chunk) const {
-    constexpr int per_line = 16 / sizeof(T);  // chunks in all the banks
-    constexpr int rows_per_line = kChunks < per_line ? per_line / kChunks : 1,
-                  mask = (kChunks < per_line ? kChunks : per_line) - 1;
-    int by = row / rows_per_line;
+    constexpr int per_line = 16 / sizeof(T);          // chunks in all the banks
+    constexpr int power_of_two = kChunks & -kChunks;  // that divides them: rows are aligned to it
+    constexpr int group = power_of_two < per_line ? power_of_two : per_line;
+    int by = row / (per_line / group);  // the rows of a line are not permuted against each other
     if (sizeof(T) == 4) by ^= by >> 2;
-    return data + ((row * kColumns + (by & mask) * 8) ^ (chunk * 8));
+    // Masks and not remainders, which cost more of what could be negative.
+    return data + (((row * kColumns + (by & (group - 1)) * 8) ^ (chunk & (power_of_two - 1)) * 8) +
+                   (chunk & -power_of_two) * 8);
   }
   // Columns 2 i and the next one.
   __device__ __forceinline__ Pair<T>& pair(int row, int i) const {
@@ -129,22 +131,24 @@ __device__ __forceinline__ void multiply(float (&left)[4], float (&right)[4], co
   mma_m16n8k16<T>(right, a, {b[2], b[3]});
 }
 
-// Rows k to k + 15 of `right`, 16 columns at a time, to use(column / 8, the operand).
-template <class Right, class Use>
-__device__ __forceinline__ void for_columns(int lane, const Right& right, int k, const Use& use) {
+// Rows k to k + 15 of `right` and kColumns columns from `first` on, 16 at a time, to use(tile of 8
+// columns, counted from there; the operand).
+template <int kColumns, class Right, class Use>
+__device__ __forceinline__ void for_columns(int lane, const Right& right, int k, int first,
+                                            const Use& use) {
 #pragma unroll
-  for (int column = 0; column < Right::kWidth; column += 16) {
+  for (int column = 0; column < kColumns; column += 16) {
     Pair<typename Right::Number> b[4];
-    load_right(lane, b, right, k, column);
+    load_right(lane, b, right, k, first + column);
     use(column / 8, b);
   }
 }
 
-// d[16 x 8 n] += a right[k .. k + 15][0 .. 8 n - 1]
-template <int kTiles, class Right, class A>
+// d[16 x kColumns] += a right[k .. k + 15][first .. first + kColumns - 1]
+template <int kColumns, int kTiles, class Right, class A>
 __device__ __forceinline__ void multiply_row(int lane, float (&d)[kTiles][4], const A (&a)[4],
-                                             const Right& right, int k) {
-  for_columns(lane, right, k, [&](int n, const A(&b)[4]) {
+                                             const Right& right, int k, int first = 0) {
+  for_columns<kColumns>(lane, right, k, first, [&](int n, const A(&b)[4]) {
     multiply<typename Right::Number>(d[n], d[n + 1], a, b);
   });
 }
@@ -207,7 +211,8 @@ __device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to,
                                           bool wide) {
   constexpr int kRows = 16, kPer = kPerChunk<T>, kPieces = kColumns / kPer;
   if (wide && !tokens.list) {
-    constexpr int kAcross = kPieces < 32 ? kPieces : 32, kStep = 32 / kAcross;  // at a time
+    constexpr int kPower = kPieces & -kPieces;
+    constexpr int kAcross = kPower < 32 ? kPower : 32, kStep = 32 / kAcross;  // at a time
     const int first = lane / kAcross;
 #pragma unroll
     for (int n = 0; n < kPieces; n += kAcross) {

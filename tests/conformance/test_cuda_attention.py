@@ -102,7 +102,11 @@ def test_every_activation(case):
 
 CASES_OF_WIDE = [
     (operators.hybrid_attention, Case(D=128, f=64, G=2, window=64, sink=4, dtype=BF16)),
+    (operators.hybrid_attention, Case(D=128, f=64, window=100, sink=37, dtype=BF16)),
     (operators.hybrid_attention, Case(D=96, f=64, window=256, window_kind="terrace", dtype=BF16)),
+    (operators.hybrid_attention, Case(D=96, V=72, f=64, sink=4, window=48, dtype=FP32)),
+    (operators.hybrid_attention, Case(D=96, V=128, f=64, window=0, sink=37, dtype=BF16)),
+    (operators.linear_attention, Case("500", D=80, f=64, batch=(1, 1), initial=True, dtype=BF16)),
     (operators.linear_attention, Case("500", D=128, f=64, batch=(1, 1), initial=True, dtype=BF16)),
     (operators.hybrid_attention, Case(D=60, f=100, two_sided=False, sink=1, dtype=BF16)),
 ]
@@ -117,7 +121,9 @@ SMALL_PADDED = {"window": 24, "V": 20, "sink": 4, "packing": "left", "batch": (2
 SMALL_STATE = {"window": 20, "V": 20, "batch": (1, 1), "initial": True}
 CASES_OF_LARGE = [
     (operators.hybrid_attention, Case(D=128, dtype=BF16, **SMALL_PADDED)),
+    (operators.hybrid_attention, Case(D=96, f=70, activation="exp", dtype=BF16, **SMALL_PADDED)),
     (operators.linear_attention, Case(D=96, two_sided=False, dtype=BF16, **SMALL_STATE)),
+    (operators.linear_attention, Case(D=128, activation="favor", dtype=BF16, **SMALL_STATE)),
     (operators.hybrid_attention, Case(D=256, f=64, dtype=BF16, **SMALL_PADDED)),
     (operators.linear_attention, Case(D=256, f=64, dtype=BF16, **SMALL_STATE)),
 ]
@@ -136,6 +142,7 @@ def test_heads_and_features_of_128_and_256(call, case):
 
 
 CASES_OF_SMALLEST = [
+    (operators.hybrid_attention, Case(D=96, f=64, dtype=BF16, **SMALL_PADDED)),
     (operators.hybrid_attention, Case(D=128, f=64, dtype=BF16, **SMALL_PADDED)),
     (operators.linear_attention, Case(D=256, dtype=BF16, **SMALL_STATE)),
     (operators.hybrid_attention, Case(D=60, dtype=FP32, **SMALL_PADDED)),
@@ -246,7 +253,7 @@ def test_tokens_after_the_last_sequence_get_zero():
 
 
 def test_fp16_with_features_without_a_bound_is_refused_with_what_would_do():
-    with pytest.raises(KernelError, match=r"have no bound .* use bf16, or the Triton kernels"):
+    with pytest.raises(KernelError, match="have no bound .* use bf16, fp32, or the Triton"):
         check(operators.hybrid_attention, Case(D=64, activation="relu", dtype=FP16))
 
 
@@ -268,8 +275,8 @@ def test_no_access_is_out_of_bounds_or_races(call, case, sanitizer):
     check(call, case, ONE, sanitizer=sanitizer, order=3)
 
 
-def test_tiles_that_are_loaded_ahead_do_not_race():
-    case = Case("500", D=128, f=64, window=100, batch=(1, 1), dtype=BF16)  # three slots
+def test_tiles_that_are_loaded_ahead_and_sinks_in_the_place_of_features_do_not_race():
+    case = Case("2w", D=128, f=64, window=600, sink=37, batch=(1, 1), dtype=BF16)  # in segments
     check(operators.hybrid_attention, case, ONE_WIDE, sanitizer="thread", order=3)
 
 

@@ -70,7 +70,7 @@ def cycles(target: str, D: int) -> tuple[str, dict[str, float]]:
 def main() -> None:
     print(LABEL)
     for target in ("sm_80", "sm_90"):
-        for D in (64, 128):
+        for D in (64, 96, 128):
             kernel, pipes = cycles(target, D)
             print(target, kernel, {pipe: round(n) for pipe, n in pipes.items()}, flush=True)
 

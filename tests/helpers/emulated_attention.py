@@ -21,16 +21,19 @@ ONE = "X(lol::bf16, 64, 64, 2, 64, 64, 1)"
 ONE_FP32 = "X(float, 64, 64, 2, 32, 64, 2)"
 ONE_LARGE = "X(lol::bf16, 128, 128, 2, 32, 64, 1)"
 NARROW = f"{ONE} {ONE_FP32} X(lol::f16, 64, 64, 2, 64, 64, 1)"
-ONE_WIDE = "X(lol::bf16, 128, 64, 2, 64, 64, 3)"
-WIDE = f"{ONE_WIDE} X(lol::bf16, 64, 128, 1, 64, 64, 1)"
-LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 64, 32, 2)"
+ONE_WIDE = "X(lol::bf16, 128, 64, 2, 128, 64, 2)"
+WIDE = (
+    f"{ONE_WIDE} X(lol::bf16, 96, 64, 2, 96, 64, 2) X(lol::bf16, 64, 128, 1, 64, 64, 1) "
+    "X(float, 96, 64, 2, 48, 32, 2)"
+)
+LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 96, 32, 1)"
 LARGEST = (
-    "X(float, 128, 64, 2, 32, 32, 1) X(float, 256, 256, 2, 16, 16, 1) "
+    "X(float, 128, 64, 2, 32, 32, 2) X(float, 256, 256, 2, 16, 16, 1) "
     "X(lol::bf16, 256, 256, 2, 16, 32, 2)"
 )
 SMALLEST = (
-    "X(lol::bf16, 128, 64, 2, 64, 32, 2) X(lol::bf16, 256, 256, 2, 16, 16, 1) "
-    "X(float, 64, 64, 2, 32, 32, 1)"
+    "X(lol::bf16, 96, 64, 2, 96, 32, 1) X(lol::bf16, 128, 64, 2, 64, 32, 2) "
+    "X(lol::bf16, 256, 256, 2, 16, 16, 1) X(float, 64, 64, 2, 32, 32, 1)"
 )
 SM_80, SM_86 = 163 * 1024, 99 * 1024  # bytes of shared memory that a block may have
 
