@@ -253,7 +253,7 @@ def test_tokens_after_the_last_sequence_get_zero():
 
 
 def test_fp16_with_features_without_a_bound_is_refused_with_what_would_do():
-    with pytest.raises(KernelError, match="have no bound .* use bf16, fp32, or the Triton"):
+    with pytest.raises(KernelError, match=r"have no bound .* use bf16, fp32, or the Triton"):
         check(operators.hybrid_attention, Case(D=64, activation="relu", dtype=FP16))
 
 
