@@ -68,8 +68,7 @@ class AttentionBlock {
     const float* ksum = p.ksum0 + state_row();
     float most = at.most_of_ksum;
     for (int i = this_lane(); i < p.sides * p.f; i += 32) most = fmaxf(most, ksum[i]);
-#pragma unroll
-    for (int by = 16; by; by /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
+    most = warp_max(most);
     if (this_lane() == 0) at.most_of_ksum = most;
   }
   __device__ __forceinline__ const float* bias_of(const Maps& maps, int head) const {

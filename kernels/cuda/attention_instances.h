@@ -8,8 +8,8 @@
 // D = f = 64 takes so little that two blocks share a multiprocessor of sm_80: they wait for each
 // other's keys, and one tile is enough. It and the one-sided instance, which has one tile for that,
 // fit the 99 KB of sm_86 and sm_89. Larger ones have a multiprocessor for themselves, and a second
-// tile where it fits: with windows up to a chunk both are at work, and none is asked for twice. The
-// second part of a list is what fits 99 KB in their place.
+// tile where an A100 has room for it: with windows up to a chunk both are at work, and none is
+// asked for twice. The second part of a list is what fits 99 KB in their place.
 #pragma once
 
 #define LOL_ATTENTION_INSTANCES_OF_16_BITS(X, T) \
