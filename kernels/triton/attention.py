@@ -14,7 +14,9 @@ from .backward_of_queries import backward_queries
 from .backward_pass import Incoming, Parts, RowGradients
 from .forward import attention_forward, exclusive_sums, segment_sums
 
-BLOCK = 1024  # words of a state that a program of exclusive_sums adds up
+# Words of a state that a program of exclusive_sums adds up, and segments that it loads at once: 32
+# numbers of a thread.
+BLOCK, TILE = 256, 16
 
 
 def fp32(like: Tensor, *shape: int) -> Tensor:
@@ -50,7 +52,7 @@ def segment_states(
     for x, start in zip((kv, ksum), initial, strict=True):
         size = x[0, 0, 0].numel()
         grid = (-(-size // BLOCK), plan.sequences * plan.heads)
-        launch.launch(exclusive_sums, grid, x, start, size, plan.segments, reverse, BLOCK)
+        launch.launch(exclusive_sums, grid, x, start, size, plan.segments, reverse, BLOCK, TILE)
     return kv, ksum
 
 

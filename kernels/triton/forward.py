@@ -280,20 +280,28 @@ def segment_sums(p, kv, ksum):
 
 
 @triton.jit
-def exclusive_sums(x, initial, size, count, REVERSE: tl.constexpr, BLOCK: tl.constexpr):
+def exclusive_sums(
+    x, initial, size, count, REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
+):
     """x [rows, count, size]: each of the count becomes the sum of those before it (after it, in
-    REVERSE), in place, on top of ``initial`` [rows, size] or 0."""
+    REVERSE), in place, on top of ``initial`` [rows, size] or 0.
+
+    TILE of the count at a time: what is loaded and stored in place one by one waits for memory
+    every time.
+    """
     row = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < size
+    inside = column < size
     total = tl.zeros((BLOCK,), tl.float32)
     if initial is not None:
-        total = tl.load(initial + row * size + column, mask=mask, other=0.0)
-    for step in tl.range(0, count, disable_licm=True):
+        total = tl.load(initial + row * size + column, mask=inside, other=0.0)
+    for first in tl.range(0, count, TILE, disable_licm=True):
+        step = first + tl.arange(0, TILE)
         n = step
         if REVERSE:
             n = count - 1 - step
-        cell = x + (row * count + n) * size + column
-        own = tl.load(cell, mask=mask, other=0.0)
-        tl.store(cell, total, mask=mask)
-        total += own
+        cells = x + ((row * count + n) * size)[:, None] + column[None, :]
+        mask = (step < count)[:, None] & inside[None, :]
+        own = tl.load(cells, mask=mask, other=0.0)
+        tl.store(cells, total[None, :] + (tl.cumsum(own, 0) - own), mask=mask)
+        total += tl.sum(own, 0)
