@@ -23,7 +23,7 @@ needs_nvrtc = pytest.mark.skipif(
     nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed"
 )
 BUDGET = Path(__file__).with_name("cuda_budget.json")
-STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, true>"
+STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, 4, true>"
 UPDATE = os.environ.get("UPDATE_CUDA_BUDGET")
 HYBRIDS = {  # by D
     64: "lol::cuda::hybrid_attention<lol::bf16, 64, 64, 2, 64, 64, 1>",

@@ -134,7 +134,7 @@ def test_steps_on_a_pool_of_states_equal_one_call(lcp):
         got = on_cupy.to_torch(out)
         assert_close(f"tokens {start} to {stop}", got, want[:, :, start:stop], torch.float32)
     assert lcp.cupy.asnumpy(state.length).tolist() == [case.T, 0, case.T]
-    launch = Launch("lol::cuda::hybrid_attention_step<float, 16, 8, true>", 4, 256)
+    launch = Launch("lol::cuda::hybrid_attention_step<float, 16, 8, 4, true>", 4, 256)
     assert_launched(lcp, *[launch] * 3)
 
 

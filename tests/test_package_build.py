@@ -76,7 +76,7 @@ def test_wheel_holds_the_sources_that_nvrtc_compiles_and_no_others(wheel):
 
 @pytest.mark.skipif(nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed")
 @pytest.mark.parametrize(
-    "kernel", ["feature_map<lol::f16, false>", "hybrid_attention_step<float, 16, 8, true>"]
+    "kernel", ["feature_map<lol::f16, false>", "hybrid_attention_step<float, 16, 8, 4, true>"]
 )
 def test_sources_in_the_wheel_compile_as_the_installed_package_says(installed, kernel):
     kernel = f"lol::cuda::{kernel}"

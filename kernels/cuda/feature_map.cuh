@@ -36,8 +36,16 @@ __global__ void __launch_bounds__(kFeatureMapThreads, 4)
     }
     __syncthreads();
     const auto map_of = [&](int) { return head / p.maps.group; };
-    features<kFeatureMapThreads, kWide>(buffers, p.maps, map_of, true, p.activation, rows, p.map,
-                                        phi);
+    const int thread = ptx::thread_of_block();
+    project<kFeatureMapThreads, kRows, kWide>(thread, buffers, p.maps, map_of, true, rows, p.map);
+    __syncthreads();
+    add_shares<kFeatureMapThreads, kRows>(thread, buffers, p.maps, map_of, rows, p.map,
+                                          p.activation.skip);
+    __syncthreads();
+    const auto scale_of = [](int) { return 1.f; };
+    activate_rows<kFeatureMapThreads, kRows>(thread, buffers, p.activation, scale_of, rows, p.map,
+                                             phi);
+    __syncthreads();
     if (r < rows) {
       T* row = row_of<T>(p.y, batch, head, token + r);
       for (int c = lane * per; c < p.map.F; c += 32 * per) {

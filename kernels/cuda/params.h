@@ -7,12 +7,13 @@ namespace cuda {
 
 using int64 = long long;
 
-// Rows of which a block makes features at a time: interleaved, they are 16 bytes for each feature.
+// Rows of which a block of feature_map makes features at a time, and queries that a decoding block
+// takes at a time, if there are several: interleaved, features of four are 16 bytes.
 constexpr int kRows = 4;
 // Tokens of a block of feature_map, and its threads.
 constexpr int kStrip = 32, kFeatureMapThreads = 256;
-// Of threads, among which a decoding block shares the rows of its state.
-constexpr int kGroups = 16;
+// Threads of a decoding block, in groups of `lanes`.
+constexpr int step_threads(int lanes, int queries) { return (queries == 1 ? 8 : 16) * lanes; }
 
 // A sequence tensor [B, H, T, width]: strides in elements, the last dimension contiguous.
 struct Rows {

@@ -21,25 +21,29 @@ const char* const feature_map_instances[] = {
 
 struct StepInstance {
   const char* kernel;
-  int lanes, rows;
+  int lanes, rows, queries;
   bool wide;
+  int threads() const { return step_threads(lanes, queries); }
+  int F() const { return threads() / lanes * rows; }
 };
-constexpr int kInstances = 5;  // of every number type
+constexpr int kInstances = 8;  // of every number type
 const StepInstance step_instances[] = {
-#define LOL_NAME(T, lanes, rows, wide) \
-  {"lol::cuda::hybrid_attention_step<" #T ", " #lanes ", " #rows ", " #wide ">", lanes, rows, wide},
+#define LOL_NAME(T, lanes, rows, queries, wide)                                                \
+  {"lol::cuda::hybrid_attention_step<" #T ", " #lanes ", " #rows ", " #queries ", " #wide ">", \
+   lanes, rows, queries, wide},
     LOL_STEP_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
-// The first one that holds F; of those with as many rows, the first one that holds V, or the
-// widest.
-const StepInstance& instance_for(int dtype, int F, int V, bool wide) {
+// Of those for as many queries or more, the first one that holds F; of those with as many features,
+// the first one that holds V, or the widest.
+const StepInstance& instance_for(int dtype, int F, int V, int queries, bool wide) {
   const StepInstance *of_dtype = step_instances + dtype * kInstances, *found = nullptr;
   for (int i = 0; i < kInstances; i++) {
     const StepInstance& at = of_dtype[i];
-    if (at.wide != wide || kGroups * at.rows < F) continue;
-    if (found && (at.rows > found->rows || 4 * found->lanes >= V)) break;
+    if (at.wide != wide || at.queries < queries || at.F() < F) continue;
+    if (found && (at.F() > found->F() || at.queries > found->queries || 4 * found->lanes >= V))
+      break;
     found = &at;
   }
   return *found;
@@ -131,29 +135,31 @@ int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* p
   bool wide = is_wide(a.feature_q.weight) && is_wide(a.feature_k.weight) && is_wide(s.kv);
   for (const lol_tensor* t : {&a.q, &a.k, &a.v, &a.o, &s.k_ring, &s.v_ring, &s.k_sink, &s.v_sink})
     wide &= is_wide(*t);
-  const StepInstance& instance = instance_for(a.q.dtype, p.map.F, p.V, wide);
-  const int threads = kGroups * instance.lanes, columns = 4 * instance.lanes;
+  // One query finds one key that leaves; several, or of a window that moves by more, a few of each.
+  const bool one = p.T == 1 && p.H == p.Hs && p.slack == 0 && !a.lazy && !p.terrace;
+  const StepInstance& instance = instance_for(a.q.dtype, p.map.F, p.V, one ? 1 : kRows, wide);
+  const int rows = instance.queries, threads = instance.threads(), columns = 4 * instance.lanes;
 
   Offsets at;
   p.shared.sequence = at.take(kSequenceBytes);
-  p.shared.queries = at.take(kRows * kQueryBytes);
-  p.shared.partial = at.take(kRows * threads * 16);
-  p.shared.q = at.take(kRows * p.map.ld * 4);
-  p.shared.x = at.take(kRows * p.map.ld * 4);
-  p.shared.z = at.take(kRows * p.map.f * 4);
-  p.shared.phi_q = at.take(kRows * p.map.F * 4);
-  p.shared.phi_k = at.take(kRows * p.map.F * 4);
-  p.shared.leaving = at.take(kRows * columns * 4);
+  p.shared.queries = at.take(rows * kQueryBytes);
+  p.shared.partial = at.take(rows * threads * 16);
+  p.shared.q = at.take(rows * p.map.ld * 4);
+  p.shared.x = at.take(rows * p.map.ld * 4);
+  p.shared.z = at.take(2 * rows * p.map.f * 4);
+  p.shared.phi_q = at.take(rows * p.map.F * 4);
+  p.shared.phi_k = at.take(rows * p.map.F * 4);
+  p.shared.leaving = at.take(rows * columns * 4);
   p.shared.ksum = at.take(p.map.F * 4);
-  p.shared.pairs = at.take(kRows * kRows * 4);
-  // Four threads read a key, eight threads at once: two keys are to lie in different banks.
+  p.shared.pairs = at.take(rows * rows * 4);
+  // Where four threads read a key, and eight at once, two keys are to lie in different banks.
   p.k_row = round_up(p.map.D * size_of(a.q.dtype), 128) + 64;
-  const int v_row = columns * size_of(a.q.dtype), key_bytes = p.k_row + v_row + kRows * 4;
+  const int v_row = columns * size_of(a.q.dtype), key_bytes = p.k_row + v_row + rows * 4;
   const int room = kSharedBytes - at.bytes() - 64;
   const int most = (room < kTileBytes ? room : kTileBytes) / key_bytes / 16 * 16;
   const int64_t wanted = p.sink + static_cast<int64_t>(span) + p.T;
   p.keys = wanted < most ? round_up(static_cast<int>(wanted), 16) : most;
-  p.shared.scores = at.take(kRows * p.keys * 4);
+  p.shared.scores = at.take(rows * p.keys * 4);
   p.shared.k = at.take(p.keys * p.k_row);
   p.shared.v = at.take(p.keys * v_row);
 

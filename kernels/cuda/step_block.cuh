@@ -1,5 +1,5 @@
 // What a block of hybrid_attention_step_ knows and does whatever the number type: its sequence, its
-// queries, its shared memory, and the weights of keys.
+// queries, its shared memory, and the weights of keys that have left the window.
 #pragma once
 #include "features.cuh"
 #include "window.cuh"
@@ -11,10 +11,7 @@ namespace cuda {
 struct Query {
   int token, head, map;  // map: which one of map_q
   int position, start;   // of the token; of its window
-  float gate;
-  float m, l;    // the maximum of the scores, in powers of 2, and the sum of their exponentials
-  float factor;  // by which the last tile of keys lowered what had been summed before
-  float den;
+  float gate, den;
 };
 
 // What a block does for its sequence.
@@ -36,6 +33,8 @@ struct ThreadOfBlock {
   __device__ int warp() const { return index / 32; }
 };
 
+// kQueries: at a time, and keys that leave at a time.
+template <int kQueries>
 class StepBlock {
  protected:
   __device__ StepBlock(const StepParams& params, unsigned char* shared_memory)
@@ -92,69 +91,37 @@ class StepBlock {
     return p.kv + (s().slot * p.Hs + s().head) * p.map.F * p.V;
   }
 
-  // A warp turns a row of scores of a tile of keys into weights and brings its sums up to date.
-  __device__ void weigh_tile(int tile, int rows) {
-    const ThreadOfBlock me = this_thread();
-    const int r = me.warp();
-    if (r >= rows) return;
-    float* row = scores() + r * p.keys;
-    const int in_tile = at_most(s().keys - tile * p.keys, p.keys);
-    Query& query = queries()[r];
-    const float before = query.m;
-    float m = before, l = 0.f;
-#pragma unroll 2
-    for (int key = me.lane(); key < in_tile; key += 32) m = fmaxf(m, row[key]);
-    m = warp_max(m);
-#pragma unroll 2
-    for (int key = me.lane(); key < in_tile; key += 32) {
-      const float weight = row[key] == kLowest ? 0.f : exp2f(row[key] - m);
-      row[key] = weight;
-      l += weight;
-    }
-    l = warp_sum(l);
-    const float factor = exp2f(before - m);
-    __syncwarp();  // all lanes have read the maximum before
-    if (me.lane() == 0) {
-      query.m = m;
-      query.l = query.l * factor + l;
-      query.factor = factor;
-    }
-  }
-
-  // pairs[r] = phi_q phi_k of the keys [first, last) of phi_k, and a thread's share
-  // of their sum; by one warp.
+  // pairs[r] = phi_q phi_k of the keys [first, last) of phi_k, and a thread's share of their sum;
+  // by one warp.
   __device__ float weigh_pairs(int r, int first, int last) {
     const ThreadOfBlock me = this_thread();
-
-    float4 weights = zero4();
+    float of_key[kQueries] = {};
 #pragma unroll 2
     for (int f = me.lane(); f < p.map.F; f += 32) {
-      const float4 k = *reinterpret_cast<const float4*>(phi_k() + f * kRows);
-      weights = fma4(phi_q()[f * kRows + r], k, weights);
+      const float phi = phi_q()[f * kQueries + r];
+#pragma unroll
+      for (int j = 0; j < kQueries; j++)
+        of_key[j] = fmaf(phi, phi_k()[f * kQueries + j], of_key[j]);
     }
-    const float of_key[kRows] = {weights.x, weights.y, weights.z, weights.w};
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < kRows; j++) {
+    for (int j = 0; j < kQueries; j++) {
       const bool counts = j >= first && j < last;
       const float weight = warp_sum(of_key[j]);
       if (counts) sum += of_key[j];
-      if (me.lane() == 0) pairs()[r * kRows + j] = counts ? weight : 0.f;
+      if (me.lane() == 0) pairs()[r * kQueries + j] = counts ? weight : 0.f;
     }
     return sum;
   }
 
-  // Whether the other blocks of the sequence have read all that they need.
-  __device__ bool is_last() {
-    const ThreadOfBlock me = this_thread();
-    if (p.Hs == 1) return true;
-    bool* last = at<bool>(p.shared.pairs);
-    if (me.index == 0) {
-      *last = ptx::atomic_add_acq_rel(arrived(), 1) == static_cast<unsigned>(p.Hs - 1);
-    }
-    __syncthreads();
-    return *last;
+  // Tells the other blocks of the sequence that this one has read all that it needs, and notes
+  // whether they all have.
+  __device__ void arrive() const {
+    if (this_thread().index == 0)
+      *is_last() =
+          p.Hs == 1 || ptx::atomic_add_acq_rel(arrived(), 1) == static_cast<unsigned>(p.Hs - 1);
   }
+  __device__ bool* is_last() const { return at<bool>(p.shared.pairs); }
   // How many blocks of the sequence have.
   __device__ unsigned* arrived() const {
     return reinterpret_cast<unsigned*>(p.length + 2 * s().slot + 1);
@@ -167,19 +134,21 @@ class StepBlock {
     return reinterpret_cast<X*>(shared + offset);
   }
   __device__ Sequence& s() const { return *at<Sequence>(p.shared.sequence); }
-  __device__ float* q() const { return at<float>(p.shared.q); }                // [kRows x ld]
-  __device__ float* phi_q() const { return at<float>(p.shared.phi_q); }        // [F x kRows]
-  __device__ float* phi_k() const { return at<float>(p.shared.phi_k); }        // [F x kRows]
-  __device__ float4* leaving() const { return at<float4>(p.shared.leaving); }  // [kRows x kLanes]
-  __device__ float* ksum() const { return at<float>(p.shared.ksum); }          // [F]
-  __device__ float* pairs() const { return at<float>(p.shared.pairs); }        // [kRows x kRows]
-  __device__ Query* queries() const { return at<Query>(p.shared.queries); }    // [kRows]
-  __device__ float* scores() const { return at<float>(p.shared.scores); }      // [kRows x keys]
-  __device__ float4* partial() const { return at<float4>(p.shared.partial); }  // [kRows x kThreads]
-  __device__ FeatureBuffers buffers(float* x) const {
-    return {partial(), x, at<float>(p.shared.z)};
-  }
-  __device__ float* x() const { return at<float>(p.shared.x); }  // [kRows x ld]
+  __device__ float* q() const { return at<float>(p.shared.q); }          // [kQueries x ld]
+  __device__ float* x() const { return at<float>(p.shared.x); }          // [kQueries x ld]
+  __device__ float* phi_q() const { return at<float>(p.shared.phi_q); }  // [F x kQueries]
+  __device__ float* phi_k() const { return at<float>(p.shared.phi_k); }  // [F x kQueries]
+  __device__ float4* leaving() const {
+    return at<float4>(p.shared.leaving);
+  }  // [kQueries x kLanes]
+  __device__ float* ksum() const { return at<float>(p.shared.ksum); }    // [F]
+  __device__ float* pairs() const { return at<float>(p.shared.pairs); }  // [kQueries x kQueries]
+  __device__ Query* queries() const { return at<Query>(p.shared.queries); }  // [kQueries]
+  __device__ float* scores() const { return at<float>(p.shared.scores); }    // [kQueries x keys]
+  __device__ float4* partial() const {
+    return at<float4>(p.shared.partial);
+  }  // [kQueries x threads]
+  __device__ float* z() const { return at<float>(p.shared.z); }  // [2 x kQueries x f]
 
   const StepParams& p;
   unsigned char* const shared;

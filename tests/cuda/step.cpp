@@ -4,9 +4,9 @@
 #include "kernels/cuda/hybrid_attention_step.cuh"
 
 static const Instance<lol::cuda::StepParams> instances[] = {
-#define ENTRY(T, lanes, rows, wide)                                              \
-  {"lol::cuda::hybrid_attention_step<" #T ", " #lanes ", " #rows ", " #wide ">", \
-   lol::cuda::hybrid_attention_step<T, lanes, rows, wide>},
+#define ENTRY(...)                                       \
+  {"lol::cuda::hybrid_attention_step<" #__VA_ARGS__ ">", \
+   lol::cuda::hybrid_attention_step<__VA_ARGS__>},
     INSTANCES(ENTRY)
 #undef ENTRY
 };

@@ -20,10 +20,16 @@ INPUTS = ("q", "k", "v", "o", "weight_q", "weight_k", "gate")  # of every attent
 
 # What a program has of the kernels, so that few are compiled: those of small heads, those of larger
 # ones, those of rows that are no multiples of 16 bytes.
-SMALL = "X(float, 16, 8, true) X(lol::bf16, 16, 8, true) X(lol::f16, 16, 8, true)"
-LARGE = "X(lol::bf16, 32, 8, true) X(lol::bf16, 16, 16, true)"
-UNALIGNED = "X(float, 16, 32, false) X(lol::bf16, 16, 32, false)"
-ONE = "X(float, 16, 8, true)"
+SMALL = " ".join(
+    f"X({number}, {shape}, true)"
+    for number in ("float", "lol::bf16", "lol::f16")
+    for shape in ("16, 16, 1", "16, 8, 4")
+)
+LARGE = " ".join(
+    f"X(lol::bf16, {shape}, true)" for shape in ("32, 16, 1", "16, 32, 1", "32, 8, 4", "16, 16, 4")
+)
+UNALIGNED = "X(float, 16, 32, 4, false) X(lol::bf16, 16, 32, 4, false)"
+ONE = "X(float, 16, 16, 1, true) X(float, 16, 8, 4, true)"
 FEATURE_MAPS = " ".join(
     f"X({number}, {wide})"
     for number in ("float", "lol::bf16", "lol::f16")
