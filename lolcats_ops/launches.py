@@ -29,7 +29,7 @@ def launches_of(case: Case, most_shared_bytes: int = MOST_SHARED_BYTES) -> Launc
     build with the kernels."""
     try:
         launches = _C.cuda_launches(case.op, most_shared_bytes, *_ARGUMENTS[case.op](case))
-    except ValueError as error:  # "hybrid_attention: fp32 is not for the CUDA kernels: ..."
+    except ValueError as error:  # "hybrid_attention_step: key_padding_mask is not for ..."
         return Launches(str(error).partition(": ")[2])
     return Launches(None, max((shared for *_, shared in launches), default=0))
 

@@ -101,6 +101,11 @@ CASES = [
         Case(D=64, f=64, V=72, G=2, batch=(2, 1), initial=True, dtype=BF16),
         Launch("lol::cuda::linear_attention<lol::bf16, 64, 64, 2, 64, 64, 1>", 8, 128),
     ),
+    (
+        operators.hybrid_attention,
+        Case(D=64, f=24, V=24, batch=(1, 1), sink=1, activation="relu", dtype=torch.float16),
+        Launch("lol::cuda::hybrid_attention<lol::wide_f16, 64, 64, 2, 32, 64, 2>", 1, 256),
+    ),
 ]
 
 

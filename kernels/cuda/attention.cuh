@@ -28,9 +28,10 @@ constexpr bool kHoldsSums = true;
 template <>
 constexpr bool kHoldsSums<f16> = false;  // its largest number is 65504
 
-template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots, bool kHybrid>
-class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
-  using Memory = AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots>;
+template <class Number, int kD, int kf, int kSides, int kV, int kChunk, int kSlots, bool kHybrid>
+class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
+  using Memory = AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots>;
+  using T = Tiled<Number>;
   using Memory::at, Memory::p;
   using Memory::has_queries, Memory::own_queries, Memory::keys, Memory::values, Memory::tokens_at;
   using Memory::k_sink, Memory::v_sink, Memory::phi_k, Memory::kv, Memory::ksum, Memory::phi_q;
@@ -59,7 +60,7 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
     }
     if (stores_state()) store_state();
     if (at.last && (p.mask.real || at.sequence + 1 >= p.sequences))
-      this->template clear_rest<T, kV>(kThreads);
+      this->template clear_rest<Stored<Number>, kV>(kThreads);
   }
 
  private:
@@ -398,18 +399,18 @@ class Attention : AttentionMemory<T, kD, kf, kSides, kV, kChunk, kSlots> {
       }
     }
     __syncwarp();
-    constexpr int kPer = kPerChunk<T>, kPieces = kV / kPer;
+    using Out = Stored<Number>;
+    constexpr int kPer = kPerChunk<Out>, kPieces = kV / kPer;
 #pragma unroll 1
     for (int c = lane; c < 16 * kPieces; c += 32) {
       const int row = c / kPieces, column = c % kPieces * kPer;
       if (i + row >= at.length || at.column + column >= p.V) continue;
-      T* to = row_of<T>(p.o, at.batch, at.head, tokens[row]) + at.column;
-      const T* from = y.at(row, column / 8) + column % 8;
-      const Chunk<T> x = *reinterpret_cast<const Chunk<T>*>(from);
+      Out* to = row_of<Out>(p.o, at.batch, at.head, tokens[row]) + at.column;
+      const Chunk<Out> x = chunk_of<Out>(y.at(row, column / 8) + column % 8);
       if (p.wide) {
-        store_chunk<T, true>(to, column, p.V - at.column, x);
+        store_chunk<Out, true>(to, column, p.V - at.column, x);
       } else {
-        store_chunk<T, false>(to, column, p.V - at.column, x);
+        store_chunk<Out, false>(to, column, p.V - at.column, x);
       }
     }
     __syncwarp();  // before the next queries arrive

@@ -10,6 +10,8 @@
 // fit the 99 KB of sm_86 and sm_89. Larger ones have a multiprocessor for themselves, and a second
 // tile where an A100 has room for it: with windows up to a chunk both are at work, and none is
 // asked for twice. The second part of a list is what fits 99 KB in their place.
+//
+// Of fp16 there are both lists: features without a bound are held in fp32 (numbers.cuh).
 #pragma once
 
 #define LOL_ATTENTION_INSTANCES_OF_16_BITS(X, T) \
@@ -25,15 +27,19 @@
   X(T, 128, 64, 2, 64, 32, 2)                    \
   X(T, 256, 256, 2, 16, 16, 1)
 
+#define LOL_ATTENTION_INSTANCES_OF_32_BITS(X, T) \
+  X(T, 64, 64, 2, 32, 64, 2)                     \
+  X(T, 96, 64, 2, 48, 32, 2)                     \
+  X(T, 128, 64, 2, 32, 32, 2)                    \
+  X(T, 256, 256, 2, 16, 16, 1)                   \
+                                                 \
+  X(T, 64, 64, 2, 32, 32, 1)
+
 #define LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::bf16)
-#define LOL_ATTENTION_INSTANCES_f16(X) LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::f16)
-#define LOL_ATTENTION_INSTANCES_f32(X) \
-  X(float, 64, 64, 2, 32, 64, 2)       \
-  X(float, 96, 64, 2, 48, 32, 2)       \
-  X(float, 128, 64, 2, 32, 32, 2)      \
-  X(float, 256, 256, 2, 16, 16, 1)     \
-                                       \
-  X(float, 64, 64, 2, 32, 32, 1)
+#define LOL_ATTENTION_INSTANCES_f16(X)            \
+  LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::f16) \
+  LOL_ATTENTION_INSTANCES_OF_32_BITS(X, lol::wide_f16)
+#define LOL_ATTENTION_INSTANCES_f32(X) LOL_ATTENTION_INSTANCES_OF_32_BITS(X, float)
 
 #define LOL_ATTENTION_INSTANCES(X) \
   LOL_ATTENTION_INSTANCES_f32(X) LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_f16(X)

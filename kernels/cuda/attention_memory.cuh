@@ -6,9 +6,10 @@
 namespace lol {
 namespace cuda {
 
-template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots>
+template <class Number, int kD, int kf, int kSides, int kV, int kChunk, int kSlots>
 class AttentionMemory : protected AttentionBlock {
  protected:
+  using T = Tiled<Number>;
   static constexpr AttentionTiles kTiles = {sizeof(T), kD, kf, kSides, kV, kChunk, kSlots};
   static constexpr int kWarps = kTiles.warps(), kF = kTiles.F();
   static constexpr int kHeaderBytes = kTiles.header_bytes(), kThreads = 32 * kWarps;
@@ -74,8 +75,8 @@ class AttentionMemory : protected AttentionBlock {
   __device__ __forceinline__ void load_queries(int chunk) {
     const int position = chunk * kChunk + 16 * this_warp();
     if (has_queries())
-      copy_rows(this_lane(), own_queries(), row_of<T>(p.q, at.batch, at.head, 0), p.q.token,
-                tokens_at(position), at.length - position, p.D, p.wide);
+      copy_rows(this_lane(), own_queries(), row_of<Stored<Number>>(p.q, at.batch, at.head, 0),
+                p.q.token, tokens_at(position), at.length - position, p.D, p.wide);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(int tile) {
@@ -130,10 +131,11 @@ class AttentionMemory : protected AttentionBlock {
     const int lane = this_lane(), first = 16 * this_warp(), count = at.length - position - first;
     if (first < kKeys) {
       const Tokens tokens = tokens_at(position + first);
-      copy_rows(lane, to_k.rows(first), row_of<T>(p.k, at.batch, at.kv_head, 0), p.k.token, tokens,
-                count, p.D, p.wide);
-      copy_rows(lane, to_v.rows(first), row_of<T>(p.v, at.batch, at.kv_head, 0) + at.column,
-                p.v.token, tokens, count, p.V - at.column, p.wide);
+      copy_rows(lane, to_k.rows(first), row_of<Stored<Number>>(p.k, at.batch, at.kv_head, 0),
+                p.k.token, tokens, count, p.D, p.wide);
+      copy_rows(lane, to_v.rows(first),
+                row_of<Stored<Number>>(p.v, at.batch, at.kv_head, 0) + at.column, p.v.token, tokens,
+                count, p.V - at.column, p.wide);
     }
     ptx::cp_async_commit();
   }

@@ -7,7 +7,7 @@ namespace cuda {
 
 template <class T, int kD, int kf, int kSides, int kV, int kChunk, int kSlots>
 __global__ void __launch_bounds__(
-    32 * AttentionTiles{sizeof(T), kD, kf, kSides, kV, kChunk, kSlots}.warps())
+    32 * AttentionTiles{sizeof(Tiled<T>), kD, kf, kSides, kV, kChunk, kSlots}.warps())
     linear_attention(const __grid_constant__ AttentionParams params) {
   Attention<T, kD, kf, kSides, kV, kChunk, kSlots, false>(params,
                                                           ptx::dynamic_shared<unsigned char>())

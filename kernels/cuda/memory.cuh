@@ -91,6 +91,19 @@ __device__ __forceinline__ void store_floats(float* to, const Chunk<T>& x) {
   }
 }
 
+// 16 bytes of numbers, of what is in shared memory, aligned to 16 bytes.
+template <class T, class From>
+__device__ __forceinline__ Chunk<T> chunk_of(const From* from) {
+  if constexpr (kSame<T, From>) {
+    return *reinterpret_cast<const Chunk<T>*>(from);
+  } else {
+    Chunk<T> chunk;
+#pragma unroll
+    for (int i = 0; i < kPerChunk<T>; i++) chunk.at[i] = convert<T>(from[i]);
+    return chunk;
+  }
+}
+
 // Of a chunk and as many floats in shared memory, aligned to 16 bytes.
 template <class T>
 __device__ __forceinline__ float dot_chunk(const float* x, const Chunk<T>& y) {

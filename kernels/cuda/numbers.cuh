@@ -6,6 +6,11 @@
 
 namespace lol {
 
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
 struct bf16 {
   unsigned short bits;
 };
@@ -13,6 +18,24 @@ struct bf16 {
 struct f16 {
   unsigned short bits;
 };
+
+// In tensors fp16, in tiles fp32: for sums beyond 65504, the largest number of fp16.
+struct wide_f16 {};
+
+template <class T>
+struct NumberOf {
+  using Stored = T;
+  using Tiled = T;
+};
+template <>
+struct NumberOf<wide_f16> {
+  using Stored = f16;
+  using Tiled = float;
+};
+template <class T>
+using Stored = typename NumberOf<T>::Stored;  // in tensors
+template <class T>
+using Tiled = typename NumberOf<T>::Tiled;  // in tiles of shared memory, and in products of them
 
 // Two numbers side by side, as tensor cores take them.
 template <class T>
@@ -84,6 +107,14 @@ __device__ __forceinline__ T from_float(float x) {
 template <>
 __device__ __forceinline__ float from_float<float>(float x) {
   return x;
+}
+template <class To, class From>
+__device__ __forceinline__ To convert(From x) {
+  if constexpr (kSame<To, From>) {
+    return x;
+  } else {
+    return from_float<To>(to_float(x));
+  }
 }
 
 // d += a b for tiles of 16 x 16 and 16 x 8. Operands are those of mma.m16n8k16: a pair has two

@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "../check.h"
 #include "attention_instances.h"
 #include "plan.h"
 #include "plan_tensors.h"
@@ -14,23 +13,33 @@ struct AttentionInstance {
   int dtype;
   AttentionTiles tiles;
 };
+// Of "float", "lol::bf16", "lol::f16" and "lol::wide_f16": the number of tensors, and the bytes of
+// one in tiles (numbers.cuh).
 constexpr int type_code(const char* name) {
   return name[0] == 'f' ? LOL_F32 : name[5] == 'b' ? LOL_BF16 : LOL_F16;
 }
+constexpr int tiled_bytes(const char* name) { return name[0] == 'f' || name[5] == 'w' ? 4 : 2; }
 const AttentionInstance attention_instances[] = {
 #define LOL_NAME(T, ...)                                    \
   {"lol::cuda::hybrid_attention<" #T ", " #__VA_ARGS__ ">", \
    "lol::cuda::linear_attention<" #T ", " #__VA_ARGS__ ">", \
    type_code(#T),                                           \
-   {size_of(type_code(#T)), __VA_ARGS__}},
+   {tiled_bytes(#T), __VA_ARGS__}},
     LOL_ATTENTION_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
+// Whether sums of features and products with them may outgrow fp16.
+bool outgrows_fp16(const Activation& activation) {
+  return activation.kind != LOL_SOFTMAX && activation.kind != LOL_EXP;
+}
+
 // The first one that holds the problem in so much shared memory, or null.
 const AttentionInstance* instance_for(int dtype, const AttentionParams& p, int most_shared_bytes) {
+  const bool of_32_bits = dtype == LOL_F32 || (dtype == LOL_F16 && outgrows_fp16(p.activation));
   for (const AttentionInstance& at : attention_instances) {
-    if (at.dtype == dtype && at.tiles.D >= p.D && at.tiles.f >= p.f && at.tiles.sides >= p.sides &&
+    if (at.dtype == dtype && at.tiles.number == (of_32_bits ? 4 : 2) && at.tiles.D >= p.D &&
+        at.tiles.f >= p.f && at.tiles.sides >= p.sides &&
         at.tiles.shared_bytes() <= most_shared_bytes)
       return &at;
   }
@@ -50,8 +59,8 @@ int segments_for(int64 blocks, int T) {
 
 // What both operators have; Args: of either.
 template <class Args>
-int plan_attention(const char* op, const Args& a, int most_shared_bytes,
-                   const char* AttentionInstance::* kernel, Plan* plan, AttentionParams* params) {
+int plan_attention(const Args& a, int most_shared_bytes, const char* AttentionInstance::* kernel,
+                   Plan* plan, AttentionParams* params) {
   const bool mapped = a.feature_k.weight.data != nullptr;
   AttentionParams& p = *params;
   p.q = rows_of(a.q);
@@ -72,13 +81,6 @@ int plan_attention(const char* op, const Args& a, int most_shared_bytes,
   }
   p.activation = activation_of(a.feature_k);
   if (!mapped) p.activation = {LOL_IDENTITY, false, false, 0.f};
-  if (a.q.dtype == LOL_F16 && p.activation.kind != LOL_SOFTMAX && p.activation.kind != LOL_EXP) {
-    fail(
-        "%s: fp16 with features that have no bound is not for the CUDA kernels: use bf16, fp32, or "
-        "the Triton kernels",
-        op);
-    return LOL_EUNSUPPORTED;
-  }
   p.scale = static_cast<float>(a.scale);
   p.den = static_cast<float*>(a.den.data);
   p.cu_seqlens = indices_of(a.cu_seqlens);
@@ -111,8 +113,7 @@ int plan(const lol_hybrid_attention_args& a, int most_shared_bytes, Plan* plan,
   p.sink = static_cast<int>(std::min(a.sink, a.q.shape[2]));
   p.m = static_cast<float*>(a.m.data);
   *params = p;
-  return plan_attention("hybrid_attention", a, most_shared_bytes, &AttentionInstance::hybrid, plan,
-                        params);
+  return plan_attention(a, most_shared_bytes, &AttentionInstance::hybrid, plan, params);
 }
 
 int plan(const lol_linear_attention_args& a, int most_shared_bytes, Plan* plan,
@@ -126,8 +127,7 @@ int plan(const lol_linear_attention_args& a, int most_shared_bytes, Plan* plan,
   p.kv = any ? static_cast<float*>(a.kv.data) : nullptr;
   p.ksum = any ? static_cast<float*>(a.ksum.data) : nullptr;
   *params = p;
-  return plan_attention("linear_attention", a, most_shared_bytes, &AttentionInstance::linear, plan,
-                        params);
+  return plan_attention(a, most_shared_bytes, &AttentionInstance::linear, plan, params);
 }
 
 }  // namespace cuda

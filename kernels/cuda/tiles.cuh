@@ -204,13 +204,25 @@ struct Tokens {
 };
 
 // A warp brings rows of `width` numbers of `count` tokens, at most 16, to a tile; zeros elsewhere.
-// Asynchronously, if the rows are wide (memory.cuh) and follow one another.
-template <class T, int kColumns>
-__device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to, const T* from,
+// Asynchronously, if the rows are wide (memory.cuh), follow one another and are not converted.
+template <class T, class From, int kColumns>
+__device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to, const From* from,
                                           int64 stride, const Tokens& tokens, int count, int width,
                                           bool wide) {
-  constexpr int kRows = 16, kPer = kPerChunk<T>, kPieces = kColumns / kPer;
-  if (wide && !tokens.list) {
+  constexpr int kRows = 16, kPer = kPerChunk<From>, kPieces = kColumns / kPer;
+  if constexpr (!kSame<T, From>) {
+    if (wide) {
+#pragma unroll 2
+      for (int i = lane; i < kRows * kPieces; i += 32) {
+        const int row = i / kPieces, column = i % kPieces * kPer;
+        Chunk<From> chunk = {};
+        if (row < count && column < width)
+          chunk = load_chunk<From, true>(from + tokens[row] * stride, column, width);
+        store_floats(to.at(row, column / 8), chunk);
+      }
+      return;
+    }
+  } else if (wide && !tokens.list) {
     constexpr int kPower = kPieces & -kPieces;
     constexpr int kAcross = kPower < 32 ? kPower : 32, kStep = 32 / kAcross;  // at a time
     const int first = lane / kAcross;
@@ -232,7 +244,7 @@ __device__ __forceinline__ void copy_rows(int lane, const Tile<T, kColumns>& to,
   for (int i = lane; i < kRows * kColumns; i += 32) {
     const int row = i / kColumns, column = i % kColumns;
     to.at(row, column / 8)[column % 8] =
-        row < count && column < width ? from[tokens[row] * stride + column] : T{};
+        row < count && column < width ? convert<T>(from[tokens[row] * stride + column]) : T{};
   }
 }
 

@@ -17,6 +17,7 @@ from helpers.emulated_attention import (
     ONE_FP32,
     ONE_LARGE,
     ONE_WIDE,
+    ONE_WIDE_FP16,
     SM_86,
     SMALLEST,
     WIDE,
@@ -60,14 +61,14 @@ SMALL = {
     "packing": (None, "left", "right", "packed"),
     "dtype": (FP32, BF16, FP16),
 }
-# One-sided: every activation, and q and k as the features.
+# One-sided: every activation, and q and k as the features. Without a bound, of fp16 in fp32 tiles.
 ONE_SIDED = {
     **SMALL,
     "f": ("D", 24),
     "two_sided": (False,),
     "skip": (False, True),
     "activation": FACTORS["activation"],
-    "dtype": (BF16,),
+    "dtype": (BF16, FP16),
 }
 
 
@@ -100,12 +101,28 @@ def test_every_activation(case):
     check(operators.hybrid_attention, case)
 
 
+@small({**ONE_SIDED, "dtype": (FP16,), "activation": (*FACTORS["activation"], None)}, *LINEAR)
+def test_every_activation_of_linear_attention_in_fp16(case):
+    check(operators.linear_attention, case)
+
+
+def test_sums_of_features_beyond_65504_are_held_in_fp16():
+    case = Case("500", D=64, activation=None, batch=(1, 1), initial=True, dtype=FP16)
+    x = make_inputs(case)
+    x.leaves["k"] *= 1024
+    want = operators.linear_attention(lo.reference, x)
+    assert want["ksum"].min() > 65504
+    kernels = Kernels(program(NARROW))
+    compare(operators.linear_attention(kernels, x.as_dtype(FP16, "plain")), want, FP16)
+
+
 CASES_OF_WIDE = [
     (operators.hybrid_attention, Case(D=128, f=64, G=2, window=64, sink=4, dtype=BF16)),
     (operators.hybrid_attention, Case(D=128, f=64, window=100, sink=37, dtype=BF16)),
     (operators.hybrid_attention, Case(D=96, f=64, window=256, window_kind="terrace", dtype=BF16)),
     (operators.hybrid_attention, Case(D=96, V=72, f=64, sink=4, window=48, dtype=FP32)),
     (operators.hybrid_attention, Case(D=96, V=128, f=64, window=0, sink=37, dtype=BF16)),
+    (operators.hybrid_attention, Case(D=96, V=72, f=64, sink=4, activation="relu", dtype=FP16)),
     (operators.linear_attention, Case("500", D=80, f=64, batch=(1, 1), initial=True, dtype=BF16)),
     (operators.linear_attention, Case("500", D=128, f=64, batch=(1, 1), initial=True, dtype=BF16)),
     (operators.hybrid_attention, Case(D=60, f=100, two_sided=False, sink=1, dtype=BF16)),
@@ -133,6 +150,8 @@ CASES_OF_LARGEST = [
     (operators.hybrid_attention, Case(D=128, f=64, dtype=FP32, **SMALL_PADDED)),
     (operators.linear_attention, Case(D=256, dtype=FP32, **SMALL_STATE)),
     (operators.hybrid_attention, Case(D=128, two_sided=False, dtype=FP32, **SMALL_PADDED)),
+    (operators.hybrid_attention, Case(D=128, f=64, activation="relu", dtype=FP16, **SMALL_PADDED)),
+    (operators.linear_attention, Case(D=256, activation=None, dtype=FP16, **SMALL_STATE)),
 ]
 
 
@@ -146,6 +165,7 @@ CASES_OF_SMALLEST = [
     (operators.hybrid_attention, Case(D=128, f=64, dtype=BF16, **SMALL_PADDED)),
     (operators.linear_attention, Case(D=256, dtype=BF16, **SMALL_STATE)),
     (operators.hybrid_attention, Case(D=60, dtype=FP32, **SMALL_PADDED)),
+    (operators.hybrid_attention, Case(D=60, activation="elu1", dtype=FP16, **SMALL_PADDED)),
 ]
 
 
@@ -221,6 +241,7 @@ PADDED = [
     (operators.hybrid_attention, Case(D=64, V=72, G=2, sink=4, window=48, dtype=BF16)),
     (operators.hybrid_attention, Case(D=60, sink=37, window_kind="terrace", dtype=BF16)),
     (operators.linear_attention, Case("500", D=64, initial=True, layout="strided", dtype=BF16)),
+    (operators.hybrid_attention, Case(D=64, sink=4, window=48, activation="relu", dtype=FP16)),
 ]
 
 
@@ -252,11 +273,6 @@ def test_tokens_after_the_last_sequence_get_zero():
         assert (kernels.saved.m[:, :, end:] == 0).all()
 
 
-def test_fp16_with_features_without_a_bound_is_refused_with_what_would_do():
-    with pytest.raises(KernelError, match=r"have no bound .* use bf16, fp32, or the Triton"):
-        check(operators.hybrid_attention, Case(D=64, activation="relu", dtype=FP16))
-
-
 NARROW_HEADS = [
     (
         operators.hybrid_attention,
@@ -283,6 +299,13 @@ def test_tiles_that_are_loaded_ahead_and_sinks_in_the_place_of_features_do_not_r
 def test_no_access_of_fp32_is_out_of_bounds():
     case = Case(D=64, window=20, window_kind="terrace", sink=17, packing="left", dtype=FP32)
     check(operators.hybrid_attention, case, ONE_FP32, sanitizer="address")
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("D", [60, 64])  # number by number, and 16 bytes at a time
+def test_no_access_of_fp16_in_fp32_tiles_is_out_of_bounds_or_races(D, sanitizer):
+    case = Case(D=D, V=72, window=20, sink=17, activation="relu", packing="left", dtype=FP16)
+    check(operators.hybrid_attention, case, ONE_WIDE_FP16, sanitizer=sanitizer, order=3)
 
 
 def test_warps_with_queries_and_warps_with_keys_do_not_race():

@@ -4,6 +4,7 @@ memory, its launches run by the emulator (helpers/emulated_torch.py), and what t
 
 import re
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -171,12 +172,13 @@ def calls(x) -> list:
     found = [lambda: lo.linear_attention(*x.qkv, **maps, **options)]
     if features is None:
         return found
-    found += [
-        lambda: lo.feature_map(x.qkv[0], features, backend="cuda"),
-        lambda: lo.hybrid_attention(*x.qkv, **maps, gate=x.leaves["gate"], **windows, **options),
-    ]
+    hybrid = partial(
+        lo.hybrid_attention, *x.qkv, **maps, gate=x.leaves["gate"], **windows, **options
+    )
+    found += [lambda: lo.feature_map(x.qkv[0], features, backend="cuda"), hybrid]
     if x.case.T:
         found.append(lambda: feed(x, empty_state(x), [0, x.case.T], backend="cuda"))
+        found.append(partial(hybrid, return_state=True))  # refused with a mask
     return found
 
 
@@ -225,6 +227,9 @@ CALL = {"device": "cuda", "dtype": torch.bfloat16, "tokens": 512}
         (A10, "hybrid_attention", {}, "cuda"),
         (A100, "hybrid_attention", {"head_dim": 128}, "cuda"),
         (A10, "hybrid_attention", {"head_dim": 128}, "triton"),
+        (A10, "hybrid_attention", {"dtype": torch.float16}, "cuda"),
+        (A100, "hybrid_attention", {"dtype": torch.float16, "activation": "relu"}, "cuda"),
+        (A10, "hybrid_attention", {"dtype": torch.float16, "activation": "relu"}, "triton"),
         (A100, "linear_attention", {"feature_dim": 0}, "cuda"),
         (A100, "hybrid_attention", {"feature_dim": 128}, "triton"),
         (H100, "hybrid_attention", {}, "triton"),
