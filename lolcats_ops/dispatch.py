@@ -26,6 +26,7 @@ OPS = (
     "attention_transfer",
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST_TRITON = (3, 7)  # the first whose functions return what is known at compile time
 MAX_HEAD_DIM = 256  # the kernels' tiles of q, k and v are at most this wide
 FEW_TOKENS = 8  # of a decode step or a speculation; more are a prompt, work for tensor cores
 NO_CUDA_KERNELS = (
@@ -98,6 +99,10 @@ def _triton(case: Case) -> str | None:
     device = case.device.type
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
+    if _triton_version() < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        found = ".".join(map(str, _triton_version()))
+        return f"its kernels need triton {oldest} or later, this is {found}"
     if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
     if device == "cpu" and not _is_interpreted():
@@ -105,6 +110,13 @@ def _triton(case: Case) -> str | None:
     if device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {device}"
     return _kernel_limits(case)
+
+
+@cache
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 def _is_interpreted() -> bool:

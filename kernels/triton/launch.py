@@ -87,7 +87,16 @@ TABLE = {
         # For windows of 64, chunks of 64 read q, k and v once.
         Row(SMALL, (128, 64), usual=Tiles(64, 64, 4, 1)),
         Row((64, 128), usual=Tiles(32, 64, 8, 1)),
-        Row(LARGE, usual=Tiles(32, 64, 4, 1, resident=False)),
+        Row(
+            LARGE,
+            usual=Tiles(32, 64, 4, 1, resident=False),
+            sm_90=Tiles(64, 128, 8, 1, resident=False),
+        ),
+        Row(
+            (256, 64),
+            usual=Tiles(16, 64, 4, 1, resident=False),
+            sm_90=Tiles(64, 64, 4, 1, resident=False),
+        ),
         Row(ANY, usual=Tiles(16, 64, 4, 1, resident=False)),
     ),
     ("forward", "fp32"): (
@@ -105,7 +114,11 @@ TABLE = {
             gfx942=Tiles(16, 32, 4, 1),
         ),
         Row((64, 128), usual=Tiles(32, 64, 8, 1)),
-        Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
+        Row(
+            LARGE,
+            usual=Tiles(32, 64, 8, 1, resident=False),
+            sm_90=Tiles(64, 128, 8, 1, resident=False),
+        ),
         Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
     ),
     ("backward", "fp32"): (
