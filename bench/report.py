@@ -30,7 +30,7 @@ PUBLISHED_ABOUT = (
     f"Milliseconds, bf16. The published times are of linear attention on an {published.GPU}; the "
     "other columns are of this run, hybrid attention with maps of f=64 and a window of 64."
 )
-MODEL_HEAD = ("case", "architecture", "MODEL, never run on a GPU", "measured", "which is")
+MODEL_HEAD = ("case", "architecture", "MODEL, not measured", "measured", "which is")
 BASE_HEAD = ("case", "commit", "its time", "this one's", "times faster")
 STEADY = 1.25  # torch.mm of an idle machine varies by a tenth
 METHOD = """\

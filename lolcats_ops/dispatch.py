@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -114,9 +115,8 @@ def _triton(case: Case) -> str | None:
 
 @cache
 def _triton_version() -> tuple[int, ...]:
-    import triton
-
-    return tuple(int(number) for number in triton.__version__.split(".")[:2])
+    version = import_module("triton").__version__
+    return tuple(int(number) for number in version.split(".")[:2])
 
 
 def _is_interpreted() -> bool:
@@ -233,7 +233,8 @@ def _best_first(case: Case) -> list[Backend]:
 
 
 def _cuda_is_best(case: Case) -> bool:
-    """Where CUDA C++ is meant to be faster than Triton, by a model: nothing has been measured."""
+    """Where CUDA C++ is faster than Triton: steps as measured on an H100 (docs/gpu_h100.md), the
+    forward passes on compute capability 8 by a model, for none has been measured there."""
     if case.op == "hybrid_attention_step_":
         return case.tokens <= FEW_TOKENS
     tuned = case.head_dim <= 128 and (case.feature_dim or case.head_dim) <= 64

@@ -235,6 +235,8 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why().backend == "triton"
     assert "head dims up to 256, not 320" in why(head_dim=320).why
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 6))
+    assert why().why == "triton: its kernels need triton 3.7 or later, this is 3.6"
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     assert why().why == "triton: triton is not installed (pip install triton)"
 

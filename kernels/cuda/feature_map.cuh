@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kFeatureMapThreads, 4)
     __syncthreads();
     const auto map_of = [&](int) { return head / p.maps.group; };
     const int thread = ptx::thread_of_block();
-    project<kFeatureMapThreads, kRows, kWide>(thread, buffers, p.maps, map_of, true, rows, p.map);
+    project<kFeatureMapThreads, kRows, 4, kWide>(thread, buffers, p.maps, map_of, true, rows,
+                                                 p.map);
     __syncthreads();
     add_shares<kFeatureMapThreads, kRows>(thread, buffers, p.maps, map_of, rows, p.map,
                                           p.activation.skip);

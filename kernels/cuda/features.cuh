@@ -31,11 +31,12 @@ __device__ __forceinline__ X of_row(const X (&x)[kRows], int r) {
 // by map number map_of(r); their sums; and act. kThreads threads take up to kRows rows.
 //
 // A thread's share are four columns of every row, over a part of D. A weight that all rows share is
-// read once.
-template <int kThreads, int kRows, bool kWide, class MapOf>
+// read once, kInFlight loads at a time.
+template <int kThreads, int kRows, int kInFlight, bool kWide, class MapOf>
 __device__ __forceinline__ void project(int thread, const FeatureBuffers& at, const Maps& maps,
                                         const MapOf& map_of, bool shared, int rows,
                                         const MapShape& shape) {
+  if (kRows > 1 && rows == 0) return;
   const int groups = kThreads >> shape.quad_shift;
   const int quad = thread & ((1 << shape.quad_shift) - 1);
   const int group = thread >> shape.quad_shift;
@@ -43,60 +44,23 @@ __device__ __forceinline__ void project(int thread, const FeatureBuffers& at, co
 #pragma unroll
   for (int r = 0; r < kRows; r++) sum[r] = zero4();
 #pragma unroll 1
-  for (int pass = 0; pass < (shared ? 1 : rows); pass++) {
+  for (int pass = 0; pass < (kRows == 1 || shared ? 1 : rows); pass++) {
     const float* weight = maps.weight + static_cast<int64>(map_of(pass)) * shape.D * shape.f;
-#pragma unroll 2  // more loads in flight would need more registers
+#pragma unroll kInFlight
     for (int d = group; d < shape.D; d += groups) {
       const float4 w = load_quad<kWide>(weight + d * shape.f, quad, shape.f);
 #pragma unroll
       for (int r = 0; r < kRows; r++) {
-        if (r < rows && (shared || r == pass)) sum[r] = fma4(at.x[r * shape.ld + d], w, sum[r]);
+        if (kRows == 1 || (r < rows && (shared || r == pass)))
+          sum[r] = fma4(at.x[r * shape.ld + d], w, sum[r]);
       }
     }
   }
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
-    if (r < rows) at.partial[r * kThreads + thread] = sum[r];
+    if (kRows == 1 || r < rows) at.partial[r * kThreads + thread] = sum[r];
   }
 }
-
-// The same of one row, by map number `map`; the weights that a thread needs first were asked for
-// before, with more than the row to wait for.
-constexpr int kFirstWeights = 2;
-using FirstWeights = float4[kFirstWeights];
-template <int kThreads, bool kWide>
-__device__ __forceinline__ void load_first_weights(int thread, const Maps& maps, int map,
-                                                   FirstWeights& weights, const MapShape& shape) {
-  const int groups = kThreads >> shape.quad_shift;
-  const int quad = thread & ((1 << shape.quad_shift) - 1);
-  const int group = thread >> shape.quad_shift;
-  const float* weight = maps.weight + static_cast<int64>(map) * shape.D * shape.f;
-#pragma unroll
-  for (int i = 0; i < kFirstWeights; i++) {
-    const int d = group + i * groups;
-    weights[i] = d < shape.D ? load_quad<kWide>(weight + d * shape.f, quad, shape.f) : zero4();
-  }
-}
-template <int kThreads, bool kWide>
-__device__ __forceinline__ void project_row(int thread, const FeatureBuffers& at, const Maps& maps,
-                                            int map, const FirstWeights& weights,
-                                            const MapShape& shape) {
-  const int groups = kThreads >> shape.quad_shift;
-  const int quad = thread & ((1 << shape.quad_shift) - 1);
-  const int group = thread >> shape.quad_shift;
-  const float* weight = maps.weight + static_cast<int64>(map) * shape.D * shape.f;
-  float4 sum = zero4();
-#pragma unroll
-  for (int i = 0; i < kFirstWeights; i++) {
-    const int d = group + i * groups;
-    if (d < shape.D) sum = fma4(at.x[d], weights[i], sum);
-  }
-#pragma unroll 8
-  for (int d = group + kFirstWeights * groups; d < shape.D; d += groups)
-    sum = fma4(at.x[d], load_quad<kWide>(weight + d * shape.f, quad, shape.f), sum);
-  at.partial[thread] = sum;
-}
-
 template <int kThreads, int kRows, class MapOf>
 __device__ __forceinline__ void add_shares(int thread, const FeatureBuffers& at, const Maps& maps,
                                            const MapOf& map_of, int rows, const MapShape& shape,

@@ -17,8 +17,8 @@
 //
 // Ring rows that other blocks may still read, and the counters, are written by the last block of a
 // sequence to arrive. Blocks count themselves in the upper half of the sequence's `length`, which
-// is zero again afterwards: positions have 31 bits. They do so as soon as nothing more is read of
-// what others overwrite, long before anybody waits for the count.
+// is zero again afterwards: positions have 31 bits. They do so before they store the state: to wait
+// for stores as well would be to wait for memory.
 #pragma once
 #include "step_block.cuh"
 
@@ -28,7 +28,7 @@ namespace cuda {
 template <class T, int kLanes, int kPerThread, int kQueries, bool kWide>
 class Step : StepBlock<kQueries> {
   using Block = StepBlock<kQueries>;
-  using Block::ksum, Block::pairs, Block::queries, Block::scores, Block::partial;
+  using Block::ksum, Block::pairs, Block::queries, Block::scores, Block::partial, Block::is_last;
   using Block::ksum_of_head, Block::kv_of_head, Block::position_of, Block::start_of;
   using Block::p, Block::s, Block::q, Block::x, Block::phi_q, Block::phi_k, Block::leaving;
 
@@ -44,18 +44,18 @@ class Step : StepBlock<kQueries> {
     __syncthreads();
     if (s().count == 0) return;
     tile_of_keys = -1;
-    has_arrived = false;
-    for (column = 0; column < V(); column += kColumns) {
+    for (column = 0; column < p.V; column += kColumns) {
+      load_state();
       folded = s().begin;
       batch_begin = batch_end = 0;
       tile = -1;
       for (int query = 0; query < s().count * s().heads; query += kQueries) attend(query);
+      if (column + kColumns >= p.V) this->arrive();
       store_state();
     }
-    if (!has_arrived) this->arrive();
     __syncthreads();  // before what this block has read is overwritten
     if (p.Hs == p.Hk) remember(s().kv_head);
-    if (!s().is_last) return;
+    if (!*is_last()) return;
     for (int other = 0; p.Hs != p.Hk && other < p.Hk; other++) remember(other);
     if (threadIdx.x == 0) {
       p.length[2 * s().slot] = s().total;
@@ -74,10 +74,8 @@ class Step : StepBlock<kQueries> {
     __device__ int row() const { return of_half() / 32; }  // a warp takes a row
   };
   static __device__ Thread this_thread() { return {Block::this_thread()}; }
-  // One query at a time is of instances that hold just the state's rows and columns.
-  static constexpr bool kExact = kQueries == 1;
-  __device__ int V() const { return kExact ? kColumns : p.V; }
-  __device__ int F() const { return kExact ? kGroups * kPerThread : p.map.F; }
+  // Loads of weights, as many as registers allow.
+  static constexpr int kInFlight = kQueries == 1 ? 8 : kLanes == 32 ? 1 : 2;
   // Whether there is a query r among `rows`.
   static __device__ bool is_query(int r, int rows) { return kQueries == 1 || r < rows; }
 
@@ -112,27 +110,15 @@ class Step : StepBlock<kQueries> {
             p.ring,
             width};
   }
-  // A row that a warp copies as floats, filled up with zeros to `columns` of them, a multiple of 8.
-  struct RowCopy {
-    const T* from;
-    float* to;
-    int columns, width;
-  };
-  // Asks for its first chunk.
-  __device__ Chunk<T> begin_row(const RowCopy& row) const {
-    const int i = this_thread().lane() * kPerChunk<T>;
-    Chunk<T> chunk = {};
-    if (i < row.width) chunk = load_chunk<T, kWide>(row.from, i, row.width);
-    return chunk;
-  }
-  __device__ void end_row(const RowCopy& row, Chunk<T> chunk) const {
-    int i = this_thread().lane() * kPerChunk<T>;
-    if (i < row.columns) store_floats(row.to + i, chunk);
+  // A warp copies a row as floats, filled up with zeros to `columns` of them, a multiple of 8.
+  __device__ void load_row(float* to, int columns, const T* row, int width) {
+    const Thread me = this_thread();
+    constexpr int per = kPerChunk<T>;
 #pragma unroll 1
-    for (i += 32 * kPerChunk<T>; i < row.columns; i += 32 * kPerChunk<T>) {
-      chunk = {};
-      if (i < row.width) chunk = load_chunk<T, kWide>(row.from, i, row.width);
-      store_floats(row.to + i, chunk);
+    for (int first = me.lane() * per; first < columns; first += 32 * per) {
+      Chunk<T> chunk = {};
+      if (first < width) chunk = load_chunk<T, kWide>(row, first, width);
+      store_floats(to + first, chunk);
     }
   }
 
@@ -140,90 +126,67 @@ class Step : StepBlock<kQueries> {
 
   __device__ void load_state() {
     const Thread me = this_thread();
-    const int rows = F() - me.group(), width = V() - column;
-    const float* row = kv_of_head() + column + me.group() * V();
+    const int rows = p.map.F - me.group(), width = p.V - column;
+    const float* row = kv_of_head() + column + me.group() * p.V;
 #pragma unroll
-    for (int r = 0; r < kPerThread; r++)
-      kv[r] = kExact || kGroups * r < rows
-                  ? load_quad<kWide>(row + kGroups * r * V(), me.column(), width)
-                  : zero4();
+    for (int r = 0; r < kPerThread; r++) {
+      kv[r] = kGroups * r < rows ? load_quad<kWide>(row, me.column(), width) : zero4();
+      row += kGroups * p.V;
+    }
     // Asynchronously: to wait for memory here would be to begin everything else that much later.
-    for (int i = me.index; i < F(); i += kThreads) ptx::cp_async<4>(ksum() + i, ksum_of_head() + i);
+    for (int i = me.index; i < p.map.F; i += kThreads)
+      ptx::cp_async<4>(ksum() + i, ksum_of_head() + i);
     ptx::cp_async_commit();
   }
   __device__ void store_state() {
     const Thread me = this_thread();
     if (s().begin == s().end) return;
-    const int rows = F() - me.group(), width = V() - column;
-    float* row = kv_of_head() + column + me.group() * V();
+    const int rows = p.map.F - me.group(), width = p.V - column;
+    float* row = kv_of_head() + column + me.group() * p.V;
 #pragma unroll
     for (int r = 0; r < kPerThread; r++) {
-      if (kExact || kGroups * r < rows)
-        store_quad<kWide>(row + kGroups * r * V(), me.column(), width, kv[r]);
+      if (kGroups * r < rows) store_quad<kWide>(row, me.column(), width, kv[r]);
+      row += kGroups * p.V;
     }
-    if (column + kColumns < V()) return;
-    for (int i = me.index; i < F(); i += kThreads) ksum_of_head()[i] = ksum()[i];
+    if (column + kColumns < p.V) return;
+    for (int i = me.index; i < p.map.F; i += kThreads) ksum_of_head()[i] = ksum()[i];
   }
 
   __device__ bool has_brought(int position) const {
     return position >= batch_begin && position < batch_end;
   }
-  // The next keys that leave in this call from `position` on, kQueries at most. Returns how many.
-  __device__ int begin_batch(int position) {
+  // Starts to bring keys from `position` on that leave in this call, kQueries at most, and their
+  // values; features follow when the threads have met. Returns how many there are.
+  __device__ int load_leaving(int position) {
+    const Thread me = this_thread();
     batch_begin = position;
     batch_end = at_most(position + kQueries, at_least(s().last_start, s().end));
-    return batch_end - batch_begin;
+    const int keys = batch_end - batch_begin;
+    constexpr bool kApart = kHalf / 32 >= 2 * kQueries;  // other warps bring the values
+    const bool apart = kApart && me.row() >= kQueries;
+    const int r = apart ? me.row() - kQueries : me.row();
+    if (me.takes_keys() && r < keys) {
+      if (!apart)
+        load_row(x() + r * p.map.ld, p.map.ld, rows_of_head(false).at(position + r), p.map.D);
+      if (!kApart || apart)
+        load_row(reinterpret_cast<float*>(leaving() + r * kLanes), kColumns,
+                 rows_of_head(true).at(position + r) + column, p.V - column);
+    }
+    return keys;
   }
-  // This warp's row of them, a key or, where there are warps enough, a value.
-  static constexpr bool kApart = kHalf / 32 >= 2 * kQueries;
-  __device__ RowCopy leaving_row(int keys) const {
-    const int row = this_thread().row();
-    if (kApart && row >= kQueries) return leaving_value(row - kQueries, keys);
-    if (row >= keys) return {};
-    const T* from = rows_of_head(false).at(batch_begin + row);
-    return {from, x() + row * p.map.ld, p.map.ld, p.map.D};
-  }
-  __device__ RowCopy leaving_value(int r, int keys) const {
-    if (r >= keys) return {};
-    const T* from = rows_of_head(true).at(batch_begin + r) + column;
-    return {from, reinterpret_cast<float*>(leaving() + r * kLanes), kColumns, V() - column};
-  }
-  __device__ void end_leaving(const Chunk<T>& first, int keys) const {
-    end_row(leaving_row(keys), first);
-    if (kApart) return;
-    const RowCopy value = leaving_value(this_thread().row(), keys);
-    end_row(value, begin_row(value));
-  }
-
   __device__ void bring(int position) {
     if (has_brought(position)) return;
-    const int keys = begin_batch(position);
     __syncthreads();
-    if (this_thread().takes_keys()) end_leaving(begin_row(leaving_row(keys)), keys);
+    const int keys = load_leaving(position);
     __syncthreads();
-    FirstWeights weights;
-    begin_projection(0, keys, weights);
-    make_features(0, keys, weights, false, [] {});
-  }
-
-  // Asks for the first weights of the maps of one query and one key.
-  __device__ void begin_projection(int rows, int keys, FirstWeights& weights) const {
-    if constexpr (kQueries == 1) {
-      const Thread me = this_thread();
-      const bool of_keys = me.takes_keys();
-      const Maps& maps = of_keys ? p.map_k : p.map_q;
-      if ((of_keys ? keys : rows) > 0)
-        load_first_weights<kHalf, kWide>(me.of_half(), maps, s().head / maps.group, weights, p.map);
-    }
+    make_features(0, keys, [] {});
   }
 
   // phi_q, times lambda, for it has no other use, of `rows` rows of q; phi_k of `keys` rows of x.
   // The threads have met when it starts and when it returns. `beside` is done beside the last
-  // stage, when what has been copied is there; if `is_done`, nothing more is read of what other
-  // blocks overwrite.
+  // stage, when what has been copied is there.
   template <class Beside>
-  __device__ void make_features(int rows, int keys, FirstWeights& weights, bool is_done,
-                                const Beside& beside) {
+  __device__ void make_features(int rows, int keys, const Beside& beside) {
     const Thread me = this_thread();
     const bool of_keys = me.takes_keys();
     const Maps maps = {of_keys ? p.map_k.weight : p.map_q.weight,
@@ -236,17 +199,11 @@ class Step : StepBlock<kQueries> {
     const auto scale_of = [&](int r) {
       return of_keys || !p.affine ? 1.f : 1.f - queries()[r].gate;
     };
-    if (count > 0) {
-      if constexpr (kQueries == 1) {
-        project_row<kHalf, kWide>(thread, buffers, maps, map_of(0), weights, p.map);
-      } else {
-        project<kHalf, kQueries, kWide>(thread, buffers, maps, map_of, shared, count, p.map);
-      }
-    }
+    if (count > 0)
+      project<kHalf, kQueries, kInFlight, kWide>(thread, buffers, maps, map_of, shared, count,
+                                                 p.map);
     ptx::cp_async_wait<0>();
     __syncthreads();
-    if (is_done) this->arrive();
-    has_arrived |= is_done;
     add_shares<kHalf, kQueries>(thread, buffers, maps, map_of, count, p.map, p.activation.skip);
     __syncthreads();
     activate_rows<kHalf, kQueries>(thread, buffers, p.activation, scale_of, count, p.map,
@@ -262,7 +219,7 @@ class Step : StepBlock<kQueries> {
 #pragma unroll
     for (int k = 0; k < kPerThread; k++) {
       const int i = me.group() + kGroups * k;
-      if (kExact || i < p.map.F) kv[k] = fma4(phi_k()[i * kQueries + r], v, kv[k]);
+      if (i < p.map.F) kv[k] = fma4(phi_k()[i * kQueries + r], v, kv[k]);
     }
     for (int i = me.index; i < p.map.F; i += kThreads) ksum()[i] += phi_k()[i * kQueries + r];
   }
@@ -279,7 +236,6 @@ class Step : StepBlock<kQueries> {
     tile_of_keys = wanted;
     constexpr int per = kPerChunk<T>;
     const int key = tile * p.keys, rows = at_most(s().keys - key, p.keys);
-    const int sinks = s().sinks, skipped = s().first_key - sinks;
     // A thread copies the same chunk of every key that it takes.
     const int of_key = (p.map.D + per - 1) / per, chunks = of_key + kColumns / per;
     const int across = 32 - __clz(chunks - 1), chunk = me.index & ((1 << across) - 1);
@@ -291,8 +247,7 @@ class Step : StepBlock<kQueries> {
 #pragma unroll 2
       for (int row = me.index >> across; row < rows; row += kThreads >> across) {
         T* to = values ? v_tile() + row * kColumns : k_tile(row);
-        const int position = key + row < sinks ? key + row : key + row + skipped;
-        copy_chunk(to + first, from.at(position) + begin, first, width);
+        copy_chunk(to + first, from.at(position_of(key + row)) + begin, first, width);
       }
     }
     ptx::cp_async_commit();
@@ -402,26 +357,12 @@ class Step : StepBlock<kQueries> {
   __device__ void attend(int first_query) {
     const int rows = kQueries == 1 ? 1 : at_most(s().count * s().heads - first_query, kQueries);
     if (first_query > 0 || column > 0) __syncthreads();  // the queries before are done
-    // Rows of queries and keys and the first weights are waited for first.
-    const bool takes_keys = this_thread().takes_keys();
-    const bool leave = folded < start_of(s().past + first_query / s().heads);
-    const int keys = leave && !has_brought(folded) ? begin_batch(folded) : 0;
-    const bool is_done = first_query + kQueries >= s().count * s().heads &&
-                         column + kColumns >= V() && s().keys <= p.keys &&
-                         at_least(batch_end, folded) >= s().last_start;
-    const Chunk<T> first = begin_row(takes_keys ? leaving_row(keys) : query_row(first_query, rows));
-    FirstWeights weights;
-    begin_projection(rows, keys, weights);
-    if (first_query == 0) load_state();
     if (s().keys > 0) copy_tile(0);
-    begin_sums(first_query, rows);
-    if (this_thread().takes_keys()) {
-      end_leaving(first, keys);
-    } else {
-      end_row(query_row(first_query, rows), first);
-    }
+    load_queries(first_query, rows);
+    const bool leave = folded < start_of(s().past + first_query / s().heads);
+    const int keys = leave && !has_brought(folded) ? load_leaving(folded) : 0;
     __syncthreads();
-    make_features(rows, keys, weights, is_done, [&] {
+    make_features(rows, keys, [&] {
       if (s().keys > 0) score_tile(rows);
     });
     attend_window(rows);
@@ -436,30 +377,24 @@ class Step : StepBlock<kQueries> {
     store_outputs(rows);
   }
 
-  __device__ Query query_of(int query) const {
-    Query found;
-    found.token = query / s().heads;
-    found.head = s().head * s().heads + query % s().heads;
-    found.map = found.head / p.map_q.group;
-    found.position = s().past + found.token;
-    found.start = start_of(found.position);
-    found.gate = found.den = 0.f;
-    return found;
-  }
-  // This warp's row of q.
-  __device__ RowCopy query_row(int first_query, int rows) const {
-    const int r = this_thread().row();
-    if (r >= rows) return {};
-    const Query own = query_of(first_query + r);
-    const T* from = row_of<T>(p.q, s().batch, own.head, s().first_row + own.token);
-    return {from, q() + r * p.map.ld, p.map.ld, p.map.D};
-  }
-  __device__ void begin_sums(int first_query, int rows) {
+  // q; acc = 0.
+  __device__ void load_queries(int first_query, int rows) {
     const Thread me = this_thread();
-    if (me.index < rows) {
-      Query own = query_of(first_query + me.index);
-      own.gate = 1.f / (1.f + exp2f(-kLog2e * p.gate[own.head]));
-      queries()[me.index] = own;
+    const int r = me.row();
+    if (!me.takes_keys() && r < kQueries) {
+      Query own;
+      own.token = (first_query + r) / s().heads;
+      own.head = s().head * s().heads + (first_query + r) % s().heads;
+      own.map = own.head / p.map_q.group;
+      own.position = s().past + own.token;
+      own.start = start_of(own.position);
+      own.den = 0.f;
+      if (r < rows) {
+        const T* row = row_of<T>(p.q, s().batch, own.head, s().first_row + own.token);
+        load_row(q() + r * p.map.ld, p.map.ld, row, p.map.D);
+        own.gate = 1.f / (1.f + exp2f(-kLog2e * p.gate[own.head]));
+        if (me.lane() == 0) queries()[r] = own;
+      }
     }
     l = 0.f;
 #pragma unroll
@@ -502,7 +437,7 @@ class Step : StepBlock<kQueries> {
 #pragma unroll
     for (int k = 0; k < kPerThread; k++) {
       const int i = me.group() + kGroups * k;
-      if (!kExact && i >= p.map.F) continue;
+      if (i >= p.map.F) continue;
 #pragma unroll
       for (int r = 0; r < kQueries; r++) {
         if (kQueries == 1 || (r >= from && r < to))
@@ -593,7 +528,6 @@ class Step : StepBlock<kQueries> {
   int tile, tile_of_keys;      // in shared memory: values of this slice, keys
   int folded;                  // positions before it are in kv and ksum
   int batch_begin, batch_end;  // positions in phi_k and leaving
-  bool has_arrived;
   float4 kv[kPerThread], acc[kQueries];
   float m[kQueries], l;  // the maximum of a row's scores, in powers of 2; the sum of its weights
 };

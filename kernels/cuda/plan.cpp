@@ -35,19 +35,15 @@ const StepInstance step_instances[] = {
 #undef LOL_NAME
 };
 
-// Those of one query are for the state that they just hold. Of the others the first one that holds
-// F; of those with as many features, the first one that holds V, or the widest.
-const StepInstance& instance_for(int dtype, int F, int V, bool one, bool wide) {
+// Of those for as many queries or more, the first one that holds F; of those with as many features,
+// the first one that holds V, or the widest.
+const StepInstance& instance_for(int dtype, int F, int V, int queries, bool wide) {
   const StepInstance *of_dtype = step_instances + dtype * kInstances, *found = nullptr;
   for (int i = 0; i < kInstances; i++) {
     const StepInstance& at = of_dtype[i];
-    if (at.wide != wide) continue;
-    if (at.queries == 1) {
-      if (one && at.F() == F && 4 * at.lanes == V) return at;
-      continue;
-    }
-    if (at.F() < F) continue;
-    if (found && (at.F() > found->F() || 4 * found->lanes >= V)) break;
+    if (at.wide != wide || at.queries < queries || at.F() < F) continue;
+    if (found && (at.F() > found->F() || at.queries > found->queries || 4 * found->lanes >= V))
+      break;
     found = &at;
   }
   return *found;
@@ -141,7 +137,7 @@ int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* p
     wide &= is_wide(*t);
   // One query finds one key that leaves; several, or of a window that moves by more, a few of each.
   const bool one = p.T == 1 && p.H == p.Hs && p.slack == 0 && !a.lazy && !p.terrace;
-  const StepInstance& instance = instance_for(a.q.dtype, p.map.F, p.V, one, wide);
+  const StepInstance& instance = instance_for(a.q.dtype, p.map.F, p.V, one ? 1 : kRows, wide);
   const int rows = instance.queries, threads = instance.threads(), columns = 4 * instance.lanes;
 
   Offsets at;

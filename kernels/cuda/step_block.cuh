@@ -23,7 +23,6 @@ struct Sequence {
   int begin, end, folded_after;  // positions that leave for the state in this call
   int sinks, first_key, keys;    // what some query attends by softmax: sinks, then the window
   int last_start;                // of the last query's window
-  bool is_last;                  // of the sequence's blocks to arrive
 };
 
 static_assert(sizeof(Sequence) <= kSequenceBytes && sizeof(Query) <= kQueryBytes, "as planned");
@@ -115,13 +114,14 @@ class StepBlock {
     return sum;
   }
 
-  // Tells the other blocks of the sequence that this one has read all that they overwrite, and
-  // notes whether they all have.
+  // Tells the other blocks of the sequence that this one has read all that it needs, and notes
+  // whether they all have.
   __device__ void arrive() const {
     if (this_thread().index == 0)
-      s().is_last =
+      *is_last() =
           p.Hs == 1 || ptx::atomic_add_acq_rel(arrived(), 1) == static_cast<unsigned>(p.Hs - 1);
   }
+  __device__ bool* is_last() const { return at<bool>(p.shared.pairs); }
   // How many blocks of the sequence have.
   __device__ unsigned* arrived() const {
     return reinterpret_cast<unsigned*>(p.length + 2 * s().slot + 1);

@@ -78,10 +78,11 @@ SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 
 
 # By kernel and by the dtype that it computes in; the first row that fits is taken. What the
 # configurations need on each architecture is in tests/budgets/, renewed by
-# ``python -m helpers.kernel_budget``. Of forward and backward with D up
-# to 128 and f up to 64, in bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for
-# the shortest time by the static model (docs/gpu_model.md), spilled registers included. Elsewhere
-# nothing is modelled: sm_100 follows sm_90, of the others those that spill least at the same work.
+# ``python -m helpers.kernel_budget``. Of forward and backward with D up to 128 and f up to 64, in
+# bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the shortest time by the
+# static model (docs/gpu_model.md), spilled registers included; wider ones on sm_90 are the fastest
+# that were tried on an H100 (docs/gpu_h100.md). Elsewhere nothing is modelled or measured: those
+# that spill least at the same work.
 TABLE = {
     ("forward", "bf16"): (
         # For windows of 64, chunks of 64 read q, k and v once.

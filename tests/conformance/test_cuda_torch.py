@@ -209,7 +209,8 @@ def test_the_case_of_a_call_says_what_is_launched_or_why_nothing_is(monkeypatch,
                     error = str(raised).partition(": ")[2]
                 launches = launches_of(seen[-1])
                 assert launches.refusal == error, seen
-                assert launches.shared_bytes == last.shared_bytes, (seen, last.kernel)
+                enough = launches.shared_bytes - last.shared_bytes
+                assert enough >= 0 if "_step" in seen[-1].op else enough == 0, (seen, last.kernel)
                 refused.add(error is not None)
     assert refused == {False, True}
 

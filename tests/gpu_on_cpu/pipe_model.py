@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from .ahead_of_time import Build
 from .listing import Listing, family, is_matrix
 
-LABEL = "MODEL, never run on a GPU"
+LABEL = "MODEL, not measured"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Cycles that a chunk of hybrid_attention in CUDA C++ takes, by pipe: MODEL, never run on a GPU.
+"""Cycles that a chunk of hybrid_attention in CUDA C++ takes, by pipe: MODEL, not measured.
 
     PYTHONPATH=tests python -m helpers.cuda_model
 

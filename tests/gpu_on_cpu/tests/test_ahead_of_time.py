@@ -241,7 +241,7 @@ class TestPipeModel:
         assert prediction.busiest == "memory"
         assert prediction.overlapped == pytest.approx(2 * 64 * 64 * 2 / 13.87, rel=1e-3)
         assert prediction.serialised > prediction.overlapped
-        assert str(prediction).endswith("[MODEL, never run on a GPU]")
+        assert str(prediction).endswith("[MODEL, not measured]")
 
     def test_an_inner_loop_counts_as_often_as_its_matrix_instructions(self):
         opcodes = ("MOV", "HMMA.16816.F32", "MUFU.EX2", "HMMA.16816.F32", "BRA", "FADD", "BRA")
