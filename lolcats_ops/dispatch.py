@@ -100,16 +100,15 @@ def _triton(case: Case) -> str | None:
     device = case.device.type
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if _triton_version() < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        found = ".".join(map(str, _triton_version()))
-        return f"its kernels need triton {oldest} or later, this is {found}"
     if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
     if device == "cpu" and not _is_interpreted():
         return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly"
     if device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {device}"
+    if _triton_version() < OLDEST_TRITON:
+        oldest, found = (".".join(map(str, n)) for n in (OLDEST_TRITON, _triton_version()))
+        return f"its kernels need triton {oldest} or later, this is {found}"
     return _kernel_limits(case)
 
 

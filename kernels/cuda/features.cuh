@@ -36,7 +36,6 @@ template <int kThreads, int kRows, int kInFlight, bool kWide, class MapOf>
 __device__ __forceinline__ void project(int thread, const FeatureBuffers& at, const Maps& maps,
                                         const MapOf& map_of, bool shared, int rows,
                                         const MapShape& shape) {
-  if (kRows > 1 && rows == 0) return;
   const int groups = kThreads >> shape.quad_shift;
   const int quad = thread & ((1 << shape.quad_shift) - 1);
   const int group = thread >> shape.quad_shift;

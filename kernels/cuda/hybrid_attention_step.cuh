@@ -53,7 +53,7 @@ class Step : StepBlock<kQueries> {
       if (column + kColumns >= p.V) this->arrive();
       store_state();
     }
-    __syncthreads();  // before what this block has read is overwritten
+    __syncthreads();  // before what this block has read is overwritten; is_last is there
     if (p.Hs == p.Hk) remember(s().kv_head);
     if (!*is_last()) return;
     for (int other = 0; p.Hs != p.Hk && other < p.Hk; other++) remember(other);
@@ -381,7 +381,7 @@ class Step : StepBlock<kQueries> {
   __device__ void load_queries(int first_query, int rows) {
     const Thread me = this_thread();
     const int r = me.row();
-    if (!me.takes_keys() && r < kQueries) {
+    if (!me.takes_keys() && r < rows) {
       Query own;
       own.token = (first_query + r) / s().heads;
       own.head = s().head * s().heads + (first_query + r) % s().heads;
@@ -389,12 +389,10 @@ class Step : StepBlock<kQueries> {
       own.position = s().past + own.token;
       own.start = start_of(own.position);
       own.den = 0.f;
-      if (r < rows) {
-        const T* row = row_of<T>(p.q, s().batch, own.head, s().first_row + own.token);
-        load_row(q() + r * p.map.ld, p.map.ld, row, p.map.D);
-        own.gate = 1.f / (1.f + exp2f(-kLog2e * p.gate[own.head]));
-        if (me.lane() == 0) queries()[r] = own;
-      }
+      const T* row = row_of<T>(p.q, s().batch, own.head, s().first_row + own.token);
+      load_row(q() + r * p.map.ld, p.map.ld, row, p.map.D);
+      own.gate = 1.f / (1.f + exp2f(-kLog2e * p.gate[own.head]));
+      if (me.lane() == 0) queries()[r] = own;
     }
     l = 0.f;
 #pragma unroll
@@ -432,16 +430,20 @@ class Step : StepBlock<kQueries> {
     if (me.lane() == 0) queries()[me.warp()].den = queries()[me.warp()].gate * l + den;
   }
 
+  // A number of every row, loaded at once.
+  struct alignas(4 * kQueries) OfRows {
+    float of_row[kQueries];
+  };
   __device__ void read_state(int from, int to) {
     const Thread me = this_thread();
 #pragma unroll
     for (int k = 0; k < kPerThread; k++) {
       const int i = me.group() + kGroups * k;
       if (i >= p.map.F) continue;
+      const OfRows phi = reinterpret_cast<const OfRows*>(phi_q())[i];
 #pragma unroll
       for (int r = 0; r < kQueries; r++) {
-        if (kQueries == 1 || (r >= from && r < to))
-          acc[r] = fma4(phi_q()[i * kQueries + r], kv[k], acc[r]);
+        if (kQueries == 1 || (r >= from && r < to)) acc[r] = fma4(phi.of_row[r], kv[k], acc[r]);
       }
     }
   }

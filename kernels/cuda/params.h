@@ -8,7 +8,7 @@ namespace cuda {
 using int64 = long long;
 
 // Rows of which a block of feature_map makes features at a time, and queries that a decoding block
-// takes at a time, if there are several: interleaved, features of four are 16 bytes.
+// takes at a time, if there are several.
 constexpr int kRows = 4;
 // Tokens of a block of feature_map, and its threads.
 constexpr int kStrip = 32, kFeatureMapThreads = 256;

@@ -83,7 +83,6 @@ class StepBlock {
 
   // Of the keys that some query attends by softmax: sinks, then the window.
   __device__ int position_of(int key) const {
-    const ThreadOfBlock me = this_thread();
     return key < s().sinks ? key : s().first_key + key - s().sinks;
   }
   __device__ float* ksum_of_head() const { return p.ksum + (s().slot * p.Hs + s().head) * p.map.F; }
@@ -138,16 +137,14 @@ class StepBlock {
   __device__ float* x() const { return at<float>(p.shared.x); }          // [kQueries x ld]
   __device__ float* phi_q() const { return at<float>(p.shared.phi_q); }  // [F x kQueries]
   __device__ float* phi_k() const { return at<float>(p.shared.phi_k); }  // [F x kQueries]
-  __device__ float4* leaving() const {
-    return at<float4>(p.shared.leaving);
-  }  // [kQueries x kLanes]
+  // [kQueries x kLanes]
+  __device__ float4* leaving() const { return at<float4>(p.shared.leaving); }
   __device__ float* ksum() const { return at<float>(p.shared.ksum); }    // [F]
   __device__ float* pairs() const { return at<float>(p.shared.pairs); }  // [kQueries x kQueries]
   __device__ Query* queries() const { return at<Query>(p.shared.queries); }  // [kQueries]
   __device__ float* scores() const { return at<float>(p.shared.scores); }    // [kQueries x keys]
-  __device__ float4* partial() const {
-    return at<float4>(p.shared.partial);
-  }  // [kQueries x threads]
+  // [kQueries x threads]
+  __device__ float4* partial() const { return at<float4>(p.shared.partial); }
   __device__ float* z() const { return at<float>(p.shared.z); }  // [2 x kQueries x f]
 
   const StepParams& p;

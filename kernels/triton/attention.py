@@ -111,9 +111,14 @@ def forward(
     """y, into ``out`` if it is given; padded tokens get m = 0, den = 1 and, in a new y, 0."""
     if out is None:
         out = empty_like_rows(q, v.shape[3], zero=plan.padded)
-    with_m = plan.problem.gate is not None
-    m = torch.zeros(q.shape[:3], device=q.device) if with_m else None
-    den = torch.ones(q.shape[:3], device=q.device)
+
+    def statistic(of_padding: float) -> Tensor:
+        if plan.padded:
+            return torch.full(q.shape[:3], of_padding, device=q.device)
+        return fp32(q, *q.shape[:3])
+
+    m = None if plan.problem.gate is None else statistic(0.0)
+    den = statistic(1.0)
     width, value_dim = state_shape(plan, v)
     kv1, ksum1 = None, None
     if with_state:

@@ -280,6 +280,13 @@ def segment_sums(p, kv, ksum):
 
 
 @triton.jit
+def in_order(before, total, before_next, total_next):
+    """(what is before the last of a run, the run's sum), of two runs that follow each other. Not by
+    a difference of sums: what comes later, an infinity even, does not touch what is before it."""
+    return total + before_next, total + total_next
+
+
+@triton.jit
 def exclusive_sums(
     x, initial, size, count, REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):
@@ -303,5 +310,6 @@ def exclusive_sums(
         cells = x + ((row * count + n) * size)[:, None] + column[None, :]
         mask = (step < count)[:, None] & inside[None, :]
         own = tl.load(cells, mask=mask, other=0.0)
-        tl.store(cells, total[None, :] + (tl.cumsum(own, 0) - own), mask=mask)
+        before, _ = tl.associative_scan((tl.zeros_like(own), own), 0, in_order)
+        tl.store(cells, total[None, :] + before, mask=mask)
         total += tl.sum(own, 0)

@@ -80,9 +80,9 @@ SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 
 # configurations need on each architecture is in tests/budgets/, renewed by
 # ``python -m helpers.kernel_budget``. Of forward and backward with D up to 128 and f up to 64, in
 # bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the shortest time by the
-# static model (docs/gpu_model.md), spilled registers included; wider ones on sm_90 are the fastest
-# that were tried on an H100 (docs/gpu_h100.md). Elsewhere nothing is modelled or measured: those
-# that spill least at the same work.
+# static model (docs/gpu_model.md), spilled registers included; of wider ones some on sm_90 are by
+# measurement (docs/gpu_h100.md). sm_100 has the usual ones. Elsewhere nothing is modelled or
+# measured: those that spill least at the same work.
 TABLE = {
     ("forward", "bf16"): (
         # For windows of 64, chunks of 64 read q, k and v once.

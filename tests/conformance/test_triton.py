@@ -130,3 +130,21 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
 def test_programs_neither_race_nor_depend_on_their_order(call, case, order):
     with sanitizer.checked(races=True, order=order):
         check(call, case, "triton")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 37])
+def test_no_segment_touches_the_sums_before_it(count, reverse):
+    """Not by what it adds, large or infinite as it may be."""
+    from lolcats_ops.kernels.triton.forward import exclusive_sums
+
+    x = torch.ones(2, count, 40)
+    x[0, count // 2], x[1, -1] = 1e8, float("inf")
+    initial = torch.tensor([[2.0], [3.0]]).expand(2, 40).contiguous()
+    ordered = (x.flip(1) if reverse else x).double()
+    want = ordered.cumsum(1).roll(1, 1)
+    want[:, 0] = 0
+    want += initial[:, None]
+    exclusive_sums[(3, 2)](x, initial, 40, count, reverse, 16, 16)
+    got = x.flip(1) if reverse else x
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
