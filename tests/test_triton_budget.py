@@ -2,10 +2,13 @@
 
 import itertools
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+import torch
 from gpu_on_cpu import budget
 from gpu_on_cpu.ahead_of_time import TARGETS
 from helpers import launches
@@ -52,3 +55,30 @@ def test_every_shape_has_a_launch_configuration():
         for sizes in itertools.product((16, 32, 64, 128, 256), repeat=2):
             assert any(row.fits(*sizes) for row in rows)
         assert all(set(row.others) <= set(launch.ARCHITECTURES) for row in rows)
+
+
+def test_calls_of_the_same_shapes_share_their_constants():
+    """Triton hashes and compares them to find its kernel; what is the same object, it need not."""
+    from lolcats_ops.kernels.triton import arguments, launch
+
+    def constants_of_a_call() -> list[Any]:
+        q, weight = torch.zeros(2, 4, 40, 16, dtype=torch.bfloat16), torch.zeros(4, 16, 24)
+        none = (None,) * 2
+        plan = arguments.plan(
+            q, q, q, weight, None, weight, None, torch.zeros(4), *none, window=(64, 0, 1),
+            scale=0.25, codes=(0, True, False, 1e-12), tiles=launch.Tiles(32, 64, 4),
+        )  # fmt: skip
+        return [x for x in leaves(plan.problem) if hasattr(x, "value")]
+
+    first, second = constants_of_a_call(), constants_of_a_call()
+    assert len(first) == 40
+    assert all(a is b for a, b in zip(first, second, strict=True))
+    assert arguments.constant(1).value is not arguments.constant(True).value
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    if isinstance(x, tuple):
+        for member in x:
+            yield from leaves(member)
+    else:
+        yield x

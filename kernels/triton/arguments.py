@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from .problem import (
     Window,
 )
 
-constant = tl.constexpr
+# A call has some forty constants, and Triton finds its kernel by hashing and comparing them: the
+# same objects are taken again, which are equal without being compared. 1, 1.0 and True differ.
+constant = lru_cache(maxsize=4096, typed=True)(tl.constexpr)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def sequences_of(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> S
     return Sequences(length, None, index[:, :length].contiguous(), mask.sum(1, dtype=torch.int32))
 
 
+@cache
 def window_of(size: int, kind: int, sink: int, chunk: int) -> Window:
     """A window, for chunks of ``chunk`` tokens."""
     if size == 0:

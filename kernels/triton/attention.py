@@ -49,10 +49,10 @@ def segment_states(
     kv = fp32(v, *shape, width, value_dim)
     ksum = fp32(v, *shape, *((plan.slices,) if by_slice else ()), width)
     plan.run(kernel, *args, kv, ksum)
-    for x, start in zip((kv, ksum), initial, strict=True):
-        size = x[0, 0, 0].numel()
-        grid = (-(-size // BLOCK), plan.sequences * plan.heads)
-        launch.launch(exclusive_sums, grid, x, start, size, plan.segments, reverse, BLOCK, TILE)
+    size, row = width * value_dim, ksum.stride(2)
+    grid = (-(-size // BLOCK) + -(-row // BLOCK), plan.sequences * plan.heads)
+    sums = kv, ksum, *initial, size, row, plan.segments
+    launch.launch(exclusive_sums, grid, *sums, reverse, BLOCK, TILE)
     return kv, ksum
 
 

@@ -287,17 +287,18 @@ def in_order(before, total, before_next, total_next):
 
 
 @triton.jit
-def exclusive_sums(
-    x, initial, size, count, REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr
-):
+def exclusive_sums_of(
+    x, initial, size, count, block,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """x [rows, count, size]: each of the count becomes the sum of those before it (after it, in
-    REVERSE), in place, on top of ``initial`` [rows, size] or 0.
+    REVERSE), in place, on top of ``initial`` [rows, size] or 0. A program takes a block of a row.
 
     TILE of the count at a time: what is loaded and stored in place one by one waits for memory
     every time.
     """
     row = tl.program_id(1).to(tl.int64)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = block * BLOCK + tl.arange(0, BLOCK)
     inside = column < size
     total = tl.zeros((BLOCK,), tl.float32)
     if initial is not None:
@@ -313,3 +314,17 @@ def exclusive_sums(
         before, _ = tl.associative_scan((tl.zeros_like(own), own), 0, in_order)
         tl.store(cells, total[None, :] + before, mask=mask)
         total += tl.sum(own, 0)
+
+
+@triton.jit
+def exclusive_sums(
+    kv, ksum, kv0, ksum0, size, width, count,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """kv [rows, count, size] and ksum [rows, count, width] in one launch: blocks of kv come
+    first."""
+    block, blocks = tl.program_id(0), tl.cdiv(size, BLOCK)
+    if block < blocks:
+        exclusive_sums_of(kv, kv0, size, count, block, REVERSE, BLOCK, TILE)
+    else:
+        exclusive_sums_of(ksum, ksum0, width, count, block - blocks, REVERSE, BLOCK, TILE)

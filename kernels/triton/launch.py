@@ -200,13 +200,21 @@ def segment_chunks(chunks: int, programs: int) -> int:
 
 def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:
     """The launch configuration of a kernel (a name of TABLE) for the shapes of a call."""
-    head_dim, value_dim = next_power_of_2(q.shape[3]), next_power_of_2(v.shape[3])
-    width = head_dim if weight is None else next_power_of_2(weight.shape[2])
+    head_dim, value_dim = q.shape[3], v.shape[3]
+    width = head_dim if weight is None else weight.shape[2]
     # fp16 is computed in fp32 (arguments.arithmetic_of), but for what has no features.
     narrow = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and kernel == "teacher")
-    rows = TABLE[kernel, "bf16" if narrow else "fp32"]
-    tiles = next(row for row in rows if row.fits(head_dim, width)).on(architecture())
-    return replace(tiles, block_v=min(tiles.block_v, value_dim))
+    dtype = "bf16" if narrow else "fp32"
+    return _tiles(kernel, dtype, head_dim, width, value_dim, architecture())
+
+
+@cache
+def _tiles(
+    kernel: str, dtype: str, head_dim: int, width: int, value_dim: int, architecture: str
+) -> Tiles:
+    size = next_power_of_2(head_dim), next_power_of_2(width)
+    tiles = next(row for row in TABLE[kernel, dtype] if row.fits(*size)).on(architecture)
+    return replace(tiles, block_v=min(tiles.block_v, next_power_of_2(value_dim)))
 
 
 # The quadratic backward kernels: every program leaves a share of the parameters' gradients.

@@ -138,13 +138,15 @@ def test_no_segment_touches_the_sums_before_it(count, reverse):
     """Not by what it adds, large or infinite as it may be."""
     from lolcats_ops.kernels.triton.forward import exclusive_sums
 
-    x = torch.ones(2, count, 40)
-    x[0, count // 2], x[1, -1] = 1e8, float("inf")
-    initial = torch.tensor([[2.0], [3.0]]).expand(2, 40).contiguous()
-    ordered = (x.flip(1) if reverse else x).double()
-    want = ordered.cumsum(1).roll(1, 1)
-    want[:, 0] = 0
-    want += initial[:, None]
-    exclusive_sums[(3, 2)](x, initial, 40, count, reverse, 16, 16)
-    got = x.flip(1) if reverse else x
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+    kv, ksum = torch.ones(2, count, 40), torch.ones(2, count, 20)
+    for x in (kv, ksum):
+        x[0, count // 2], x[1, -1] = 1e8, float("inf")
+    kv0 = torch.tensor([[2.0], [3.0]]).expand(2, 40).contiguous()
+    ordered = [(x.flip(1) if reverse else x).double() for x in (kv, ksum)]
+    exclusive_sums[(3 + 2, 2)](kv, ksum, kv0, None, 40, 20, count, reverse, 16, 16)
+    for x, rows, initial in zip((kv, ksum), ordered, (kv0, torch.zeros(2, 20)), strict=True):
+        want = rows.cumsum(1).roll(1, 1)
+        want[:, 0] = 0
+        want += initial[:, None]
+        got = x.flip(1) if reverse else x
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
