@@ -109,10 +109,13 @@ struct Product {
   const Band* band;
 };
 
-// Rows m.. of one panel, R at a time, the rest by smaller powers of two.
+// Rows m.. of one panel, R at a time, the rest by smaller powers of two. R may be less than twice
+// the next smaller: the last rows are then two tiles of that, since what R would leave has too few
+// accumulators (8 rows are 4 + 4, not 6 + 2).
 template <Format format, int R, int P, Into into, int ROW>
 inline void panel(const Product& p, int m, int n) {
-  for (; m + R <= p.M; m += R) {
+  constexpr int LESS = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+  for (; m + R <= p.M && !(R < 2 * LESS && p.M - m == 2 * LESS); m += R) {
     const Range depth = words_of<format>(depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band));
     const int length = depth.end - depth.begin;
     if (length < 0 || (length == 0 && into == Into::add)) continue;
@@ -120,7 +123,6 @@ inline void panel(const Product& p, int m, int n) {
     micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb,
                                    p.c + m * p.ldc + n, p.ldc);
   }
-  constexpr int LESS = R > 8 ? 8 : R > 4 ? 4 : R / 2;
   if constexpr (LESS > 0) {
     if (m < p.M) panel<format, LESS, P, into, ROW>(p, m, n);
   }
