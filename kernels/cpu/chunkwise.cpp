@@ -106,6 +106,7 @@ void KeyTiles::load(KeyTile& tile, int64_t start, int64_t end, bool sink) {
 }
 
 const float* KeyTiles::phi(KeyTile& tile) {
+  if (!map_.weight) return tile.keys;
   if (tile.has_phi) return tile.phi;
   tile.has_phi = true;
   if (format_ == Format::f32) {
@@ -341,6 +342,7 @@ Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Token
                                 float factor) {
   load_lanes(q_, q, first, n, p_.format, row_tile);
   const FeatureMap map = map_q(h);
+  if (!map.weight && factor == 1.0f) return {first, n, q_, q_};
   features_forward(map, q_, phi_);
   for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
     store(phi_ + i, factor * load(phi_ + i));
