@@ -1,4 +1,4 @@
-"""Converted models as a model type of transformers, so that its auto classes load them.
+"""convert and restore, and converted models as a model type that transformers' auto classes load.
 
 A converted model's config.json says `"model_type": "lolcats"`, `"base_model_type": "llama"` and,
 under `"lolcats"`, the `LolcatsConfig`. Without this library such a checkpoint is refused by name,
@@ -16,6 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lolcats_ops.hf.config import LolcatsConfig
+from lolcats_ops.hf.patch import convert_layers, restore_layers
 
 MODEL_TYPE = "lolcats"
 
@@ -54,8 +55,6 @@ def _model_class(
     def __init__(
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
-        from lolcats_ops.hf.patch import convert  # patch marks models through this module
-
         base.__init__(self, config, *args, **kwargs)
         convert(self, LolcatsConfig.from_dict(config.lolcats))
 
@@ -69,20 +68,52 @@ def _model_class(
     return type(f"Lolcats{base.__name__}", (base,), namespace)
 
 
-def mark_converted(model: PreTrainedModel, config: LolcatsConfig) -> None:
-    """Makes the model's config say what it is, so that saving it saves that."""
+def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreTrainedModel:
+    """Replaces the attention of `model` by hybrid linear attention, in place, and returns it.
+
+    The pretrained weights are untouched; each converted layer gains fp32 parameters
+    (`lolcats.feature_q`, `lolcats.feature_k`, `lolcats.gate`). `model.save_pretrained` then writes
+    a checkpoint that `lo.hf.from_pretrained` and `AutoModelForCausalLM.from_pretrained` load
+    converted. Local (sliding window) layers beside global ones, as in Gemma, are linear already and
+    stay.
+
+    Raises:
+        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed
+            then.
+
+    Example:
+        >>> from lolcats_ops.hf import attention_layers
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
+        >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
+        [(2, 16, 16), (2, 16, 16)]
+    """
+    config = config or LolcatsConfig()
+    convert_layers(model, config)
+    # The model's config says what it is, so that saving the model saves that.
     if model.config.model_type != MODEL_TYPE:
         model.config.base_model_type = model.config.model_type
         model.config.__class__ = config_class(model.config.__class__)
     model.config.lolcats = config.to_dict()
+    return model
 
 
-def mark_restored(model: PreTrainedModel) -> None:
-    """The inverse of `mark_converted`, also for a model that was loaded converted."""
+def restore(model: PreTrainedModel) -> PreTrainedModel:
+    """Takes `convert` back exactly, in place: modules, hooks and config are what they were; those
+    of a model that was loaded converted, what its base family's are.
+
+    Raises:
+        ValueError: the model is not converted.
+    """
+    restore_layers(model)
     del model.config.lolcats, model.config.base_model_type
     model.config.__class__ = type(model.config).__mro__[1]
     if type(model).__module__ == __name__:
         model.__class__ = type(model).__mro__[1]
+    return model
 
 
 def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:

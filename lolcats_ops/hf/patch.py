@@ -1,4 +1,4 @@
-"""convert and restore: swap the attention of a pretrained model, in place and revertibly.
+"""The attention layers of a pretrained model, swapped in place and revertibly.
 
 No per-model code: every family that dispatches through transformers' AttentionInterface works
 alike. A converted layer holds a submodule `lolcats` (its parameters), its own shallow copy of the
@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from lolcats_ops.hf import auto
 from lolcats_ops.hf.attention import NAME, LolcatsAttention, Mode, lolcats_attention, packed_bounds
 from lolcats_ops.hf.cache import LolcatsCacheLayer
 from lolcats_ops.hf.config import LolcatsConfig
@@ -27,29 +26,9 @@ AttentionInterface.register(NAME, lolcats_attention)
 
 
 @torch.inference_mode(False)  # parameters made under inference mode could never train
-def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreTrainedModel:
-    """Replaces the attention of `model` by hybrid linear attention, in place, and returns it.
-
-    The pretrained weights are untouched; each converted layer gains fp32 parameters
-    (`lolcats.feature_q`, `lolcats.feature_k`, `lolcats.gate`). `model.save_pretrained` then writes
-    a checkpoint that `lo.hf.from_pretrained` and `AutoModelForCausalLM.from_pretrained` load
-    converted. Local (sliding window) layers beside global ones, as in Gemma, are linear already and
-    stay.
-
-    Raises:
-        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed
-            then.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
-        >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
-        [(2, 16, 16), (2, 16, 16)]
-    """
-    config = config or LolcatsConfig()
+def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
+    """Gives the layers that can be converted their parameters and hooks; `lo.hf.convert` without
+    what the model says of itself."""
     modules = _convertible(model, config)
     for module in modules:
         projection = module.o_proj
@@ -66,24 +45,16 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         module.lolcats = attention
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     set_mode(model, "hybrid")
-    auto.mark_converted(model, config)
-    return model
 
 
-def restore(model: PreTrainedModel) -> PreTrainedModel:
-    """Takes `convert` back exactly, in place: modules, hooks and config are what they were.
-
-    Raises:
-        ValueError: the model is not converted.
-    """
+def restore_layers(model: PreTrainedModel) -> None:
+    """Takes `convert_layers` back exactly."""
     for module in _converted(model):
         module.config = module.lolcats.softmax_config
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook is _before_attention:
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
         del module.lolcats
-    auto.mark_restored(model)
-    return model
 
 
 def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
