@@ -138,10 +138,10 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
              normalize = map.activation == LOL_SOFTMAX;
   for (int t = 0; t < BLOCK; t += LANES) {
     float* zt = z + t;
-    for (int i = 0; i < map.f; i++) {
-      if (map.bias) store(zt + i * BLOCK, load(zt + i * BLOCK) + map.bias[i]);
-      if (map.skip) store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
-    }
+    for (int i = 0; map.bias && i < map.f; i++)
+      store(zt + i * BLOCK, load(zt + i * BLOCK) + map.bias[i]);
+    for (int i = 0; map.skip && i < map.f; i++)
+      store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
     if (exponential) {
       const auto run =
           map.format == Format::f32 ? exponentials<Format::f32> : exponentials<Format::bf16_pairs>;
