@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_on_cpu.ptx import PtxKernel, Struct
 from helpers import emulated, nvcc, nvrtc, operators
 from helpers.cases import Case, make_inputs
 from helpers.compare import assert_close, assert_same_state
@@ -101,18 +100,14 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     settings = emulated.step_settings(q, feature_q, state)
     of_step = (*emulated.INPUTS, "kv", "ksum", "k_ring", "v_ring", "length", "folded")
     arguments_of_step = {**emulated.described(tensors), **settings}
-    kernel, (blocks, threads, shared), data, names = emulated.planned(
-        "step", of_step, arguments_of_step
-    )
-    assert kernel == STEP
-    pointers = {at: tensors[name] for at, name in names.items()}
-    compiled = PtxKernel(nvrtc.ptx(kernel, "sm_80"))
-    report = compiled((blocks,), [Struct(data, pointers)], shared_bytes=shared, threads=threads)
+    launch = emulated.planned("step", of_step, arguments_of_step)
+    assert launch.kernel == STEP
+    report = launch.run(nvrtc.ptx(STEP, "sm_80"), tensors)
     report.assert_clean()
     assert_close("out", out, want[:, :, 70:], torch.bfloat16)
     assert_same_state(state, final, torch.float32)
 
-    moved = {name: report.global_bytes[1 + i] for i, name in enumerate(names.values())}
+    moved = launch.traffic(report)
     least = sum(t.nbytes for t in (q, k, v, out)) + sum(
         t.nbytes for t in (state.kv, state.ksum, state.kv, state.ksum, state.k_ring, state.v_ring)
     )
@@ -120,7 +115,7 @@ def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     sectors = sum(t.sectors for name, t in moved.items() if name not in weights)
     assert sectors <= 1.05 * least
     assert sum(moved[name].sectors for name in weights) == 2 * feature_q.weight.nbytes
-    assert report.instructions.total() / (blocks * threads // 32) <= INSTRUCTIONS_OF_A_STEP
+    assert report.instructions.total() / launch.warps <= INSTRUCTIONS_OF_A_STEP
     for access in report.accesses:
         assert access.sectors <= 1.01 * access.ideal_sectors, access
     narrow = [a for a in report.accesses if not re.search(r"\.v4|cp\.async\.cg", a.instruction)]
@@ -136,17 +131,13 @@ def test_the_compiled_attention_is_right_and_reads_what_it_should(D, reads_of_ke
 
     def run(**arguments):
         of_attention = (*emulated.INPUTS, "m", "den")
-        kernel, (blocks, threads, shared), data, names = emulated.planned(
-            "hybrid_attention", of_attention, arguments
-        )
-        assert kernel == HYBRIDS[D]
-        pointers = {at: arguments[name] for at, name in names.items()}
-        compiled = PtxKernel(nvrtc.ptx(kernel, "sm_80"))
-        report = compiled((blocks,), [Struct(data, pointers)], shared_bytes=shared, threads=threads)
+        launch = emulated.planned("hybrid_attention", of_attention, arguments)
+        assert launch.kernel == HYBRIDS[D]
+        report = launch.run(nvrtc.ptx(launch.kernel, "sm_80"), arguments)
         report.assert_clean()
-        instructions.append(report.instructions.total() / (blocks * threads // 32) / 4)
-        for i, name in enumerate(names.values()):
-            traffic[name] = (report.global_bytes[1 + i], arguments[name].nbytes)
+        instructions.append(report.instructions.total() / launch.warps / 4)
+        for name, moved in launch.traffic(report).items():
+            traffic[name] = (moved, arguments[name].nbytes)
 
     want = operators.expected(operators.hybrid_attention, case).outputs["out"]
     got = operators.hybrid_attention(

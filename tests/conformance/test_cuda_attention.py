@@ -228,8 +228,7 @@ def test_few_heads_are_divided_among_blocks():
 
     def run(**arguments):
         names = (*emulated.INPUTS, "m", "den")
-        _, (count, *_), *_ = emulated.planned("hybrid_attention", names, arguments)
-        blocks.append(count)
+        blocks.append(emulated.planned("hybrid_attention", names, arguments).blocks)
 
     for heads in (1, 16, 64):
         x = make_inputs(Case("2048", batch=(1, heads), dtype=BF16))

@@ -14,7 +14,6 @@ from collections import Counter
 import torch
 from gpu_on_cpu.executed import executed_opcodes
 from gpu_on_cpu.pipe_model import LABEL, pipes_of
-from gpu_on_cpu.ptx import PtxKernel, Struct
 from gpu_on_cpu.sass import disassembled
 
 from lolcats_ops import _cuda_sources
@@ -36,14 +35,11 @@ class Executed:
 
     def __call__(self, **arguments: torch.Tensor | float) -> None:
         names = (*emulated.INPUTS, "m", "den")
-        self.kernel, (blocks, threads, shared), data, where = emulated.planned(
-            "hybrid_attention", names, arguments
-        )
+        launch = emulated.planned("hybrid_attention", names, arguments)
+        self.kernel, self.warps = launch.kernel, launch.warps // launch.blocks
         options = (*_cuda_sources.options(), f"-arch={self.target}", "-lineinfo")
         compiled = nvrtc.build(_cuda_sources.unit(self.kernel), options, self.kernel)
-        struct = Struct(data, {at: arguments[name] for at, name in where.items()})
-        report = PtxKernel(compiled.ptx)((blocks,), [struct], shared_bytes=shared, threads=threads)
-        self.warps = threads // 32
+        report = launch.run(compiled.ptx, arguments)
         sass = disassembled(compiled.cubin, lines=True)
         self.opcodes = executed_opcodes(compiled.ptx, sass, report.executed)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from gpu_on_cpu.cuda.program import Program, build
+from gpu_on_cpu.ptx import PtxKernel, Struct
+from gpu_on_cpu.ptx.report import Report
 from torch import Tensor
 
 from lolcats_ops._codes import WINDOW_KINDS
@@ -138,11 +143,37 @@ def feature_map(x: Tensor, features: Features, sanitizer: str | None = None) -> 
     return y
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What the plan of a call hands to a launcher."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    params: bytes
+    where: dict[int, str]  # the names of tensors, by where their addresses are in the params
+
+    @property
+    def warps(self) -> int:
+        return self.blocks * self.threads // 32
+
+    def run(self, ptx: str, tensors: Mapping[str, Any]) -> Report:
+        """Runs the kernel's PTX on the CPU, which reports races and accesses out of bounds."""
+        struct = Struct(self.params, {at: tensors[name] for at, name in self.where.items()})
+        sizes = {"shared_bytes": self.shared_bytes, "threads": self.threads}
+        return PtxKernel(ptx)((self.blocks,), [struct], **sizes)
+
+    def traffic(self, report: Report) -> dict[str, Any]:
+        """The bytes that a run moved, by the tensors' names."""
+        return {name: report.global_bytes[1 + i] for i, name in enumerate(self.where.values())}
+
+
 def planned(
-    operator: str, names: tuple[str, ...], arguments: dict[str, Tensor | float]
-) -> tuple[str, tuple[int, int, int], bytes, dict[int, str]]:
-    """The kernel, its blocks, threads and shared bytes, and the params of a launch; where in these
-    the tensors of ``names`` are, in the order of tests/cuda/plan_<operator>.cpp."""
+    operator: str, names: tuple[str, ...], arguments: Mapping[str, Tensor | float]
+) -> Launch:
+    """The launch of a call, whose tensors have ``names``, in the order of
+    tests/cuda/plan_<operator>.cpp."""
     results = {
         "launch": torch.zeros(4, dtype=torch.int64),
         "params": torch.zeros(1024, dtype=torch.uint8),
@@ -156,4 +187,4 @@ def planned(
     words = [int.from_bytes(data[at : at + 8], "little") for at in range(0, size, 8)]
     pointers = {8 * i: where[word] for i, word in enumerate(words) if word in where}
     kernel = bytes(results["kernel"].tolist()).split(b"\0")[0].decode()
-    return kernel, (blocks, threads, shared), data, pointers
+    return Launch(kernel, blocks, threads, shared, data, pointers)
