@@ -176,6 +176,52 @@ def test_layers_can_stay_softmax(prompt):
     assert torch.equal(cached, generate(model, prompt, use_cache=False, **options))
 
 
+@pytest.mark.parametrize("softmax_layer", [0, 1])
+def test_static_caches_serve_softmax_layers_as_well(softmax_layer, prompt):
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(softmax_layer,))
+    model = lo.hf.convert(tiny(), config)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    static = generate(model, prompt, 32, attention_mask=mask, cache_implementation="static")
+    assert torch.equal(static, generate(model, prompt, 32, attention_mask=mask, use_cache=False))
+
+
+@torch.no_grad()
+def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
+    ids, causal = token_ids(2, 20), torch.ones(20, 20).tril().bool().expand(2, 1, 20, 20)
+    expected = model(ids).logits
+    torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
+    additive = torch.zeros(causal.shape).masked_fill(~causal, -1e30)
+    torch.testing.assert_close(model(ids, attention_mask=additive).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda causal: causal.fill_(True),
+        lambda causal: causal[:, :, 10:, 2:5].fill_(False),
+        lambda causal: causal[:, :, 10:, :10].fill_(False),
+    ],
+    ids=["bidirectional", "a hole", "blocks"],
+)
+def test_other_masks_are_refused(model, change):
+    mask = torch.ones(20, 20).tril().bool()[None, None]
+    change(mask)
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(token_ids(1, 20), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_layer_that_attends_twice_is_refused_a_cache(prompt):
+    model = transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**SHAPE))
+    expected = model.eval()(prompt).logits
+    lo.hf.convert(model, WIDE)
+    got = model(prompt, use_cache=False).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="use_cache=False"):
+        model(prompt)
+
+
 @torch.no_grad()
 def test_restore_is_exact():
     model, ids = tiny(), token_ids(1, 40)

@@ -47,7 +47,6 @@ class LolcatsAttention(nn.Module):
         self.mode: Mode = "hybrid"
         self.learner: Learner | None = None
         self.backend: str | None = None
-        self.whole_model = True  # False where softmax layers remain beside this one
 
         def weight(maps: int) -> nn.Parameter:
             return nn.Parameter(
@@ -116,13 +115,17 @@ def lolcats_attention(
     batch.
 
     Raises:
-        NotImplementedError: attention dropout or soft capping, which this attention does not have.
+        NotImplementedError: attention dropout, soft capping or a mask that is more than causality
+            and padding, which this attention does not have.
     """
     p: LolcatsAttention = module.lolcats  # type: ignore[assignment]
     for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
         if value_:
             raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
     batch, _, tokens, _ = query.shape
+    past = 0 if lolcats_cache is None else lolcats_cache.cumulative_length - tokens
+    if lolcats_cu_seqlens is None:
+        check_mask(attention_mask, tokens, past, getattr(module, "sliding_window", None))
     config, (feature_q, feature_k) = p.config, p.features()
     options: dict[str, Any] = {"scale": scaling, "affine": config.affine, "backend": p.backend}
     trains = torch.is_grad_enabled() and any(
@@ -132,7 +135,7 @@ def lolcats_attention(
         lolcats_cache.leave_out(tokens)
     elif lolcats_cache is not None:
         out = lolcats_cache.attend(
-            p, query, key, value, real_tokens(attention_mask, tokens), **options
+            p, query, key, value, real_tokens(attention_mask, tokens, past), **options
         )
         return out.transpose(1, 2).contiguous(), None
 
@@ -178,20 +181,57 @@ def lolcats_attention(
     return out.transpose(1, 2).reshape(batch, tokens, *out.shape[1::2]).contiguous(), None
 
 
-def real_tokens(mask: Tensor | None, tokens: int) -> Tensor | None:
+def real_tokens(mask: Tensor | None, tokens: int, past: int = 0) -> Tensor | None:
     """[B, T] bool, True = real, of the T new tokens, from whichever causal mask transformers built.
 
     A token attends itself exactly if it is real, so the answer is on the diagonal of a [B, 1, T,
-    Tk] mask (boolean, or additive with 0 for "attend"); a [B, Tk] mask says it directly.
+    Tk] mask (boolean, or additive with 0 for "attend"); a [B, Tk] mask says it directly. Masks are
+    of the new tokens, of all up to them, or of all that a static cache has room for.
     """
     if mask is None:
         return None
+    first = min(past, mask.shape[-1] - tokens)
+    columns = mask[..., first : first + tokens]
     if mask.dim() == 2:
-        real = mask[:, -tokens:].bool()
+        real = columns.bool()
     else:
-        diagonal = mask[:, 0, :, -tokens:].diagonal(dim1=1, dim2=2)
-        real = diagonal if diagonal.dtype == torch.bool else diagonal == 0
+        real = _attended(columns[:, 0]).diagonal(dim1=1, dim2=2)
     return None if bool(real.all()) else real.contiguous()
+
+
+def check_mask(mask: Tensor | None, tokens: int, past: int, sliding_window: int | None) -> None:
+    """Refuses a [B, 1, T, Tk] mask that is not causality (within a sliding window, which the
+    model's own attention has) and padding: this attention reads no other.
+
+    Checked once for a forward pass, whose layers share the mask.
+    """
+    if mask is None or mask.dim() != 4 or torch.compiler.is_compiling():
+        return
+    if getattr(mask, "_lolcats_checked", False):
+        return
+    first = min(past, mask.shape[-1] - tokens)
+    attended = _attended(mask[:, 0])
+    real = real_tokens(mask, tokens, past)
+    query = torch.arange(first, first + tokens, device=mask.device)[:, None]
+    key = torch.arange(mask.shape[-1], device=mask.device)
+    wrong = attended & (key > query)
+    # Of earlier calls' keys a mask alone says which are padding.
+    blocked = ~attended & (key <= query) & (key >= first)
+    if sliding_window:
+        blocked &= key > query - sliding_window
+    if real is not None:
+        blocked[..., first : first + tokens] &= real[:, None]
+        wrong, blocked = wrong & real[:, :, None], blocked & real[:, :, None]
+    if bool((wrong | blocked).any()):
+        raise NotImplementedError(
+            "lolcats attention is causal and has padding; this attention_mask asks for more. "
+            "Pack sequences by position_ids that restart, without a mask"
+        )
+    mask._lolcats_checked = True  # type: ignore[attr-defined]
+
+
+def _attended(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:

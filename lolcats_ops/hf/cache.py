@@ -22,12 +22,15 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     supports_early_init = False  # the state needs to know D and V apart
 
-    def __init__(self, slack: int = 0, whole_model: bool = True):
+    def __init__(self, layers: list[CacheLayerMixin], instead_of: type, slack: int = 0):
+        """A layer of the cache that holds ``layers``, in the place of one of class
+        ``instead_of``."""
         super().__init__()
         self.slack = slack
-        self.whole_model = whole_model
+        self.layers, self.instead_of = layers, instead_of
         self.state: lo.HybridState | None = None
         self.cumulative_length = 0  # with padding, which state.length leaves out
+        self.waiting = 0  # tokens that have been counted and not yet attended
 
     @property
     def is_croppable(self) -> bool:
@@ -45,6 +48,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         self.cumulative_length += key_states.shape[2]
+        self.waiting = key_states.shape[2]
         return key_states, value_states
 
     @torch.no_grad()
@@ -62,7 +66,16 @@ class LolcatsCacheLayer(CacheLayerMixin):
         Args:
             real: [B, T] bool, False for padding; None if there is none.
             options: `scale`, `affine` and `backend` of the operator.
+
+        Raises:
+            NotImplementedError: these tokens are in the state already.
         """
+        if self.waiting != key.shape[2]:
+            raise NotImplementedError(
+                "this model attends more than once to what a layer has cached (as differential "
+                "attention does), which a recurrent state cannot do: pass use_cache=False"
+            )
+        self.waiting = 0
         if self.state is None:
             self.leave_out(key.shape[2])
             self.state = attention.empty_state(key, value, self.slack)
@@ -101,10 +114,11 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # A mask over the new tokens is all that a converted layer reads; softmax layers beside it
-        # need all keys.
-        if self.whole_model:
-            return query_length, self.cumulative_length
-        return self.cumulative_length + query_length, 0
+        # may be handed the same one.
+        for layer in self.layers:
+            if type(layer) is self.instead_of:
+                return layer.get_mask_sizes(query_length)
+        return query_length, self.cumulative_length
 
     def get_max_length(self) -> int:
         return -1
@@ -112,7 +126,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.18
 
     def reset(self) -> None:
-        self.state, self.is_initialized, self.cumulative_length = None, False, 0
+        self.state, self.is_initialized, self.cumulative_length, self.waiting = None, False, 0, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back -tokens_to_remove tokens; a positive number is the length to crop to.
@@ -167,7 +181,8 @@ class LolcatsCache(DynamicCache):
         for module in model.modules():
             attention = getattr(module, "lolcats", None)
             if isinstance(attention, LolcatsAttention):
-                self.layers[module.layer_idx] = LolcatsCacheLayer(slack, attention.whole_model)
+                kind = type(self.layers[module.layer_idx])
+                self.layers[module.layer_idx] = LolcatsCacheLayer(self.layers, kind, slack)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -40,7 +40,6 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             config,
             projection.weight.device,
         )
-        attention.whole_model = len(modules) == model.config.num_hidden_layers
         attention.softmax_config = module.config
         module.lolcats = attention
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
@@ -165,7 +164,7 @@ def _before_attention(
     if cache is not None:
         if attention.mode == "transfer":
             raise ValueError("attention transfer runs without a cache: pass use_cache=False")
-        return args, {**kwargs, "lolcats_cache": _cache_layer(cache, module.layer_idx, attention)}
+        return args, {**kwargs, "lolcats_cache": _cache_layer(cache, module.layer_idx)}
     position_ids = kwargs.get("position_ids")
     bounds = kwargs.get("cu_seq_lens_q")
     if bounds is None and position_ids is not None:
@@ -174,7 +173,7 @@ def _before_attention(
     return args, {**kwargs, "lolcats_cu_seqlens": bounds}
 
 
-def _cache_layer(cache: Cache, index: int, attention: LolcatsAttention) -> LolcatsCacheLayer:
+def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= index:
             cache.layers.append(cache.layer_class_to_replicate())
@@ -184,5 +183,5 @@ def _cache_layer(cache: Cache, index: int, attention: LolcatsAttention) -> Lolca
             raise ValueError(
                 f"layer {index}: the cache holds keys of the softmax model; start with a fresh one"
             )
-        layer = cache.layers[index] = LolcatsCacheLayer(whole_model=attention.whole_model)
+        layer = cache.layers[index] = LolcatsCacheLayer(cache.layers, type(layer))
     return layer
