@@ -26,7 +26,7 @@ class Tiles:
     other: int = 0  # quadratic kernels: tokens of a tile that the chunk is paired with
 
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 def architecture() -> str:
@@ -45,8 +45,10 @@ def _architecture(driver: Any, device: Any) -> str:
         return "gfx942"
     if target.arch // 10 == 9:
         return "sm_90"
-    # sm_12x has neither the shared memory nor the tensor cores of sm_100.
-    return "sm_100" if target.arch // 10 in (10, 11) else "sm_80"
+    if target.arch // 10 in (10, 11):
+        return "sm_100"
+    # sm_86, sm_89 and sm_12x have 99 KB of shared memory for a block; sm_80 and sm_87 have 163.
+    return "sm_80" if target.arch in (80, 87) else "sm_86"
 
 
 def precision(dtype: torch.dtype = torch.float32) -> str:
@@ -61,7 +63,7 @@ class Row:
     """The launch configurations of a kernel for head dims and feature widths up to some sizes."""
 
     def __init__(self, *sizes: tuple[int, int], usual: Tiles, **others: Tiles) -> None:
-        self.sizes = sizes  # pairs (D, f), each rounded up to a tile
+        self.sizes = sizes  # pairs (D, f), each rounded up to a tile; f = 0 without maps
         self.usual = usual
         self.others = others  # by architecture
 
@@ -69,24 +71,41 @@ class Row:
         return any(head_dim <= d and width <= f for d, f in self.sizes)
 
     def on(self, architecture: str) -> Tiles:
+        if architecture == "sm_86" and architecture not in self.others:
+            architecture = "sm_80"
         return self.others.get(architecture, self.usual)
 
 
 SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 256)
+PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 # A weight of 64 x 64 or 128 x 64 stays with the program; larger ones fill registers or, where fp32
 # products split them in two, shared memory.
+
+_LARGE_MAP = Tiles(32, 128, 4, 1, resident=False)
+_LARGE_ENTROPY = Tiles(32, 128, 4, 1, resident=False, other=32)
+_NARROW_BACKWARD = {
+    "usual": Tiles(64, 64, 4, 1),
+    # Larger tiles would spill thousands of registers, or half of what AMD has.
+    "sm_80": Tiles(32, 64, 4, 1),
+    "gfx942": Tiles(16, 32, 4, 1),
+}
 
 # By kernel and by the dtype that it computes in; the first row that fits is taken. What the
 # configurations need on each architecture is in tests/budgets/, renewed by
 # ``python -m helpers.kernel_budget``. Of forward and backward with D up to 128 and f up to 64, in
 # bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the shortest time by the
-# static model (docs/gpu_model.md), spilled registers included; of wider ones some on sm_90 are by
-# measurement (docs/gpu_h100.md). sm_100 has the usual ones. Elsewhere nothing is modelled or
-# measured: those that spill least at the same work.
+# static model (docs/gpu_model.md), spilled registers included; of wider ones and those without maps
+# some on sm_90 are by measurement (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the
+# usual ones. Elsewhere nothing is modelled or measured: those that spill least at the same work.
+# Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
+# of bytes of stack: wide maps are projected 32 columns of x at a time.
 TABLE = {
     ("forward", "bf16"): (
         # For windows of 64, chunks of 64 read q, k and v once.
-        Row(SMALL, (128, 64), usual=Tiles(64, 64, 4, 1)),
+        Row(SMALL, usual=Tiles(64, 64, 4, 1)),
+        Row(PLAIN, usual=Tiles(32, 64, 4, 1), sm_90=Tiles(128, 128, 8, 1)),
+        Row(WIDE_PLAIN, usual=Tiles(16, 64, 4, 1), sm_90=Tiles(64, 128, 8, 1)),
+        Row((128, 64), usual=Tiles(64, 64, 4, 1)),
         Row((64, 128), usual=Tiles(32, 64, 8, 1)),
         Row(
             LARGE,
@@ -98,7 +117,7 @@ TABLE = {
             usual=Tiles(16, 64, 4, 1, resident=False),
             sm_90=Tiles(64, 64, 4, 1, resident=False),
         ),
-        Row(ANY, usual=Tiles(16, 64, 4, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False, slice=32)),
     ),
     ("forward", "fp32"): (
         Row(SMALL, usual=Tiles(32, 64, 4, 1)),
@@ -106,21 +125,24 @@ TABLE = {
     ),
     # Eight warps would spill less, but hold, and compute, tiles of 64 rows twice.
     ("backward", "bf16"): (
+        Row(SMALL, **_NARROW_BACKWARD),
+        Row(PLAIN, usual=Tiles(32, 64, 8, 1), sm_90=Tiles(64, 128, 4, 1)),
         Row(
-            SMALL,
-            (128, 64),
-            usual=Tiles(64, 64, 4, 1),
-            # Larger tiles would spill thousands of registers, or half of what AMD has.
-            sm_80=Tiles(32, 64, 4, 1),
-            gfx942=Tiles(16, 32, 4, 1),
+            WIDE_PLAIN,
+            usual=Tiles(16, 64, 8, 1),
+            # With more columns ptxas gives up, and leaves 32 registers and 8 KB of stack.
+            sm_80=Tiles(16, 32, 8, 1),
+            sm_90=Tiles(16, 128, 8, 1),
         ),
-        Row((64, 128), usual=Tiles(32, 64, 8, 1)),
+        Row((128, 64), **_NARROW_BACKWARD),
+        Row((64, 128), usual=Tiles(32, 64, 8, 1, resident=False)),
         Row(
             LARGE,
             usual=Tiles(32, 64, 8, 1, resident=False),
             sm_90=Tiles(64, 128, 8, 1, resident=False),
         ),
-        Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
+        Row((256, 64), usual=Tiles(16, 64, 8, 1, resident=False)),
+        Row(ANY, usual=Tiles(16, 32, 8, 1, resident=False, slice=32)),
     ),
     ("backward", "fp32"): (
         Row(SMALL, usual=Tiles(32, 64, 8, 1)),
@@ -155,13 +177,14 @@ TABLE = {
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
     ),
     ("teacher_entropy", "bf16"): (
-        Row((64, 128), usual=Tiles(128, 128, 8, 2, other=64)),
-        Row((128, 64), usual=Tiles(128, 128, 8, 2, other=32)),
-        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False, other=32)),
+        Row(SMALL, usual=Tiles(128, 128, 8, 2, other=64)),
+        Row((64, 128), usual=Tiles(128, 128, 8, 2, other=64), sm_86=_LARGE_ENTROPY),
+        Row((128, 64), usual=Tiles(128, 128, 8, 2, other=32), sm_86=_LARGE_ENTROPY),
+        Row(LARGE, usual=_LARGE_ENTROPY),
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
     ),
     ("entropy", "bf16"): (  # V is not read
-        Row(SMALL, *MIDDLE, usual=Tiles(128, 256, 8, 2, other=32)),
+        Row(SMALL, (128, 64), usual=Tiles(128, 256, 8, 2, other=32)),
         Row(LARGE, usual=Tiles(32, 256, 4, 1, resident=False, other=32)),
         Row(ANY, usual=Tiles(16, 256, 4, 1, resident=False, other=16)),
     ),
@@ -174,8 +197,14 @@ TABLE = {
         for kernel, block_v in (("teacher", 128), ("teacher_entropy", 128), ("entropy", 256))
     },
     ("feature_map", "bf16"): (
-        Row(SMALL, *MIDDLE, usual=Tiles(128, 128, 8, 2)),
-        Row(LARGE, usual=Tiles(32, 128, 4, 1, resident=False)),
+        Row(SMALL, usual=Tiles(128, 128, 8, 2)),
+        Row(
+            *MIDDLE,
+            usual=Tiles(128, 128, 8, 2),
+            sm_86=_LARGE_MAP,  # which has too little shared memory, as gfx942
+            gfx942=_LARGE_MAP,
+        ),
+        Row(LARGE, usual=_LARGE_MAP),
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False)),
     ),
     ("feature_map", "fp32"): (
@@ -201,7 +230,7 @@ def segment_chunks(chunks: int, programs: int) -> int:
 def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:
     """The launch configuration of a kernel (a name of TABLE) for the shapes of a call."""
     head_dim, value_dim = q.shape[3], v.shape[3]
-    width = head_dim if weight is None else weight.shape[2]
+    width = 0 if weight is None else weight.shape[2]
     # fp16 is computed in fp32 (arguments.arithmetic_of), but for what has no features.
     narrow = q.dtype == torch.bfloat16 or (q.dtype == torch.float16 and kernel == "teacher")
     dtype = "bf16" if narrow else "fp32"
@@ -212,7 +241,7 @@ def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles
 def _tiles(
     kernel: str, dtype: str, head_dim: int, width: int, value_dim: int, architecture: str
 ) -> Tiles:
-    size = next_power_of_2(head_dim), next_power_of_2(width)
+    size = next_power_of_2(head_dim), next_power_of_2(width) if width else 0
     tiles = next(row for row in TABLE[kernel, dtype] if row.fits(*size)).on(architecture)
     return replace(tiles, block_v=min(tiles.block_v, next_power_of_2(value_dim)))
 

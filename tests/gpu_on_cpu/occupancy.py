@@ -18,6 +18,7 @@ class Limits:
 
 LIMITS = {
     "sm_80": Limits(shared_bytes=164 * 1024),
+    "sm_86": Limits(shared_bytes=100 * 1024, threads=1536, blocks=16),
     "sm_90": Limits(shared_bytes=228 * 1024),
     "sm_100": Limits(shared_bytes=228 * 1024),
 }

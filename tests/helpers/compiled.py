@@ -45,6 +45,8 @@ CASES = {
     **_cases(128),
     "hybrid segmented": (hybrid_attention, _case("2048", 64, batch=(1, 1))),
     "linear segmented": (linear_attention, _case("2048", 64, window=0, batch=(1, 1))),
+    "linear plain 128": (linear_attention, _case("500", 128, window=0, activation=None)),
+    "linear plain 256": (linear_attention, _case("500", 256, window=0, activation=None)),
     "hybrid padded": (hybrid_attention, _case("3w+7", 64, packing="left", sink=1, G=2)),
     "hybrid wide values": (hybrid_attention, _case("3w+7", 64, V=72, window=48, affine=True)),
 }

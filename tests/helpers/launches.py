@@ -32,7 +32,7 @@ class Case:
     name: str
     calls: tuple[str, ...]  # of CALLS
     dtype: str = "bf16"
-    sizes: tuple[int, int, int] = (64, 64, 64)  # D, f, V
+    sizes: tuple[int, int, int] = (64, 64, 64)  # D, f (0: q and k are the features), V
     window: str = "sliding"
     segmented: bool = False
 
@@ -46,6 +46,10 @@ CASES = {
         Case("bf16 64 terrace", HYBRID, window="terrace"),
         Case("bf16 64 segments", HYBRID, segmented=True),
         Case("bf16 128x64", ALL, sizes=(128, 64, 128)),
+        Case("bf16 64x128", ("feature_map", *HYBRID, "xent"), sizes=(64, 128, 64)),
+        Case("bf16 64x256", HYBRID, sizes=(64, 256, 64)),
+        Case("bf16 128 plain", ("linear",), sizes=(128, 0, 128)),
+        Case("bf16 256 plain", ("linear",), sizes=(256, 0, 256)),
         Case("fp32 64", HYBRID, dtype="fp32"),
         Case("fp16 64", ("feature_map", "linear", *HYBRID, "step"), dtype="fp16"),
     )
@@ -69,7 +73,7 @@ class Inputs:
         self.v = self.zeros(batch, HK, self.tokens, v)
         self.y = self.zeros(batch, H, self.tokens, v)
         self.row = self.fp32(batch, H, self.tokens)
-        weight = self.fp32(H, d, f)
+        weight = self.fp32(H, d, f) if f else None
         self.maps = (weight, None, weight, None)
         self.window = WINDOWS[case.window]
         self.settings = (*self.window, d**-0.5, False, *CODES)
