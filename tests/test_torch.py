@@ -248,6 +248,19 @@ def test_direct_calls_are_differentiable(op):
     assert all(t.grad is not None and t.grad.isfinite().all() for t in leaves)
 
 
+@of_differentiable
+def test_second_gradients_are_refused_and_never_left_out(op):
+    wanted = learned(op)
+    x = with_grad(op, example())
+    loss = loss_of(op)(*x)
+    (first,) = torch.autograd.grad(loss, x[wanted[0]], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second-order gradients"):
+        (loss + first.square().sum()).backward()
+    of_loss = grad(loss_of(op), wanted[0])
+    with pytest.raises(NotImplementedError, match="no second-order gradients"):
+        grad(lambda *tensors: of_loss(*tensors).square().sum(), wanted[0])(*example())
+
+
 def stacked(x: Example, rows: bool) -> list[Tensor]:
     """Three variations of the activations (or of the parameters) of x; the rest as it is."""
     rng = torch.Generator().manual_seed(0)

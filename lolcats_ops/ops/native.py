@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,8 +72,8 @@ def register_fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 def differentiable(
     name: str, setup_context: Callable[..., None], backward: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Makes the operator ``name`` differentiable. ``backward`` takes the namespace of operators to
-    call, the context and the gradients.
+    """Makes the operator ``name`` differentiable, once. ``backward`` takes the namespace of
+    operators to call, the context and the gradients.
 
     Returns:
         A call that torch.func can transform as well; its first argument is the backend.
@@ -80,15 +81,21 @@ def differentiable(
     functions: dict[Any, Any] = {}
     for op in overloads(name):
         namespace = triton.NAMESPACE if op.namespace == CUDA else op.namespace
-        gradient = partial(backward, getattr(torch.ops, namespace))
+        of_namespace = getattr(torch.ops, namespace)
+        gradient = partial(backward, of_namespace)
         torch.library.register_autograd(op._name, gradient, setup_context=setup_context)
+        once = _once(name, getattr(of_namespace, f"{name}_backward").default)
         members = {
             "forward": staticmethod(_forward(op)),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(gradient),
+            "backward": staticmethod(
+                partial(backward, SimpleNamespace(**{f"{name}_backward": once}))
+            ),
             "generate_vmap_rule": True,
         }
         functions[op] = type(name, (torch.autograd.Function,), members)
+    for op in overloads(f"{name}_backward"):
+        torch.library.register_autograd(op._name, _refusal(name))
 
     def call(backend: str, *args: Any) -> Any:
         op = getattr(operators(backend), name).default
@@ -96,6 +103,28 @@ def differentiable(
         return op(*args) if torch.compiler.is_compiling() else functions[op].apply(*args)
 
     return call
+
+
+def _refusal(name: str) -> Callable[..., None]:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError(
+            f"{name}: the kernels have no second-order gradients; backend='reference' has them"
+        )
+
+    return refuse
+
+
+def _once(name: str, op: Any) -> Callable[..., Any]:
+    """The gradient ``op`` of the operator ``name``, for torch.autograd.Function: what is
+    differentiated once more is refused, which torch would take for a constant."""
+    members = {
+        "forward": staticmethod(_forward(op)),
+        "setup_context": staticmethod(lambda ctx, inputs, output: None),
+        "backward": staticmethod(_refusal(name)),
+        "generate_vmap_rule": True,
+    }
+    function: Any = type(f"{name}_backward", (torch.autograd.Function,), members)
+    return lambda *args: function.apply(*args) if torch.is_grad_enabled() else op(*args)
 
 
 def _forward(op: Any) -> Callable[..., Any]:
