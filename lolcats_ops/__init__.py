@@ -73,6 +73,12 @@ def _load(name: str) -> Any:
         raise ImportError(
             f"lolcats_ops.{name} needs {' and '.join(missing)}: pip install 'lolcats_ops[{extra}]'"
         )
+    if find_spec(f"{__name__}._C") is None:
+        raise ImportError(
+            f"lolcats_ops.{name}: {__path__[0]} is the source, without the compiled library. "
+            "Leave its folder, where Python finds it before the installed package, or install it "
+            "for development: pip install --editable ."
+        )
     module = import_module(f".{_MODULE.get(name, name)}", __name__)
     value = getattr(module, name) if name in _MODULE else module
     globals()[name] = value

@@ -56,6 +56,10 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="YAML file; see `lolcats info --config`.", exists=True),
 ]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
+]
 
 
 @app.command()
@@ -71,7 +75,7 @@ def convert(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, "cpu")
     lo.hf.convert(loaded, settings.lolcats)
     _save(out, loaded, tokenizer, settings)
 
@@ -82,6 +86,7 @@ def transfer(
     out: OutPath,
     text: TextFiles,
     config: ConfigFile = None,
+    device: Device = None,
     resume: Annotated[
         bool, typer.Option(help="Keep a checkpoint in OUT and go on from it.")
     ] = False,
@@ -94,9 +99,10 @@ def transfer(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
+    settings = _as_converted(settings, loaded)
     rows = _rows(text, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "transfer.pt" if resume else None
@@ -125,7 +131,10 @@ def finetune(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, "cpu")  # the Trainer chooses the device
+    if not lo.hf.attention_layers(loaded):
+        raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
+    settings = _as_converted(settings, loaded)
     rows = _rows(text, tokenizer, settings)
     checkpoints = out / "checkpoints" if resume else None
     started = checkpoints is not None and any(checkpoints.glob("checkpoint-*"))
@@ -147,6 +156,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the model's chat template.")
     ] = False,
+    device: Device = None,
 ) -> None:
     """Continue a prompt, printing tokens as they come.
 
@@ -154,7 +164,7 @@ def generate(
     """
     from transformers import TextStreamer
 
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, device)
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"generate: {model} has no chat template; leave --chat out")
@@ -181,6 +191,7 @@ def evaluate(
     text: TextFiles,
     length: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 1024,
     sequences: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    device: Device = None,
 ) -> None:
     """Perplexity of a model on text, on stdout.
 
@@ -188,7 +199,7 @@ def evaluate(
     """
     import lolcats_ops as lo
 
-    loaded, tokenizer = _load(model)
+    loaded, tokenizer = _load(model, device)
     rows = lo.convert.pack(lo.convert.read_texts(text), tokenizer, length)[:sequences]
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
@@ -216,6 +227,8 @@ def info(
     rows: dict[str, object]
     if model is not None:
         from transformers import AutoConfig
+
+        import lolcats_ops.hf  # registers the model type of converted models
 
         described = AutoConfig.from_pretrained(model)
         rows = {"model type": described.model_type, "layers": described.num_hidden_layers}
@@ -272,12 +285,31 @@ def _config(path: Path | None) -> ConversionConfig:
     return ConversionConfig() if path is None else ConversionConfig.load(path)
 
 
-def _load(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _as_converted(settings: ConversionConfig, model: PreTrainedModel) -> ConversionConfig:
+    """``settings`` with the attention that the model has."""
+    from lolcats_ops.hf import LolcatsConfig
+
+    has = LolcatsConfig.from_dict(model.config.lolcats)
+    if "lolcats" in settings.model_fields_set and settings.lolcats != has:
+        asked = settings.lolcats.to_dict()
+        others = {name: value for name, value in has.to_dict().items() if asked[name] != value}
+        raise ValueError(
+            "the configuration asks for another attention than the converted model has, which is "
+            + ", ".join(f"{name}={value}" for name, value in others.items())
+        )
+    return settings.model_copy(update={"lolcats": has})
+
+
+def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on ``device``, None for the accelerator if there is one, and its tokenizer."""
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
 
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    place = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    return model.to(place or "cpu"), AutoTokenizer.from_pretrained(path)
 
 
 def _rows(

@@ -190,7 +190,13 @@ class HybridState:
         return self._map(Tensor.clone)
 
     def to(self, device: torch.device | str) -> HybridState:
-        """The state on ``device``."""
+        """The state on ``device``; its dtypes, which mean something each, stay.
+
+        Raises:
+            TypeError: a dtype in the place of a device.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"HybridState.to: {device} is a dtype, needs a device")
         return self._map(lambda x: x.to(device))
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> HybridState:

@@ -57,10 +57,13 @@ HYBRID = [
     ({"window": -1}, "window is -1, needs >= 0"),
     ({"sink": -2}, "sink is -2, needs >= 0"),
     ({"window_kind": "round"}, "window_kind is 'round', needs one of sliding, terrace"),
+    ({"window": "16"}, "window is '16', needs an integer"),
+    ({"sink": None}, "sink is None, needs an integer"),
 ]
 SEQUENCES = [
     ({"key_padding_mask": torch.ones(B, T + 1, dtype=torch.bool)}, "key_padding_mask has shape"),
     ({"key_padding_mask": torch.ones(B, T)}, "key_padding_mask is float32, needs bool"),
+    ({"cu_seqlens": [0, T]}, "cu_seqlens is a list, needs a tensor"),
     ({"cu_seqlens": torch.tensor([0, T])}, "cu_seqlens is given and B is 2, needs the sequences"),
     ({"cu_seqlens": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens has shape [2, 2]"),
     ({"backend": "quantum"}, "backend is 'quantum', needs one of cpu, cuda, triton, reference"),
@@ -204,6 +207,11 @@ def test_features_name_what_is_wrong(arguments, message):
 def test_feature_map_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="features has 3 heads, which does not divide"):
         lo.feature_map(torch.randn(B, H, T, D), Features(init_weight(3, D, f)))
+
+
+def test_a_state_is_not_cast():
+    with pytest.raises(TypeError, match="is a dtype, needs a device"):
+        empty().to(torch.bfloat16)
 
 
 @pytest.mark.parametrize("name", ["window", "sink", "slack", "batch"])

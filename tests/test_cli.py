@@ -1,6 +1,8 @@
 """The command line and the demo, end to end on a tiny model with a tokenizer made on the fly."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -63,6 +65,31 @@ def test_two_commands_linearize_a_model(folder):
     assert float(evaluated) > 1
     assert lolcats("generate", folder / "stage2", "the quick", "--max-new-tokens", 4).strip()
     assert "window" in lolcats("info", folder / "stage2")
+
+
+def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
+    text, config = ("--text", folder / "text.txt"), ("--config", folder / "lolcats.yaml")
+    lolcats("convert", folder / "model", tmp_path / "converted", *config)
+    (tmp_path / "short.yaml").write_text("data: {length: 32}\n")
+    lolcats("transfer", tmp_path / "converted", tmp_path / "stage1", *text, "--config",
+            tmp_path / "short.yaml", "--device", "cpu")  # fmt: skip
+    saved = lo.convert.ConversionConfig.load(tmp_path / "stage1" / "lolcats.yaml")
+    assert (saved.lolcats.window, saved.data.length) == (8, 32)
+    (tmp_path / "other.yaml").write_text("lolcats: {window: 16, feature_dim: 16}\n")
+    with pytest.raises(ValueError, match="has, which is window=8"):
+        lolcats("transfer", tmp_path / "converted", tmp_path / "no", *text, "--config",
+                tmp_path / "other.yaml")  # fmt: skip
+    with pytest.raises(ValueError, match="model is not converted"):
+        lolcats("finetune", folder / "model", tmp_path / "no", *text, *config)
+    assert not (tmp_path / "no").exists()
+
+
+def test_info_describes_a_converted_model_in_a_process_of_its_own(folder, tmp_path):
+    lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
+    command = [sys.executable, "-m", "lolcats_ops.cli", "info", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "lolcats" in said
+    assert "window" in said
 
 
 def test_interrupted_commands_go_on(folder, tmp_path):

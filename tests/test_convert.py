@@ -114,6 +114,13 @@ def test_finetune_lowers_the_loss_with_features_frozen(model):
     assert all(torch.equal(a, b) for a, b in zip(features, after, strict=True))
 
 
+def test_finetune_leaves_the_cache_in_use(model):
+    model.config.use_cache = True
+    config = FinetuneConfig(max_steps=1, gradient_accumulation=1)
+    tuned = lo.convert.finetune(model, token_rows(2, 40), config).model
+    assert tuned.config.use_cache
+
+
 def test_finetune_can_train_features(model):
     before = lo.hf.attention_layers(model)[0].feature_q.detach().clone()
     config = FinetuneConfig(
@@ -155,6 +162,23 @@ def test_config_round_trips_through_yaml(tmp_path):
 def test_data_of_a_wrong_shape_is_refused(model, stage):
     with pytest.raises(ValueError, match=r"data is \[5\], needs \[N, T\]"):
         stage(model, torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "error"), [("one string", 2, TypeError), (["a b"], 0, ValueError)]
+)
+def test_pack_names_what_is_wrong(texts, length, error):
+    with pytest.raises(error, match=r"^pack: "):
+        lo.convert.pack(texts, None, length)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "config").write_text("lolcats: [")
+    with pytest.raises(ValueError, match="bytes is not UTF-8 text"):
+        lo.convert.read_texts([tmp_path / "bytes"])
+    with pytest.raises(ValueError, match="config is not YAML"):
+        lo.convert.ConversionConfig.load(tmp_path / "config")
 
 
 def test_an_unconverted_model_has_nothing_to_transfer():

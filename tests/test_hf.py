@@ -1,6 +1,9 @@
 """Conversion of Hugging Face models: tiny random models, compared with themselves."""
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -257,6 +260,34 @@ def test_saved_model_reloads_bitwise_and_restores(model, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+PICKLED = """
+import pickle, sys
+sys.stdout.buffer.write(pickle.dumps(pickle.load(sys.stdin.buffer)))
+"""
+
+
+def test_a_loaded_model_can_be_pickled_and_read_by_another_process(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, ids = lo.hf.from_pretrained(tmp_path), token_ids(1, 20)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", PICKLED],
+        input=pickle.dumps(loaded),
+        capture_output=True,
+        check=True,
+    )
+    again = pickle.loads(elsewhere.stdout)
+    assert (type(again), type(again.config)) == (type(loaded), type(loaded.config))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def test_from_pretrained_refuses_what_is_no_causal_language_model(tmp_path):
+    body = transformers.LlamaModel(transformers.LlamaConfig(**SHAPE))
+    lo.hf.convert(body, NARROW).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a LlamaModel; only causal"):
+        lo.hf.from_pretrained(tmp_path)
+
+
 def test_from_pretrained_refuses_a_softmax_model(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama model, not a converted one"):
@@ -325,6 +356,8 @@ def test_misuse_is_refused(model):
         lo.hf.set_mode(model, "none")
     with pytest.raises(TypeError, match="PreTrainedModel"):
         lo.hf.convert(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="config is a dict"):
+        lo.hf.convert(tiny(), {"window": 8})
 
 
 @pytest.mark.parametrize(

@@ -80,9 +80,13 @@ class ConversionConfig(_Section):
         """Reads a YAML file; missing fields take their defaults.
 
         Raises:
-            ValueError: an unknown or invalid field (pydantic names it), or no mapping.
+            ValueError: an unknown or invalid field (pydantic names it), no mapping, or no YAML.
         """
-        return cls.model_validate(yaml.safe_load(Path(path).read_text()) or {})
+        try:
+            fields = yaml.safe_load(Path(path).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        return cls.model_validate(fields or {})
 
     def save(self, path: Path | str) -> None:
         """Writes all fields as YAML."""

@@ -14,9 +14,9 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
     """The contents of UTF-8 text files.
 
     Raises:
-        OSError: a file that cannot be read. ValueError: no files, or one without text.
+        OSError: a file that cannot be read. ValueError: no files, or one that is no text.
     """
-    texts = {str(path): Path(path).read_text(encoding="utf-8") for path in paths}
+    texts = {str(path): _read(Path(path)) for path in paths}
     if not texts:
         raise ValueError("read_texts: needs at least one file")
     for path, text in texts.items():
@@ -25,14 +25,25 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
     return list(texts.values())
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
+
+
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     """Tokens of all texts, one end-of-sequence token after each, cut into rows [N, length] (int64).
 
     What does not fill the last row is dropped.
 
     Raises:
-        ValueError: fewer tokens than one row.
+        ValueError: fewer tokens than one row, or rows of no token. TypeError: one string for texts.
     """
+    if isinstance(texts, str):
+        raise TypeError("pack: texts is one string, needs a list of them")
+    if length < 1:
+        raise ValueError(f"pack: length is {length}, needs at least 1")
     ids: list[int] = []
     for encoded in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
         ids += encoded

@@ -192,10 +192,8 @@ def real_tokens(mask: Tensor | None, tokens: int, past: int = 0) -> Tensor | Non
         return None
     first = min(past, mask.shape[-1] - tokens)
     columns = mask[..., first : first + tokens]
-    if mask.dim() == 2:
-        real = columns.bool()
-    else:
-        real = _attended(columns[:, 0]).diagonal(dim1=1, dim2=2)
+    of_queries = mask.dim() == 4
+    real = _attended(columns[:, 0]).diagonal(dim1=1, dim2=2) if of_queries else columns.bool()
     return None if bool(real.all()) else real.contiguous()
 
 

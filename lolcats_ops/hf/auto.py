@@ -1,9 +1,9 @@
 """convert and restore, and converted models as a model type that transformers' auto classes load.
 
 A converted model's config.json says `"model_type": "lolcats"`, `"base_model_type": "llama"` and,
-under `"lolcats"`, the `LolcatsConfig`. Without this library such a checkpoint is refused by name,
-instead of loading as a softmax model with unused weights. For each base family a config class and a
-model class are derived when first needed.
+under `"lolcats"`, the `LolcatsConfig`. Without this library the auto classes refuse such a
+checkpoint by name, instead of loading a softmax model with unused weights. For each base family a
+config class and a model class are derived when first needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -68,6 +69,17 @@ def _model_class(
     return type(f"Lolcats{base.__name__}", (base,), namespace)
 
 
+def __getattr__(name: str) -> Any:
+    """A derived class, for pickle in a process that has not derived it yet."""
+    base: Any = getattr(transformers, name.removeprefix("Lolcats"), None)
+    if name.startswith("Lolcats") and name.endswith("Config") and base is not None:
+        return config_class(base)
+    family = getattr(base, "config_class", None)
+    if name.startswith("Lolcats") and family in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[config_class(family)]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreTrainedModel:
     """Replaces the attention of `model` by hybrid linear attention, in place, and returns it.
 
@@ -78,8 +90,8 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
     stay.
 
     Raises:
-        ValueError: naming the model and the reason, if it cannot be converted; nothing is changed
-            then.
+        ValueError, TypeError: naming the model and the reason, if it cannot be converted; nothing
+            is changed then.
 
     Example:
         >>> from lolcats_ops.hf import attention_layers
@@ -91,7 +103,9 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
         [(2, 16, 16), (2, 16, 16)]
     """
-    config = config or LolcatsConfig()
+    config = LolcatsConfig() if config is None else config
+    if not isinstance(config, LolcatsConfig):
+        raise TypeError(f"convert: config is a {type(config).__name__}, needs a LolcatsConfig")
     convert_layers(model, config)
     # The model's config says what it is, so that saving the model saves that.
     if model.config.model_type != MODEL_TYPE:
@@ -124,7 +138,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         kwargs: `dtype`, `device_map`, ... of transformers. The parameters of `lo.hf` stay fp32.
 
     Raises:
-        ValueError: the checkpoint is not a converted model.
+        ValueError: the checkpoint is not a converted causal language model.
 
     Example:
         >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
@@ -133,5 +147,11 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     if getattr(config, "lolcats", None) is None:
         raise ValueError(
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
+        )
+    kinds = config.architectures or []
+    if not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+        raise ValueError(
+            f"from_pretrained: {path} holds a {' or '.join(kinds)}; "
+            "only causal language models load converted"
         )
     return AutoModelForCausalLM.from_pretrained(path, **kwargs)

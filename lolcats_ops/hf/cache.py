@@ -22,7 +22,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     supports_early_init = False  # the state needs to know D and V apart
 
-    def __init__(self, layers: list[CacheLayerMixin], instead_of: type, slack: int = 0):
+    def __init__(
+        self, layers: list[CacheLayerMixin], instead_of: type[CacheLayerMixin], slack: int = 0
+    ):
         """A layer of the cache that holds ``layers``, in the place of one of class
         ``instead_of``."""
         super().__init__()

@@ -78,6 +78,8 @@ def check_gate(op: str, gate: Tensor, q: Tensor) -> None:
 def check_window(op: str, window: int, window_kind: str, sink: int) -> None:
     """window, sink >= 0 and a known kind."""
     for name, value in (("window", window), ("sink", sink)):
+        if not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: {name} is {value!r}, needs an integer")
         if value < 0:
             _fail(op, f"{name} is {value}", ">= 0")
     if window_kind not in WINDOW_KINDS:
@@ -186,6 +188,9 @@ def _check_parameter(op: str, name: str, p: Tensor, x: Tensor) -> None:
 
 
 def _check_sequences(op: str, q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    for name, x in (("cu_seqlens", cu_seqlens), ("key_padding_mask", mask)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} is a {type(x).__name__}, needs a tensor")
     if cu_seqlens is not None and mask is not None:
         raise ValueError(f"{op}: cu_seqlens and key_padding_mask are both given, needs one of them")
     if cu_seqlens is not None:
