@@ -62,6 +62,17 @@ Device = Annotated[
 ]
 
 
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show:
+        import lolcats_ops as lo
+
+        typer.echo(lo.__version__)
+        raise typer.Exit
+
+
 @app.command()
 def convert(
     model: ModelPath,
@@ -261,7 +272,8 @@ def info(
 def bench(context: typer.Context) -> None:
     """Time the operators against their peers; takes the options of `python -m bench`.
 
-    Needs a checkout of the repository, which the suite is a part of, and `lolcats_ops[bench]`.
+    Needs a checkout of the repository, which the suite is a part of, installed for development:
+    `make build`, or `pip install --editable '.[bench]'`.
 
     Example: lolcats bench --case step --budget 0.2
     """
@@ -276,7 +288,11 @@ def bench(context: typer.Context) -> None:
             "run this in a checkout of lolcats_ops, or `make bench` there"
         )
     sys.path.insert(0, str(checkout))
-    importlib.import_module("bench.__main__").main(context.args, prog="lolcats bench")
+    try:
+        suite = importlib.import_module("bench.__main__")
+    except ImportError as error:
+        raise ImportError(f"bench: {error}; pip install --editable '.[bench]'") from error
+    suite.main(context.args, prog="lolcats bench")
 
 
 def _config(path: Path | None) -> ConversionConfig:

@@ -1,4 +1,5 @@
-"""The operators on NumPy arrays, without torch: the arguments of the functions of ``lolcats_ops``.
+"""The operators on NumPy arrays, without torch: the arguments of the functions of ``lolcats_ops``,
+but that a state is continued by ``hybrid_attention_step_`` alone.
 
 Arrays are float32, float16 or ``ml_dtypes.bfloat16`` with any strides, the last dimension
 contiguous; nothing is copied. Every function raises ValueError for shapes, dtypes and values that

@@ -146,17 +146,20 @@ def test_step_refuses_bad_indices(indices, message):
 def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
     state = empty()
     before = state.clone()
-    with pytest.raises(RuntimeError, match="state_indices"):
-        lo.hybrid_attention_step_(**good(), state=state, state_indices=torch.tensor(indices))
+    for backend in ("cpu", "reference"):
+        options = {"state_indices": torch.tensor(indices), "backend": backend}
+        with pytest.raises((RuntimeError, ValueError), match="state_indices"):
+            lo.hybrid_attention_step_(**good(), state=state, **options)
     for name, was in before.tensors.items():
         assert torch.equal(state.tensors[name], was)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bounds", [[1, 6], [0, 5, 3, 6], [0, 7]])
-def test_kernels_refuse_bounds_that_are_not_a_partition(bounds):
+def test_bounds_that_are_not_a_partition_are_refused(bounds, backend):
     one = good(q=torch.randn(1, H, T, D), k=torch.randn(1, HK, T, D), v=torch.randn(1, HK, T, V))
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
-        lo.hybrid_attention(**one, cu_seqlens=torch.tensor(bounds))
+    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens"):
+        lo.hybrid_attention(**one, cu_seqlens=torch.tensor(bounds), backend=backend)
 
 
 def test_a_state_is_inference_only():
