@@ -38,7 +38,8 @@ inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64
         into == Into::add ? load(from + p * LANES) : Vec{};
   }
   const float* ak = a.data;
-  for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
+  // Two at a time: what the loop itself takes is a sixth of its instructions on AVX2.
+  _Pragma("GCC unroll 2") for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
     Vec bv[P];
     LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
     LOL_UNROLL for (int r = 0; r < R; r++) {
