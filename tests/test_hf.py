@@ -198,6 +198,17 @@ def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
     torch.testing.assert_close(model(ids, attention_mask=additive).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen3"])
+def test_a_sliding_window_of_the_model_is_no_other_mask(family):
+    sliding = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}
+    model = lo.hf.convert(tiny(family, **sliding), NARROW)
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :5] = 0
+    got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[1], model(ids[1:]).logits[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -328,6 +339,16 @@ REFUSED = {
     "Gemma2": (transformers.Gemma2Config, "attn_logit_softcapping"),
     "GptOss": (transformers.GptOssConfig, "sink"),
 }
+
+
+def test_layers_that_share_keys_are_refused():
+    config = transformers.Gemma3nTextConfig(
+        **{**SHAPE, "num_hidden_layers": 4}, vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=2, layer_types=["full_attention"] * 4, hidden_size_per_layer_input=8,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, altup_num_inputs=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="share cached keys and values"):
+        lo.hf.convert(transformers.AutoModelForCausalLM.from_config(config), NARROW)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -36,24 +36,27 @@ def context_costs(
     decode_tokens: int,
     description: str,
 ) -> dict[int, ContextCost]:
-    """Prefills tokens [1, T] up to each context at once, then decodes from there (median step)."""
-    costs = {}
-    with progress(description, len(contexts)) as bar:
-        for context in contexts:
-            cache = DynamicCache(config=model.config)
+    """Prefills tokens [1, T] up to each context at once, then decodes from there, a token of each
+    context in turn, so that a slow minute of the machine is one of all (medians)."""
+    caches = {context: DynamicCache(config=model.config) for context in contexts}
+    prefills, steps = {}, {context: [] for context in contexts}
+    with progress(description, len(contexts) + decode_tokens + 1) as bar:
+        for context, cache in caches.items():
             start = perf_counter()
             model(tokens[:, :context], past_key_values=cache, logits_to_keep=1)
-            prefill = perf_counter() - start
-            nbytes = lo.hf.cache_bytes(cache)
-            steps = []
-            for i in range(decode_tokens + 1):
+            prefills[context] = perf_counter() - start
+            bar.advance()
+        nbytes = {context: lo.hf.cache_bytes(cache) for context, cache in caches.items()}
+        for i in range(decode_tokens + 1):
+            for context, cache in caches.items():
                 start = perf_counter()
                 model(tokens[:, i : i + 1], past_key_values=cache)
-                steps.append(perf_counter() - start)
-            rate = 1 / statistics.median(steps[1:])  # the first step warms up
-            costs[context] = ContextCost(prefill, nbytes, rate)
-            bar.advance(tokens_per_s=rate)
-    return costs
+                steps[context].append(perf_counter() - start)
+            bar.advance(tokens_per_s=1 / steps[contexts[-1]][-1])
+    rates = {
+        c: 1 / statistics.median(times[1:]) for c, times in steps.items()
+    }  # the first warms up
+    return {c: ContextCost(prefills[c], nbytes[c], rates[c]) for c in contexts}
 
 
 def crossover(hybrid: dict[int, ContextCost], softmax: dict[int, ContextCost]) -> str:

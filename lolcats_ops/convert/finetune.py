@@ -122,8 +122,10 @@ def finetune(
             seed=config.seed,
         )
         cached = model.config.use_cache  # the Trainer clears it
-        losses = _train(adapted, arguments, data, resume, description)
-        model.config.use_cache = cached
+        try:
+            losses = _train(adapted, arguments, data, resume, description)
+        finally:
+            model.config.use_cache = cached
     return FinetuneReport(
         model=adapted.merge_and_unload() if config.merge else adapted,
         losses=losses,

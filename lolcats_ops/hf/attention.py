@@ -125,7 +125,8 @@ def lolcats_attention(
     batch, _, tokens, _ = query.shape
     past = 0 if lolcats_cache is None else lolcats_cache.cumulative_length - tokens
     if lolcats_cu_seqlens is None:
-        check_mask(attention_mask, tokens, past, getattr(module, "sliding_window", None))
+        local = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
+        check_mask(attention_mask, tokens, past, local)
     config, (feature_q, feature_k) = p.config, p.features()
     options: dict[str, Any] = {"scale": scaling, "affine": config.affine, "backend": p.backend}
     trains = torch.is_grad_enabled() and any(

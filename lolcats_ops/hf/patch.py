@@ -134,6 +134,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         raise refuse(f"it has no causal attention module with {', '.join(needed)}")
     if any(getattr(m, "sinks", None) is not None for m in modules):
         raise refuse("its attention has learned sink logits")
+    if any(getattr(m, "is_kv_shared_layer", False) for m in modules):
+        raise refuse("layers share cached keys and values, which a recurrent state does not keep")
     outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
     if outside:
         raise refuse(
