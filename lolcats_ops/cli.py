@@ -113,7 +113,7 @@ def transfer(
     loaded, tokenizer = _load(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
-    settings = _as_converted(settings, loaded)
+    settings = _as_converted(settings, config, loaded)
     rows = _rows(text, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "transfer.pt" if resume else None
@@ -145,7 +145,7 @@ def finetune(
     loaded, tokenizer = _load(model, "cpu")  # the Trainer chooses the device
     if not lo.hf.attention_layers(loaded):
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
-    settings = _as_converted(settings, loaded)
+    settings = _as_converted(settings, config, loaded)
     rows = _rows(text, tokenizer, settings)
     checkpoints = out / "checkpoints" if resume else None
     started = checkpoints is not None and any(checkpoints.glob("checkpoint-*"))
@@ -301,31 +301,45 @@ def _config(path: Path | None) -> ConversionConfig:
     return ConversionConfig() if path is None else ConversionConfig.load(path)
 
 
-def _as_converted(settings: ConversionConfig, model: PreTrainedModel) -> ConversionConfig:
-    """``settings`` with the attention that the model has."""
+def _as_converted(
+    settings: ConversionConfig, config: Path | None, model: PreTrainedModel
+) -> ConversionConfig:
+    """``settings`` with the attention that the model has, which ``config`` must not contradict."""
+    import yaml
+
     from lolcats_ops.hf import LolcatsConfig
 
     has = LolcatsConfig.from_dict(model.config.lolcats)
-    if "lolcats" in settings.model_fields_set and settings.lolcats != has:
-        asked = settings.lolcats.to_dict()
-        others = {name: value for name, value in has.to_dict().items() if asked[name] != value}
+    given = yaml.safe_load(config.read_text()) or {} if config else {}
+    asked = settings.lolcats.to_dict()
+    others = {
+        name: value
+        for name, value in has.to_dict().items()
+        if name in given.get("lolcats", {}) and name not in ("init", "gate_init")
+        if (
+            sorted(value) != sorted(asked[name])
+            if name == "softmax_layers"
+            else value != asked[name]
+        )
+    }
+    if others:
         raise ValueError(
-            "the configuration asks for another attention than the converted model has, which is "
+            f"{config} asks for another attention than the converted model has, which is "
             + ", ".join(f"{name}={value}" for name, value in others.items())
         )
     return settings.model_copy(update={"lolcats": has})
 
 
 def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model on ``device``, None for the accelerator if there is one, and its tokenizer."""
+    """A model on ``device``, None for the GPU if there is one, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
 
-    place = torch.accelerator.current_accelerator() if device is None else torch.device(device)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(path)
-    return model.to(place or "cpu"), AutoTokenizer.from_pretrained(path)
+    return model.to(device), AutoTokenizer.from_pretrained(path)
 
 
 def _rows(

@@ -70,7 +70,9 @@ def test_two_commands_linearize_a_model(folder):
 def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
     text, config = ("--text", folder / "text.txt"), ("--config", folder / "lolcats.yaml")
     lolcats("convert", folder / "model", tmp_path / "converted", *config)
-    (tmp_path / "short.yaml").write_text("data: {length: 32}\n")
+    (tmp_path / "short.yaml").write_text(
+        "lolcats: {window: 8, gate_init: 0.5}\ndata: {length: 32}\n"
+    )
     lolcats("transfer", tmp_path / "converted", tmp_path / "stage1", *text, "--config",
             tmp_path / "short.yaml", "--device", "cpu")  # fmt: skip
     saved = lo.convert.ConversionConfig.load(tmp_path / "stage1" / "lolcats.yaml")

@@ -194,6 +194,10 @@ def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
     ids, causal = token_ids(2, 20), torch.ones(20, 20).tril().bool().expand(2, 1, 20, 20)
     expected = model(ids).logits
     torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
+    padded = causal[:1] & (torch.arange(20) >= 5)  # for all sequences of the batch
+    expected_padded = model(ids, attention_mask=(torch.arange(20) >= 5).expand(2, 20)).logits
+    got = model(ids, attention_mask=padded).logits
+    torch.testing.assert_close(got[:, 5:], expected_padded[:, 5:])
     additive = torch.zeros(causal.shape).masked_fill(~causal, -1e30)
     torch.testing.assert_close(model(ids, attention_mask=additive).logits, expected)
 
@@ -218,9 +222,11 @@ def test_a_sliding_window_of_the_model_is_no_other_mask(family):
     ],
     ids=["bidirectional", "a hole", "blocks"],
 )
-def test_other_masks_are_refused(model, change):
-    mask = torch.ones(20, 20).tril().bool()[None, None]
-    change(mask)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_other_masks_are_refused(model, change, heads):
+    mask = torch.ones(20, 20).tril().bool().repeat(1, heads, 1, 1)
+    model(token_ids(1, 20), attention_mask=mask)
+    change(mask[:, -1:])
     with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
         model(token_ids(1, 20), attention_mask=mask)
 
@@ -347,8 +353,12 @@ def test_layers_that_share_keys_are_refused():
         num_kv_shared_layers=2, layer_types=["full_attention"] * 4, hidden_size_per_layer_input=8,
         laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, altup_num_inputs=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="share cached keys and values"):
-        lo.hf.convert(transformers.AutoModelForCausalLM.from_config(config), NARROW)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 3\] share cached keys and values"):
+        lo.hf.convert(model, NARROW)
+    lo.hf.convert(model, lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(1, 2, 3)))
+    ids = token_ids(1, 12)
+    assert torch.equal(generate(model, ids, 8), generate(model, ids, 8, use_cache=False))
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -169,7 +169,7 @@ def _resume(
     """Loads a checkpoint, if there is one, and returns how many batches it has seen."""
     if path is None or not Path(path).exists():
         return 0
-    state = torch.load(path)
+    state = torch.load(path, map_location="cpu")  # from there to where the parameters are
     for layer, learner, weights, progress_ in zip(
         layers, learners, state["layers"], state["learners"], strict=True
     ):

@@ -115,18 +115,13 @@ def lolcats_attention(
     batch.
 
     Raises:
-        NotImplementedError: attention dropout, soft capping or a mask that is more than causality
-            and padding, which this attention does not have.
+        NotImplementedError: attention dropout or soft capping, which this attention does not have.
     """
     p: LolcatsAttention = module.lolcats  # type: ignore[assignment]
     for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
         if value_:
             raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
     batch, _, tokens, _ = query.shape
-    past = 0 if lolcats_cache is None else lolcats_cache.cumulative_length - tokens
-    if lolcats_cu_seqlens is None:
-        local = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-        check_mask(attention_mask, tokens, past, local)
     config, (feature_q, feature_k) = p.config, p.features()
     options: dict[str, Any] = {"scale": scaling, "affine": config.affine, "backend": p.backend}
     trains = torch.is_grad_enabled() and any(
@@ -135,15 +130,15 @@ def lolcats_attention(
     if lolcats_cache is not None and trains:
         lolcats_cache.leave_out(tokens)
     elif lolcats_cache is not None:
-        out = lolcats_cache.attend(
-            p, query, key, value, real_tokens(attention_mask, tokens, past), **options
-        )
+        past = lolcats_cache.cumulative_length - tokens
+        real = real_tokens(attention_mask, batch, tokens, past)
+        out = lolcats_cache.attend(p, query, key, value, real, **options)
         return out.transpose(1, 2).contiguous(), None
 
     options |= {"window": config.window, "window_kind": config.window_kind, "sink": config.sink}
     padding = None
     if lolcats_cu_seqlens is None:
-        padding = real_tokens(attention_mask, tokens)
+        padding = real_tokens(attention_mask, batch, tokens)
     else:
         query, key, value = (
             x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value)
@@ -182,7 +177,7 @@ def lolcats_attention(
     return out.transpose(1, 2).reshape(batch, tokens, *out.shape[1::2]).contiguous(), None
 
 
-def real_tokens(mask: Tensor | None, tokens: int, past: int = 0) -> Tensor | None:
+def real_tokens(mask: Tensor | None, batch: int, tokens: int, past: int = 0) -> Tensor | None:
     """[B, T] bool, True = real, of the T new tokens, from whichever causal mask transformers built.
 
     A token attends itself exactly if it is real, so the answer is on the diagonal of a [B, 1, T,
@@ -194,39 +189,42 @@ def real_tokens(mask: Tensor | None, tokens: int, past: int = 0) -> Tensor | Non
     first = min(past, mask.shape[-1] - tokens)
     columns = mask[..., first : first + tokens]
     of_queries = mask.dim() == 4
-    real = _attended(columns[:, 0]).diagonal(dim1=1, dim2=2) if of_queries else columns.bool()
-    return None if bool(real.all()) else real.contiguous()
+    real = _attended(columns[:, 0].diagonal(dim1=1, dim2=2)) if of_queries else columns.bool()
+    return None if bool(real.all()) else real.expand(batch, tokens).contiguous()
 
 
-def check_mask(mask: Tensor | None, tokens: int, past: int, sliding_window: int | None) -> None:
-    """Refuses a [B, 1, T, Tk] mask that is not causality (within a sliding window, which the
-    model's own attention has) and padding: this attention reads no other.
+def check_mask(mask: Tensor, past: int, sliding_window: int | None) -> None:
+    """Refuses a [B, H | 1, T, Tk] mask that is not causality (within a sliding window, which the
+    model's own attention may have) and padding: this attention reads no other.
 
-    Checked once for a forward pass, whose layers share the mask.
+    Raises:
+        NotImplementedError: naming what it may be.
     """
-    if mask is None or mask.dim() != 4 or torch.compiler.is_compiling():
-        return
-    if getattr(mask, "_lolcats_checked", False):
-        return
-    first = min(past, mask.shape[-1] - tokens)
-    attended = _attended(mask[:, 0])
-    real = real_tokens(mask, tokens, past)
-    query = torch.arange(first, first + tokens, device=mask.device)[:, None]
-    key = torch.arange(mask.shape[-1], device=mask.device)
-    wrong = attended & (key > query)
-    # Of earlier calls' keys a mask alone says which are padding.
-    blocked = ~attended & (key <= query) & (key >= first)
-    if sliding_window:
-        blocked &= key > query - sliding_window
-    if real is not None:
-        blocked[..., first : first + tokens] &= real[:, None]
-        wrong, blocked = wrong & real[:, :, None], blocked & real[:, :, None]
-    if bool((wrong | blocked).any()):
+    tokens = mask.shape[2]
+    first = min(past, mask.shape[3] - tokens)
+    real = _attended(mask[:, :, :, first : first + tokens].diagonal(dim1=2, dim2=3))  # [B, H, T]
+    key = torch.arange(mask.shape[3], device=mask.device)
+    some = bool((real != real[:, :1]).any())
+    for start in range(0, tokens, _ROWS):
+        rows = slice(start, start + _ROWS)
+        attended = _attended(mask[:, :, rows])
+        query = torch.arange(first, first + tokens, device=mask.device)[rows, None]
+        # Of the keys of earlier calls, the mask alone says which are padding.
+        expected = (key >= first) & (key <= query)
+        if sliding_window:
+            expected = expected & (key > query - sliding_window)
+        blocked = expected & ~attended
+        blocked[..., first : first + tokens] &= real[:, :, None]
+        wrong = blocked | attended & (key > query)
+        some = some or bool((wrong & real[:, :, rows, None]).any())
+    if some:
         raise NotImplementedError(
             "lolcats attention is causal and has padding; this attention_mask asks for more. "
             "Pack sequences by position_ids that restart, without a mask"
         )
-    mask._lolcats_checked = True  # type: ignore[attr-defined]
+
+
+_ROWS = 512  # of a mask that are compared at a time
 
 
 def _attended(mask: Tensor) -> Tensor:
@@ -243,7 +241,11 @@ def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tens
     tokens = position_ids.shape[1]
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if mask is None or not bool(starts[:, 1:].any()) or real_tokens(mask, tokens) is not None:
+    if (
+        mask is None
+        or not bool(starts[:, 1:].any())
+        or real_tokens(mask, batch, tokens) is not None
+    ):
         return None
     bounds = starts.flatten().nonzero().flatten()
     return torch.cat((bounds, bounds.new_tensor([batch * tokens]))).int()

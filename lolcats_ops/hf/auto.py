@@ -149,7 +149,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
         )
     kinds = config.architectures or []
-    if not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+    if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
         raise ValueError(
             f"from_pretrained: {path} holds a {' or '.join(kinds)}; "
             "only causal language models load converted"

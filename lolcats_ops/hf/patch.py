@@ -18,7 +18,14 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from lolcats_ops.hf.attention import NAME, LolcatsAttention, Mode, lolcats_attention, packed_bounds
+from lolcats_ops.hf.attention import (
+    NAME,
+    LolcatsAttention,
+    Mode,
+    check_mask,
+    lolcats_attention,
+    packed_bounds,
+)
 from lolcats_ops.hf.cache import LolcatsCacheLayer
 from lolcats_ops.hf.config import LolcatsConfig
 
@@ -43,6 +50,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
         attention.softmax_config = module.config
         module.lolcats = attention
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
 
 
@@ -50,10 +58,15 @@ def restore_layers(model: PreTrainedModel) -> None:
     """Takes `convert_layers` back exactly."""
     for module in _converted(model):
         module.config = module.lolcats.softmax_config
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _before_attention:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        _remove(module, _before_attention)
         del module.lolcats
+    _remove(model.base_model, _before_layers)
+
+
+def _remove(module: nn.Module, hook: Any) -> None:
+    for key, registered in list(module._forward_pre_hooks.items()):
+        if registered is hook:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
 def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
@@ -134,8 +147,6 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         raise refuse(f"it has no causal attention module with {', '.join(needed)}")
     if any(getattr(m, "sinks", None) is not None for m in modules):
         raise refuse("its attention has learned sink logits")
-    if any(getattr(m, "is_kv_shared_layer", False) for m in modules):
-        raise refuse("layers share cached keys and values, which a recurrent state does not keep")
     outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
     if outside:
         raise refuse(
@@ -144,10 +155,32 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     kinds = getattr(model.config, "layer_types", None) or []
     local = {i for i, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind}
     keep = set(config.softmax_layers) | (local if len(local) < len(modules) else set())
+    roles = ("is_kv_shared_layer", "store_full_length_kv")
+    sharing = {m.layer_idx for m in modules if any(getattr(m, role, False) for role in roles)}
     modules = [m for m in modules if m.layer_idx not in keep]
+    if any(m.layer_idx in sharing for m in modules):
+        raise refuse(
+            f"layers {sorted(sharing)} share cached keys and values, which a recurrent state does "
+            "not keep; they can be softmax_layers"
+        )
     if not modules:
         raise refuse("softmax_layers leaves no layer to convert")
     return modules
+
+
+def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Checks a mask that the caller made; transformers makes those of causality and padding."""
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or torch.compiler.is_compiling():
+        return
+    if all(layer.mode == "softmax" for layer in attention_layers(module)):
+        return
+    cache = kwargs.get("past_key_values")
+    past = 0 if cache is None else int(cache.get_seq_length())
+    # A block-diagonal mask is right beside the positions that say the same.
+    position_ids = kwargs.get("position_ids")
+    if past or position_ids is None or packed_bounds(position_ids, mask, mask.shape[0]) is None:
+        check_mask(mask, past, getattr(module.config, "sliding_window", None))
 
 
 def _before_attention(

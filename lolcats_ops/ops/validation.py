@@ -7,6 +7,7 @@ devices; the one value that is looked at is the gate, and only where that costs 
 from __future__ import annotations
 
 import math
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def check_gate(op: str, gate: Tensor, q: Tensor) -> None:
 def check_window(op: str, window: int, window_kind: str, sink: int) -> None:
     """window, sink >= 0 and a known kind."""
     for name, value in (("window", window), ("sink", sink)):
-        if not isinstance(value, (int, torch.SymInt)):
+        if not isinstance(value, (Integral, torch.SymInt)):
             raise TypeError(f"{op}: {name} is {value!r}, needs an integer")
         if value < 0:
             _fail(op, f"{name} is {value}", ">= 0")
