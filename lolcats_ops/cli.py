@@ -311,21 +311,17 @@ def _as_converted(
 
     has = LolcatsConfig.from_dict(model.config.lolcats)
     given = yaml.safe_load(config.read_text()) or {} if config else {}
+    named = {*given.get("lolcats", {})} - {"init", "gate_init"}  # those are of the beginning
     asked = settings.lolcats.to_dict()
-    others = {
-        name: value
+    others = [
+        f"{name}={value}"
         for name, value in has.to_dict().items()
-        if name in given.get("lolcats", {}) and name not in ("init", "gate_init")
-        if (
-            sorted(value) != sorted(asked[name])
-            if name == "softmax_layers"
-            else value != asked[name]
-        )
-    }
+        if name in named and value != asked[name]
+    ]
     if others:
         raise ValueError(
             f"{config} asks for another attention than the converted model has, which is "
-            + ", ".join(f"{name}={value}" for name, value in others.items())
+            + ", ".join(others)
         )
     return settings.model_copy(update={"lolcats": has})
 

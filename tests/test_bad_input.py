@@ -1,5 +1,6 @@
 """Bad input: an error that names argument, value and need, and nothing changed."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -210,6 +211,18 @@ def test_features_name_what_is_wrong(arguments, message):
 def test_feature_map_refuses_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="features has 3 heads, which does not divide"):
         lo.feature_map(torch.randn(B, H, T, D), Features(init_weight(3, D, f)))
+
+
+def test_meta_tensors_have_no_kernels():
+    on_meta = {n: x.to("meta") for n, x in good().items() if isinstance(x, torch.Tensor)}
+    features = {n: Features(x.weight.to("meta")) for n, x in good().items() if "feature" in n}
+    with pytest.raises(ValueError, match="meta has no kernels"):
+        lo.hybrid_attention(**{**good(), **on_meta, **features})
+
+
+def test_large_gates_and_integers_of_numpy_are_good():
+    x = good(gate=torch.full((H,), 3e38), window=np.int64(3))
+    assert lo.hybrid_attention(**x).isfinite().all()
 
 
 def test_a_state_is_not_cast():

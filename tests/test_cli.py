@@ -106,6 +106,10 @@ def test_convert_saves_a_swapped_model(folder, tmp_path):
     assert lo.hf.attention_layers(lo.hf.from_pretrained(tmp_path))[0].config.window == 8
 
 
+def test_version_is_printed():
+    assert lolcats("--version").strip() == lo.__version__
+
+
 def test_default_configuration_is_printed_as_yaml():
     assert lolcats("info", "--config").startswith("lolcats:\n  window: 64\n")
 

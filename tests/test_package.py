@@ -62,6 +62,12 @@ print(lo.numpy.feature_map(np.ones((1, 2, 3, 4), np.float32), features).sum(-1).
     assert python(code) == "2.0"
 
 
+def test_the_source_folder_says_that_it_is_not_the_package(monkeypatch):
+    monkeypatch.setattr(lo, "find_spec", lambda name: None if name.endswith("._C") else name)
+    with pytest.raises(ImportError, match="is the source, without the compiled library"):
+        lo._load("numpy")
+
+
 def test_every_public_name_exists():
     for name in lo.__all__:
         assert getattr(lo, name) is not None

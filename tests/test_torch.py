@@ -241,7 +241,12 @@ def test_direct_calls_are_differentiable(op):
     ]
     outputs = getattr(raw, op.__name__)(*tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    sum(y.float().square().sum() for y in outputs if y.requires_grad).backward()
+    loss = sum(y.float().square().sum() for y in outputs if y.requires_grad)
+    wanted = [t for t in tensors if isinstance(t, Tensor) and t.requires_grad]
+    twice = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    with pytest.raises(NotImplementedError, match="no second-order gradients"):
+        sum(g.square().sum() for g in twice if g is not None).backward(retain_graph=True)
+    loss.backward()
     first = 3 if op is attention_transfer else 0
     leaves = [t for t in tensors[first:] if isinstance(t, Tensor) and t.is_leaf and t.requires_grad]
     assert leaves

@@ -53,9 +53,8 @@ def context_costs(
                 model(tokens[:, i : i + 1], past_key_values=cache)
                 steps[context].append(perf_counter() - start)
             bar.advance(tokens_per_s=1 / steps[contexts[-1]][-1])
-    rates = {
-        c: 1 / statistics.median(times[1:]) for c, times in steps.items()
-    }  # the first warms up
+    # The first step of each warms up.
+    rates = {c: 1 / statistics.median(times[1:]) for c, times in steps.items()}
     return {c: ContextCost(prefills[c], nbytes[c], rates[c]) for c in contexts}
 
 

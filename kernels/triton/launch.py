@@ -77,9 +77,9 @@ class Row:
 
 
 SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 256)
-PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 # A weight of 64 x 64 or 128 x 64 stays with the program; larger ones fill registers or, where fp32
 # products split them in two, shared memory.
+PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 
 _LARGE_MAP = Tiles(32, 128, 4, 1, resident=False)
 _LARGE_ENTROPY = Tiles(32, 128, 4, 1, resident=False, other=32)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lolcats_ops.reference import Transfer
 
 NAME = "lolcats"
+MASK_ROWS = 512  # that are compared at a time: a fraction of the memory of the mask itself
 Mode = Literal["hybrid", "transfer", "softmax"]
 Attend = Callable[[slice], "Transfer"]
 Learner = Callable[[Attend, int], Tensor]
@@ -204,9 +205,9 @@ def check_mask(mask: Tensor, past: int, sliding_window: int | None) -> None:
     first = min(past, mask.shape[3] - tokens)
     real = _attended(mask[:, :, :, first : first + tokens].diagonal(dim1=2, dim2=3))  # [B, H, T]
     key = torch.arange(mask.shape[3], device=mask.device)
-    some = bool((real != real[:, :1]).any())
-    for start in range(0, tokens, _ROWS):
-        rows = slice(start, start + _ROWS)
+    refused = bool((real != real[:, :1]).any())
+    for start in range(0, tokens, MASK_ROWS):
+        rows = slice(start, start + MASK_ROWS)
         attended = _attended(mask[:, :, rows])
         query = torch.arange(first, first + tokens, device=mask.device)[rows, None]
         # Of the keys of earlier calls, the mask alone says which are padding.
@@ -216,15 +217,12 @@ def check_mask(mask: Tensor, past: int, sliding_window: int | None) -> None:
         blocked = expected & ~attended
         blocked[..., first : first + tokens] &= real[:, :, None]
         wrong = blocked | attended & (key > query)
-        some = some or bool((wrong & real[:, :, rows, None]).any())
-    if some:
+        refused = refused or bool((wrong & real[:, :, rows, None]).any())
+    if refused:
         raise NotImplementedError(
             "lolcats attention is causal and has padding; this attention_mask asks for more. "
             "Pack sequences by position_ids that restart, without a mask"
         )
-
-
-_ROWS = 512  # of a mask that are compared at a time
 
 
 def _attended(mask: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class LolcatsConfig:
     softmax_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "softmax_layers", tuple(self.softmax_layers))
+        object.__setattr__(self, "softmax_layers", tuple(sorted(self.softmax_layers)))
         self._integer("window", 0)
         self._integer("sink", 0)
         self._integer("feature_dim", 1)

@@ -169,7 +169,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
 
 
 def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Checks a mask that the caller made; transformers makes those of causality and padding."""
+    """Checks a mask that the caller made, where nothing is compiled; transformers makes those of
+    causality and padding."""
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or torch.compiler.is_compiling():
         return
