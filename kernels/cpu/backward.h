@@ -2,12 +2,13 @@
 //
 // With delta_i = dy_i . y_i, the gradient of the unnormalised weight of key j in query i is dp_ij =
 // (dy_i . v_j - delta_i) / den_i, so that
-//   softmax keys  ds_ij = u_ij dp_ij, u_ij = g e^{s_ij - m_i}, less R_i = sum_W u_ij dp_ij at the
-//   maximum (m_i moves with it:
-//                 the linear part is not rescaled), shared by ties
-//   linear keys   dphi_q,i = lambda sum_N dp_ij phi_k,j and dphi_k,j = lambda sum_i dp_ij phi_q,i
-//   gate          R_i (1 - g), or R_i when affine, since sum_W u dp + lambda sum_N (phi_q . phi_k)
-//   dp = 0
+//
+//   softmax keys: ds_ij = u_ij dp_ij, with u_ij = g e^{s_ij - m_i}; at the maximum less R_i =
+//     sum_W u_ij dp_ij, shared by ties, since m_i moves and the linear part is not rescaled
+//   linear keys: dphi_q,i = lambda sum_N dp_ij phi_k,j and dphi_k,j = lambda sum_i dp_ij phi_q,i
+//   gate: the sum of R_i (1 - g), or of R_i when affine, since sum_W u_ij dp_ij +
+//     lambda sum_N (phi_q,i . phi_k,j) dp_ij = 0
+//
 // A pass forward in time rebuilds the state (kv, ksum) and yields dq, the softmax parts of dk and
 // dv, and dgate. A pass backward in time carries dkv = lambda sum_i phi_q,i (x) dy_i / den_i and
 // dksum = -lambda sum_i delta_i phi_q,i / den_i over the queries later than the keys at hand, and

@@ -39,8 +39,11 @@ class QueryGradients {
         block_.load(h, first);
         block_.prefetch(h, first + BLOCK);
         memset(dq_, 0, sizeof(float) * (size_t)rows_size(D_));
-        if (p_.gate) softmax_part();
-        linear_part();
+        RowSums sums = {};
+        if (p_.gate) softmax_part(sums);
+        feature_gradients();
+        if (p_.gate) gate_gradient(sums);
+        map_part();
         if (run_.wants_inputs()) store_rows(tokens_of(run_.b.dq, run_.s, h), first, block_.n, dq_);
       }
     }
@@ -48,24 +51,26 @@ class QueryGradients {
   }
 
  private:
-  // Of each query: R, and how many keys share the maximum of its scores.
-  struct AtMaximum {
-    float r[BLOCK], ties[BLOCK];
+  // Of each query's window: R = sum u dp, how many keys share the maximum score, and sum u.
+  struct RowSums {
+    float r[BLOCK], ties[BLOCK], u[BLOCK];
   };
 
-  void softmax_part();
+  void softmax_part(RowSums& sums);
   void raise_maximum(const WeightTile* piece, int count);
-  void score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum) {
+  void score_gradients(WeightTile* piece, int count, float g, RowSums& sums) {
     if (format_ == Format::f32) {
-      score_gradients<Format::f32>(piece, count, g, sum);
+      score_gradients<Format::f32>(piece, count, g, sums);
     } else {
-      score_gradients<Format::bf16_pairs>(piece, count, g, sum);
+      score_gradients<Format::bf16_pairs>(piece, count, g, sums);
     }
   }
   template <Format format>
-  void score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum);
-  void apply_score_gradients(WeightTile* piece, int count, float g, const AtMaximum& sum);
-  void linear_part();
+  void score_gradients(WeightTile* piece, int count, float g, RowSums& sums);
+  void apply_score_gradients(WeightTile* piece, int count, float g, const RowSums& sums);
+  void feature_gradients();
+  void gate_gradient(const RowSums& sums);
+  void map_part();
   void value_products(const KeyTile& tile, const Band& band, float* dp) const;
   Operand by_query(const float* tile, int n, float* scratch) const;
   float* dp_at(int t) const { return dp_ + t * BLOCK * BLOCK; }
@@ -109,10 +114,9 @@ void QueryGradients::raise_maximum(const WeightTile* piece, int count) {
   }
 }
 
-// u into each tile's weights and u dp into its dp; sums R and counts the keys at the maximum, where
-// u is exactly g.
+// u into each tile's weights and u dp into its dp, and their sums; at the maximum u is exactly g.
 template <Format format>
-void QueryGradients::score_gradients(WeightTile* piece, int count, float g, AtMaximum& sum) {
+void QueryGradients::score_gradients(WeightTile* piece, int count, float g, RowSums& sums) {
   for (int t = 0; t < count; t++) {
     const int64_t n = piece[t].tile->n;
     const Band& band = piece[t].softmax;
@@ -120,7 +124,7 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, AtMa
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec m = load(m_ + c), by_den = load(block_.by_den + c);
       const Vec shift = by_den * load(block_.delta + c);
-      Vec r = load(sum.r + c), ties = load(sum.ties + c);
+      Vec r = load(sums.r + c), ties = load(sums.ties + c), total = load(sums.u + c);
       clear_outside(piece[t].weights, band, c, n);
       clear_outside(dp_at(t), band, c, n);
       for_band(band, c, [&](int j, auto keep) {
@@ -129,19 +133,21 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, AtMa
         const Vec u = keep(select(s == m, splat(g), g * exp_for<format>(s - m)));
         const Vec du = keep(u * (by_den * load(dp_at(t) + at) - shift));
         r += du;
+        total += u;
         ties += select(u == splat(g), splat(1.0f), Vec{});
         store(piece[t].weights + at, u);
         store(dp_at(t) + at, du);
       });
-      store(sum.r + c, r);
-      store(sum.ties + c, ties);
+      store(sums.r + c, r);
+      store(sums.ties + c, ties);
+      store(sums.u + c, total);
     }
   }
 }
 
 // ds = scale (u dp - R at the maximum), then dq, dk and dv.
 void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g,
-                                           const AtMaximum& sum) {
+                                           const RowSums& sums) {
   const int ldd = padded(D_), ldv = padded(V_);
   for (int t = 0; t < count; t++) {
     const KeyTile& tile = *piece[t].tile;
@@ -149,7 +155,7 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
     const Band& band = piece[t].softmax;
     float *u = piece[t].weights, *ds = dp_at(t);
     for (int c = 0; c < BLOCK; c += LANES) {
-      const Vec share = load(sum.r + c) / max(load(sum.ties + c), splat(1.0f));
+      const Vec share = load(sums.r + c) / max(load(sums.ties + c), splat(1.0f));
       const Vec by_den = load(block_.by_den + c);
       for (int j = band.lo[c]; j < band.hi[c + LANES - 1]; j++) {
         const int at = j * BLOCK + c;
@@ -170,9 +176,8 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
 
 // The maximum of the whole window comes before R, and R before any ds: a window of several pieces
 // is walked three times.
-void QueryGradients::softmax_part() {
+void QueryGradients::softmax_part(RowSums& sums) {
   const float g = p_.g(block_.h);
-  AtMaximum sum = {};
   WeightTile piece[MOST_TILES];
   fill(m_, BLOCK, -INFINITY);
   const Queries queries = {block_.first, block_.n, block_.q, block_.phi};
@@ -180,26 +185,23 @@ void QueryGradients::softmax_part() {
   int count = pieces.next(piece, c_.scores, D_);
   raise_maximum(piece, count);
   if (!pieces.more()) {
-    score_gradients(piece, count, g, sum);
-    if (run_.wants_inputs()) apply_score_gradients(piece, count, g, sum);
+    score_gradients(piece, count, g, sums);
+    if (run_.wants_inputs()) apply_score_gradients(piece, count, g, sums);
   } else {
     while ((count = pieces.next(piece, c_.scores, D_))) raise_maximum(piece, count);
     pieces.restart();
-    while ((count = pieces.next(piece, c_.scores, D_))) score_gradients(piece, count, g, sum);
+    while ((count = pieces.next(piece, c_.scores, D_))) score_gradients(piece, count, g, sums);
     pieces.restart();
     while (run_.wants_inputs() && (count = pieces.next(piece, c_.scores, D_))) {
-      AtMaximum seen = {};
+      RowSums seen = {};
       score_gradients(piece, count, g, seen);
-      apply_score_gradients(piece, count, g, sum);
+      apply_score_gradients(piece, count, g, sums);
     }
   }
-  float total = 0.0f;
-  for (int c = 0; c < BLOCK; c++) total += sum.r[c];
-  run_.partials.gate(run_.slot, block_.h) += total * (p_.affine ? 1.0f : 1.0f - g);
 }
 
 // dphi_q = lambda sum_N dp phi_k: from the state, and from the linear keys that are not in it.
-void QueryGradients::linear_part() {
+void QueryGradients::feature_gradients() {
   const float lambda = p_.lambda(block_.h);
   float factor[BLOCK], shift[BLOCK];
   for (int c = 0; c < BLOCK; c++) {
@@ -239,6 +241,25 @@ void QueryGradients::linear_part() {
     gemm(format_, F_, BLOCK, n, c_.tiles.phi_by_keys(tile), dp_, BLOCK, dphi_, BLOCK, Into::add,
          Skip::keys_of_n, &band);
   }
+}
+
+// The gate's gradient is a multiple of R. With L = dphi_q . phi_q, R + L = 0, if delta is exact;
+// but y has been rounded, and in sums over all queries that shows. What delta was off by is R + L,
+// of which R has the window's share of the weights.
+void QueryGradients::gate_gradient(const RowSums& sums) {
+  Vec total = {};
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec l = {};
+    for (int i = 0; i < F_; i++)
+      l += load(block_.phi + i * BLOCK + c) * load(dphi_ + i * BLOCK + c);
+    const Vec r = load(sums.r + c), share = load(sums.u + c) / load(block_.den + c);
+    total += r - share * (r + l);
+  }
+  const float g = p_.g(block_.h);
+  run_.partials.gate(run_.slot, block_.h) += horizontal_sum(total) * (p_.affine ? 1.0f : 1.0f - g);
+}
+
+void QueryGradients::map_part() {
   const BackwardMap& own = block_.map();
   features_backward(own.map,
                     {block_.q_rows, block_.phi, own.weight_t, run_.partials.q(run_.slot, block_.h),

@@ -59,13 +59,15 @@ void QueryBlock::load(int64_t head, int64_t position) {
   load_both_ways(q, q_rows, from, first, n, p.format, scratch_);
   load_both_ways(dy, dy_rows, dy_from, first, n, p.format, scratch_);
   features_forward(map().map, q, phi);
+  fill(den, BLOCK, 1.0f);
   memset(by_den, 0, sizeof(by_den));
   memset(delta, 0, sizeof(delta));
   const int64_t row0 = (run_.s.batch * p.heads() + h) * p.q.shape[2];
   const Tokens y = new_delta_ ? tokens_of(b.y, run_.s, h) : Tokens{};
   for (int64_t i = 0; i < n; i++) {
     const int64_t row = row0 + run_.s.row(first + i);
-    by_den[i] = b.dy_factor / b.den[row];
+    den[i] = b.den[row];
+    by_den[i] = b.dy_factor / den[i];
     if (!p.normalize) continue;
     if (new_delta_)
       new_delta_[row] = dot(dy_from.row(first + i), y.row(first + i), (int)p.V(), dy_from.dtype);

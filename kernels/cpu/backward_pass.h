@@ -55,6 +55,7 @@ class QueryBlock {
   int64_t h, first, n;
   float *q, *q_rows, *dy, *dy_rows;  // both ways
   float* phi;                        // [F x BLOCK], fp32
+  float den[BLOCK];                  // 1 past n
   float by_den[BLOCK];               // 1 / den, with dy_factor; 0 past n
   float delta[BLOCK];                // dy . y
 

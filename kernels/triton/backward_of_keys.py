@@ -91,8 +91,8 @@ def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
         return sums
     else:
         inside, outside = pair_masks(p, start, distance)
-        unused, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, None)
-        dk = product(tl.trans(ds), queries.q, sums.dk, p.arithmetic)
+        weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
+        dk = product(tl.trans(ds * p.scale), queries.q, sums.dk, p.arithmetic)
         dv = product(tl.trans(weights), queries.row.do, sums.dv, p.arithmetic)
         return KeyPass(dk, dv, sums.d_phi)
 

@@ -3,6 +3,8 @@ of the gate, and the sinks'. backward_pass.py has the formulas."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -96,22 +98,40 @@ def row_maximum(p, at, q, k, k_old, i, c):
     return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
 
 
+class QueryPass(NamedTuple):
+    """Sums of the first pass over the keys that a chunk of queries attends by softmax."""
+
+    dq: Any  # [C, BLOCK_D]
+    weights: Any  # [C], of a / den
+    ds: Any  # [C], of ds / scale
+
+
 @triton.jit
-def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, dq):
-    """dq with the pairs in the windows of a chunk."""
+def add_softmax_keys(p, sums, weights, ds, k):
+    """sums with a tile of keys, whose pairs have a / den and ds / scale."""
+    dq = product(ds * p.scale, k, sums.dq, p.arithmetic)
+    return QueryPass(dq, sums.weights + tl.sum(weights, 1), sums.ds + tl.sum(ds, 1))
+
+
+@triton.jit
+def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, sums):
+    """sums with the pairs in the windows of a chunk."""
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
-        dq, weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g, dq)
+        weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
+        sums = add_softmax_keys(p, sums, weights, ds, k)
         if p.window.lag == 1:
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            dq, weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g, dq)
+            weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g)
+            sums = add_softmax_keys(p, sums, weights, ds, k_old)
         elif p.window.lag == 2:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
-                dq, weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g, dq)
-    return dq
+                weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g)
+                sums = add_softmax_keys(p, sums, weights, ds, k_far)
+    return sums
 
 
 @triton.jit
@@ -179,7 +199,6 @@ def backward_queries(
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
         phi = activate(tile.z, p.map_q)
         dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
-        total_dm += dm
         grad = None
         if dq is not None:
             grad = tl.zeros((p.chunk, p.block_d), tl.float32)
@@ -191,6 +210,8 @@ def backward_queries(
             if p.window.size > 0 or p.window.sink > 0:
                 m, count = row_maximum(p, at, q, k, k_old, i, c)
                 queries = Queries(q, row, m, dm / count)
+                zero = tl.zeros((p.chunk,), tl.float32)
+                sums = QueryPass(grad, zero, zero)
                 tl.store(left.tie + part, queries.tie, mask=tokens.valid)
                 if at.part == 0:
                     tl.store(left.m + statistic(p, at, tokens), m, mask=tokens.valid)
@@ -198,14 +219,16 @@ def backward_queries(
                     first = tokens_at(p, at, 0, p.window.sink_block)
                     inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
                     keys_first, v_first = load_k(p, at, first), load_v(p, at, first)
-                    grad, weights, ds = softmax_pairs(
-                        p, queries, keys_first, v_first, inside, log2_g, grad
-                    )
-                    dk_first = product(tl.trans(ds), q, dk_first, p.arithmetic)
+                    weights, ds = softmax_pairs(p, queries, keys_first, v_first, inside, log2_g)
+                    sums = add_softmax_keys(p, sums, weights, ds, keys_first)
+                    dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                grad = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, grad)
+                sums = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, sums)
+                grad = sums.dq
+                dm -= (1.0 - sums.weights) * sums.ds
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
+        total_dm += dm
         if p.window.lag == 1:
             k_carried, v_carried = packed(k), packed(v)
 

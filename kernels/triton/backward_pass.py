@@ -12,7 +12,11 @@ With g_i = do_i / den_i and delta_i = g_i . y_i, the gradient of an unnormalised
     dq_i     = scale sum_W ds_ij k_j + the gradient of phi_q
 
 The maximum's gradient dm_i is -sum_W a_ij da_ij; since sum_j a_ij da_ij = 0 over all j, it is also
-what is written above, which is exactly zero where N(i) is empty. The gate's is a multiple of it.
+what is written above, which is exactly zero where N(i) is empty.
+
+The gate's gradient is a multiple of the sum of dm_i over all queries, and there it shows that y,
+and so delta, has been rounded. What delta_i was off by is sum_W a_ij da_ij + dm_i, of which dm_i
+has as much as N(i) has of the weights.
 
 ``backward_of_keys`` goes backward in time with the state's gradient, the sums of phi_q g^T and of
 -phi_q delta over the queries whose state holds the keys:
@@ -171,12 +175,10 @@ def score_gradients(s, inside, weights, da, m, tie):
 
 
 @triton.jit
-def softmax_pairs(p, queries, k, v, inside, log2_g, dq):
-    """(dq, a / den, ds) with the pairs of a tile that are attended by softmax."""
+def softmax_pairs(p, queries, k, v, inside, log2_g):
+    """(a / den, ds / scale) of the pairs of a tile that are attended by softmax."""
     s = scores(p, queries.q, k)
     weights = softmax_weights(s, inside, queries.m, log2_g)
     da = weight_gradients(p, queries.row, v)
-    ds = score_gradients(s, inside, weights, da, queries.m, queries.tie) * p.scale
-    if dq is not None:
-        dq = product(ds, k, dq, p.arithmetic)
-    return dq, weights * queries.row.factor[:, None], ds
+    ds = score_gradients(s, inside, weights, da, queries.m, queries.tie)
+    return weights * queries.row.factor[:, None], ds

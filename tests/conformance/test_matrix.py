@@ -2,13 +2,14 @@
 
 import pytest
 from helpers.cases import FACTORS, cases
-from helpers.kernels import ALL
+from helpers.kernels import ALL, KERNELS
 from helpers.operators import (
     HYBRID,
     MAPS,
     SEQUENCES,
     attention_transfer,
     check,
+    check_gate,
     feature_map,
     hybrid_attention,
     linear_attention,
@@ -44,3 +45,9 @@ def test_hybrid_attention_equals_the_reference(case, backend, device):
 @matrix(*HYBRID, "xent")
 def test_attention_transfer_equals_the_reference(case, backend, device):
     check(attention_transfer, case, backend, device)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed, backend, device):
+    check_gate(seed, (2, 4, 200, 64), backend, device)

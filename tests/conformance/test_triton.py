@@ -19,6 +19,7 @@ from helpers.operators import (
     SEQUENCES,
     attention_transfer,
     check,
+    check_gate,
     feature_map,
     hybrid_attention,
     linear_attention,
@@ -114,6 +115,11 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
     others = torch.tensor([0, 2, 4])
     for name, got in pool.select(others).tensors.items():
         assert got.equal(untouched.select(others).tensors[name]) or got.isnan().all(), name
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed):
+    check_gate(seed, (1, 2, 100, 32), "triton", "cpu")
 
 
 @pytest.mark.parametrize("order", [1, 2])

@@ -83,3 +83,33 @@ def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.
         assert got.gradients[name].dtype == inputs.leaves[name[1:]].dtype
         size = floor * want.cotangent
         assert_close(name, got.gradients[name], g, case.dtype, factor=2, floor=size)
+
+
+def check_gate(seed: int, shape: tuple[int, int, int, int], backend: str, device: str) -> None:
+    """The gate's gradient alone, of ``shape`` B, H, T, D in bf16, without a floor.
+
+    It is a sum over all queries, in which roundings of y would show.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    batch, heads, length, head_dim = shape
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(sizes, generator=rng)
+
+    q, dy = normal(*shape), normal(*shape)
+    k, v = normal(2, batch, heads // 2, length, head_dim)
+    maps = torch.eye(head_dim) + 0.1 * normal(2, heads, head_dim, head_dim)
+    gate = normal(heads)
+
+    def gradient(ops: ModuleType, dtype: torch.dtype, **options: str) -> torch.Tensor:
+        parameters = torch.promote_types(dtype, torch.float32)
+        leaf = gate.to(device, parameters).requires_grad_()
+        rows = [x.to(device, torch.bfloat16).to(dtype) for x in (q, k, v, dy)]
+        features = [lo.Features(weight.to(device, parameters)) for weight in maps]
+        window = head_dim // 2
+        y = ops.hybrid_attention(*rows[:3], *features, leaf, window=window, **options)
+        return torch.autograd.grad(y, leaf, rows[3])[0]
+
+    want = gradient(lo.reference, torch.float64)
+    got = gradient(lo, torch.bfloat16, backend=backend)
+    assert_close("dgate", got, want, torch.bfloat16, factor=2)
