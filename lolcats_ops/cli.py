@@ -147,15 +147,17 @@ def finetune(
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
     settings = _as_converted(settings, config, loaded)
     rows = _rows(text, tokenizer, settings)
+    out.mkdir(parents=True, exist_ok=True)
     checkpoints = out / "checkpoints" if resume else None
     started = checkpoints is not None and any(checkpoints.glob("checkpoint-*"))
     report = lo.convert.finetune(
         loaded, rows, settings.finetune, output_dir=checkpoints, resume=started
     )
     _save(out, report.model, tokenizer, settings)
-    console.print(
-        f"loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}, {report.parameters:,} parameters"
-    )
+    went = "nothing was left to train"
+    if report.losses:
+        went = f"loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
+    console.print(f"{went}, {report.parameters:,} parameters")
 
 
 @app.command()
@@ -176,6 +178,8 @@ def generate(
     from transformers import TextStreamer
 
     loaded, tokenizer = _load(model, device)
+    if not prompt:
+        raise ValueError("generate: the prompt is empty")
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"generate: {model} has no chat template; leave --chat out")
@@ -334,6 +338,8 @@ def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTok
     import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
     model = AutoModelForCausalLM.from_pretrained(path)
     return model.to(device), AutoTokenizer.from_pretrained(path)
 

@@ -84,6 +84,17 @@ def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
     with pytest.raises(ValueError, match="model is not converted"):
         lolcats("finetune", folder / "model", tmp_path / "no", *text, *config)
     assert not (tmp_path / "no").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):  # before it trains
+        lolcats("finetune", tmp_path / "stage1", tmp_path / "file", *text, *config)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        lolcats("generate", tmp_path / "stage1", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
+def test_a_device_that_is_absent_is_named(folder):
+    with pytest.raises(ValueError, match="--device cuda"):
+        lolcats("generate", folder / "model", "the quick", "--device", "cuda")
 
 
 def test_info_describes_a_converted_model_in_a_process_of_its_own(folder, tmp_path):
@@ -99,6 +110,8 @@ def test_interrupted_commands_go_on(folder, tmp_path):
     for _ in range(2):  # the second finds all work done
         lolcats("transfer", folder / "model", tmp_path, *options)
     assert (tmp_path / "transfer.pt").exists()
+    lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
+    assert "nothing was left" in lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
 
 
 def test_convert_saves_a_swapped_model(folder, tmp_path):

@@ -1,7 +1,9 @@
 """Both training stages, data, perplexity and configuration, on tiny random models."""
 
 import math
+import shutil
 
+import peft
 import pytest
 import torch
 import transformers
@@ -95,6 +97,31 @@ def test_interrupted_transfer_resumes_to_the_same_parameters(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("other", ["model", "data", "configuration"])
+def test_transfer_resumes_nothing_else(other, tmp_path):
+    begun, rows, config = lo.hf.convert(tiny(), NARROW), token_rows(2, 40), TransferConfig()
+    lo.convert.transfer(begun, rows, config, checkpoint=tmp_path / "state.pt")
+    model = lo.hf.convert(tiny(), NARROW)
+    if other == "model":
+        model.model.layers[1].self_attn.o_proj.weight.data[0, 0] += 1
+    if other == "data":
+        rows[1, 3] += 1
+    if other == "configuration":
+        config = TransferConfig(learning_rate=1e-3)
+    with pytest.raises(ValueError, match=f"begun with another {other};"):
+        lo.convert.transfer(model, rows, config, checkpoint=tmp_path / "state.pt")
+
+
+def test_transfer_warns_of_a_teacher_that_the_model_has_not_been():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    shape |= {"vocab_size": 97, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MistralConfig(**shape, sliding_window=16)
+    model = lo.hf.convert(transformers.MistralForCausalLM(config), NARROW)
+    with pytest.warns(UserWarning, match="longer than the sliding window of 16"):
+        lo.convert.transfer(model, token_rows(1, 40))
+
+
 @pytest.mark.parametrize("options", [{"normalize": False}, {"xent": 0.1}, {"micro_batch": 3}])
 def test_transfer_options_train(model, options):
     report = lo.convert.transfer(
@@ -128,6 +155,27 @@ def test_finetune_can_train_features(model):
     )
     report = lo.convert.finetune(model, token_rows(2, 40), config)
     assert not torch.equal(lo.hf.attention_layers(report.model)[0].feature_q, before)
+
+
+def test_trained_features_are_in_checkpoints_and_adapters(tmp_path):
+    rows = token_rows(4, 40)
+    options = {"learning_rate": 1e-2, "gradient_accumulation": 1, "train_features": True}
+    whole, half = (lo.hf.convert(tiny(), NARROW) for _ in range(2))
+    config = FinetuneConfig(**options, epochs=2, merge=False)
+    expected = lo.convert.finetune(whole, rows, config, output_dir=tmp_path / "whole").model
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "half" / "checkpoint-4")
+    output = {"output_dir": tmp_path / "half", "resume": True}
+    resumed = lo.convert.finetune(half, rows, config, **output).model
+    expected.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(lo.hf.convert(tiny(), NARROW), tmp_path / "adapter")
+    start = lo.hf.attention_layers(lo.hf.convert(tiny(), NARROW))
+    for model in (resumed, loaded):
+        layers = zip(lo.hf.attention_layers(model), lo.hf.attention_layers(expected), strict=True)
+        for i, (a, b) in enumerate(layers):
+            torch.testing.assert_close(a.feature_q, b.feature_q)
+            assert not torch.equal(a.feature_q, start[i].feature_q)
+    with pytest.raises(ValueError, match="not converted"):
+        lo.convert.finetune(tiny(), rows, config)
 
 
 def test_merged_model_computes_what_the_adapters_computed(model):

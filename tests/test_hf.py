@@ -1,10 +1,14 @@
 """Conversion of Hugging Face models: tiny random models, compared with themselves."""
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -149,6 +153,82 @@ def test_cache_repeats_selects_and_crops(model):
 
 
 @torch.no_grad()
+def test_padding_is_not_taken_back_from_a_state(model):
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 36:38] = 0  # of the last six tokens
+    cache = lo.hf.LolcatsCache(model, slack=8)
+    for piece in (slice(0, 30), slice(30, 37), slice(37, 40)):
+        model(ids[:, piece], attention_mask=mask[:, : piece.stop], past_key_values=cache)
+    cache.crop(-6)
+    cache.batch_select_indices(torch.tensor([1, 0]))
+    rest = token_ids(2, 6, seed=1)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    got = model(rest.flip(0), attention_mask=mask, past_key_values=cache).logits.flip(0)
+    expected = model(torch.cat((ids[:, :34], rest), 1)).logits[:, 34:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    model(token_ids(2, 9), attention_mask=torch.ones(2, 49).index_fill_(1, torch.tensor([48]), 0),
+          past_key_values=cache)  # fmt: skip
+    with pytest.raises(ValueError, match="padded batch"):
+        cache.crop(-30)
+
+
+@torch.no_grad()
+def test_a_refused_crop_changes_no_layer():
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(0,))
+    model, ids = lo.hf.convert(tiny(), config), token_ids(1, 20)
+    cache = lo.hf.LolcatsCache(model, slack=2)
+    model(ids[:, :16], past_key_values=cache)
+    with pytest.raises(ValueError, match="slack"):
+        cache.crop(-5)
+    got = model(ids[:, 16:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids).logits[:, 16:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_without_slack_says_which_one_has_some(model, prompt):
+    with pytest.raises(ValueError, match=r"lo.hf.LolcatsCache\(model, slack="):
+        generate(model, prompt[:1], prompt_lookup_num_tokens=3)
+
+
+@torch.no_grad()
+def test_states_are_freed_without_the_garbage_collector(model):
+    cache = transformers.DynamicCache(config=model.config)
+    model(token_ids(1, 8), past_key_values=cache)
+    model(token_ids(1, 1), past_key_values=cache)
+    kept = weakref.ref(cache.layers[0])
+    gc.disable()
+    try:
+        del cache
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_a_cache_serves_one_mode(model):
+    ids, cache = token_ids(1, 20), transformers.DynamicCache(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+    with lo.hf.use_mode(model, "softmax"), pytest.raises(ValueError, match="start with a fresh"):
+        model(ids[:, 10:], past_key_values=cache)
+    empty = lo.hf.LolcatsCache(model, slack=4)
+    with lo.hf.use_mode(model, "softmax"):
+        expected = model(ids).logits[:, 10:]
+        model(ids[:, :10], past_key_values=empty)
+        got = model(ids[:, 10:], past_key_values=empty).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_is_cached_under_autocast(model, prompt):
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = model(prompt, attention_mask=mask)
+        again = model(prompt[:, :1], past_key_values=got.past_key_values).logits
+        expected = model(prompt, attention_mask=mask, use_cache=False).logits
+    assert again.isfinite().all()
+    torch.testing.assert_close(got.logits[0, 5:], expected[0, 5:], rtol=0.05, atol=0.1)
+
+
+@torch.no_grad()
 def test_cache_size_does_not_grow(model):
     sizes = []
     for tokens in (20, 200):
@@ -165,6 +245,68 @@ def test_packed_documents_do_not_see_each_other(model):
     packed = model(ids, position_ids=positions, use_cache=False).logits
     apart = [model(piece, use_cache=False).logits for piece in ids.split((15, 25), dim=1)]
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_may_come_with_their_bounds(model):
+    ids = token_ids(1, 40)
+    bounds = torch.tensor([0, 15, 40], dtype=torch.int32)
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    given |= {"max_length_q": 25, "max_length_k": 25}
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
+    apart = [model(piece, use_cache=False).logits for piece in ids.split((15, 25), dim=1)]
+    packed = model(ids, position_ids=positions, **given).logits  # trains: the cache is left out
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
+        model(ids, position_ids=positions, **given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("second", [0, 20])
+def test_positions_that_jump_beside_a_padding_mask_are_no_packing(implementation, second, prompt):
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    positions = torch.cat((torch.arange(5), second + torch.arange(7)))[None].expand(2, -1)
+    inputs = {"position_ids": positions, "attention_mask": torch.ones_like(prompt)}
+    expected = model(prompt, **inputs).logits
+    lo.hf.convert(model, WIDE)
+    torch.testing.assert_close(model(prompt, **inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def _prefixes(causal):
+    causal[:, :, :6, :6] = causal[:, :, 6:, 6:] = True
+    causal[:, :, 6:, :6] = False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("positions", "change"),
+    [
+        (torch.cat((torch.arange(6), torch.arange(10))), _prefixes),
+        (torch.cat((torch.arange(6), torch.arange(10))), lambda x: x[:, :, 6:, :5].fill_(False)),
+        (torch.tensor([*range(13), 3, 3, 3]), lambda x: x[:, :, 14:, 13:14].fill_(False)),
+    ],
+    ids=["packed prefixes", "half packed", "a tree"],
+)
+def test_masks_beside_positions_that_restart_are_checked(model, positions, change):
+    causal = torch.ones(16, 16).tril().bool().repeat(1, 1, 1, 1)
+    packed = causal.clone()
+    packed[:, :, 6:, :6] = False
+    restart = torch.cat((torch.arange(6), torch.arange(10)))[None]
+    ids = token_ids(1, 16)
+    expected = model(ids, position_ids=restart, use_cache=False).logits
+    got = model(ids, position_ids=restart, attention_mask=packed, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    change(causal)
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(ids, position_ids=positions[None], attention_mask=causal, use_cache=False)
+
+
+@torch.no_grad()
+def test_block_masks_are_refused_by_name(model):
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(NotImplementedError, match="BlockMask"):
+        model(token_ids(1, 8))
 
 
 @torch.no_grad()
@@ -359,6 +501,76 @@ def test_layers_that_share_keys_are_refused():
     lo.hf.convert(model, lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(1, 2, 3)))
     ids = token_ids(1, 12)
     assert torch.equal(generate(model, ids, 8), generate(model, ids, 8, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"is_causal": False}, "not causal"), ({"head_dim": 512}, "512 dimensions")],
+)
+def test_models_that_no_kernel_could_run_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        lo.hf.convert(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE | changes)))
+
+
+def test_dropout_of_attention_is_said_not_to_apply():
+    model = tiny(attention_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"attention_dropout=0.5"):
+        lo.hf.convert(model, NARROW)
+    ids = token_ids(1, 12)
+    model.train()(ids, labels=ids).loss.backward()
+    assert lo.hf.restore(model).model.layers[0].self_attn.attention_dropout == 0.5
+
+
+@torch.no_grad()
+def test_models_of_one_config_stay_apart():
+    config = transformers.LlamaConfig(**SHAPE)
+    teacher, student = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    lo.hf.convert(student, NARROW)
+    assert student.config.model_type == student.model.config.model_type == "lolcats"
+    assert teacher.config is config
+    assert (config.model_type, hasattr(config, "lolcats")) == ("llama", False)
+    assert lo.hf.restore(student).config.to_dict() == config.to_dict()
+
+
+@torch.no_grad()
+def test_features_that_a_checkpoint_lacks_start_as_convert_starts_them(model, tmp_path):
+    lo.hf.restore(copy.deepcopy(model)).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config)
+    for a, b in zip(lo.hf.attention_layers(loaded), lo.hf.attention_layers(model), strict=True):
+        for name, value in b.state_dict().items():
+            assert torch.equal(a.state_dict()[name], value)
+
+
+@torch.no_grad()
+def test_offloaded_parameters_come_to_the_attention(model, prompt, tmp_path):
+    expected = model(prompt).logits
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    torch.testing.assert_close(model(prompt).logits, expected)
+
+
+def test_features_can_be_trained_as_modules_of_peft(model, prompt):
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lolcats"])
+    )
+    layers = lo.hf.attention_layers(adapted)
+    assert [layer.gate.requires_grad for layer in layers] == [True, True]
+    lo.hf.set_mode(adapted, "hybrid")
+    assert isinstance(lo.hf.LolcatsCache(adapted, slack=4).layers[1], lo.hf.cache.LolcatsCacheLayer)
+    with torch.no_grad():
+        layers[0].gate += 1
+        got, merged = adapted(prompt).logits, adapted.merge_and_unload()
+        torch.testing.assert_close(merged(prompt).logits, got)
+    assert torch.equal(lo.hf.attention_layers(merged)[0].gate, layers[0].gate)
+
+
+@torch.no_grad()
+def test_a_converted_model_can_be_exported(model):
+    ids = token_ids(2, 20)
+    exported = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, strict=False
+    ).module()
+    got = exported(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
 
 from lolcats_ops.convert.config import FinetuneConfig
 from lolcats_ops.convert.progress import Bar, progress
@@ -20,7 +21,10 @@ from lolcats_ops.hf import attention_layers
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What stage 2 did; `model` has the adapters merged in, or is a PeftModel without `merge`."""
+    """What stage 2 did; `model` has the adapters merged in, or is a PeftModel without `merge`.
+
+    `losses` are of the steps of this call: none if a resumed run was done already.
+    """
 
     model: Any = field(repr=False)
     losses: list[float] = field(repr=False)
@@ -75,10 +79,11 @@ def finetune(
         data: [N, T] token ids, N >= 1.
         output_dir: where the Trainer writes its checkpoints, once per epoch; none are written
             without it.
-        resume: go on from the last of those.
+        resume: go on from the last of those, if there is one.
 
     Raises:
-        ValueError: `data` of another shape, or no module named in `config.target_modules`.
+        ValueError: `data` of another shape, no module named in `config.target_modules`, or features
+            to train in a model that is not converted.
 
     Example:
         >>> model = finetune(model, rows, FinetuneConfig(max_steps=20)).model  # doctest: +SKIP
@@ -88,6 +93,8 @@ def finetune(
         raise ValueError(
             f"finetune: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
         )
+    if config.train_features and not attention_layers(model):
+        raise ValueError("finetune: train_features=True, but the model is not converted")
     transformers.set_seed(config.seed)  # before the adapters are drawn
     adapted = peft.get_peft_model(
         model,
@@ -96,12 +103,11 @@ def finetune(
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=list(config.target_modules),
+            # As PEFT's own, trained features are in every checkpoint and adapter that is saved.
+            modules_to_save=["lolcats"] if config.train_features else None,
             task_type="CAUSAL_LM",
         ),
     )
-    if config.train_features:
-        for layer in attention_layers(adapted):
-            layer.requires_grad_(True)
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory() as scratch:
         arguments = transformers.TrainingArguments(
@@ -148,8 +154,12 @@ def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: 
         if arguments.max_steps > 0
         else int(arguments.num_train_epochs * per_epoch)
     )
+    last = get_last_checkpoint(arguments.output_dir) if resume else None
+    if last is not None and int(last.rpartition("-")[2]) >= steps:  # the Trainer would go on
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(last))
+        return []
     with progress(description, steps) as bar:
         report = _Report(bar)
         trainer.add_callback(report)
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=last)
     return report.losses

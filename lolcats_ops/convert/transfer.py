@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lolcats_ops.convert.config import TransferConfig
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
+from lolcats_ops.hf.patch import local_window
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,12 @@ def transfer(
             same result.
 
     Raises:
-        ValueError: a model that is not converted, or `data` of another shape.
+        ValueError: a model that is not converted, `data` of another shape, or a checkpoint of
+            another model, of other data or of another configuration.
+
+    Warns:
+        UserWarning: rows longer than the sliding window that converted layers had: their teacher is
+            attention to all earlier tokens, which the model has not been trained for.
 
     Example:
         >>> lo.hf.convert(model)  # doctest: +SKIP
@@ -111,6 +119,13 @@ def transfer(
     if data.dim() != 2 or not len(data):
         raise ValueError(
             f"transfer: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
+        )
+    window = local_window(model)
+    if window is not None and data.shape[1] > window:
+        warnings.warn(
+            f"transfer: rows of {data.shape[1]} tokens are longer than the sliding window of "
+            f"{window} that layers of this model had; their teacher attends all earlier tokens",
+            stacklevel=2,
         )
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.cat(
@@ -126,7 +141,8 @@ def transfer(
     ):
         layers = attention_layers(model)
         learners = [_LayerLearner(layer, config, steps, bar) for layer in layers]
-        done = _resume(checkpoint, layers, learners)
+        origin = {} if checkpoint is None else _origin(model, data, config)
+        done = _resume(checkpoint, origin, layers, learners)
         bar.advance(sum(len(learner.losses) for learner in learners))
         try:
             for layer, learner in zip(layers, learners, strict=True):
@@ -134,7 +150,7 @@ def transfer(
             for i, batch in enumerate(batches[done:], done + 1):
                 with torch.no_grad():
                     model.base_model(batch.to(model.device), use_cache=False)
-                _save(checkpoint, i, layers, learners)
+                _save(checkpoint, origin, i, layers, learners)
         finally:
             for layer in layers:
                 layer.learner = None
@@ -145,8 +161,28 @@ def transfer(
     )
 
 
+def _origin(model: PreTrainedModel, data: Tensor, config: TransferConfig) -> dict[str, str]:
+    """What decides the result, in digests: a checkpoint goes on with nothing else."""
+
+    def digest(*values: Any) -> str:
+        found = hashlib.sha256()
+        for value in values:
+            if isinstance(value, Tensor):
+                value = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            found.update(value if isinstance(value, bytes) else repr(value).encode())
+        return found.hexdigest()
+
+    weights = [m.o_proj.weight for m in model.modules() if hasattr(m, "lolcats")]
+    return {
+        "model": digest(*(layer.config for layer in attention_layers(model)), *weights),
+        "data": digest(list(data.shape), data),
+        "configuration": digest(config.model_dump()),
+    }
+
+
 def _save(
     path: Path | str | None,
+    origin: dict[str, str],
     done: int,
     layers: list[LolcatsAttention],
     learners: list[_LayerLearner],
@@ -154,6 +190,7 @@ def _save(
     if path is None:
         return
     state = {
+        "origin": origin,
         "batches": done,
         "layers": [layer.state_dict() for layer in layers],
         "learners": [learner.state_dict() for learner in learners],
@@ -164,12 +201,21 @@ def _save(
 
 
 def _resume(
-    path: Path | str | None, layers: list[LolcatsAttention], learners: list[_LayerLearner]
+    path: Path | str | None,
+    origin: dict[str, str],
+    layers: list[LolcatsAttention],
+    learners: list[_LayerLearner],
 ) -> int:
     """Loads a checkpoint, if there is one, and returns how many batches it has seen."""
     if path is None or not Path(path).exists():
         return 0
     state = torch.load(path, map_location="cpu")  # from there to where the parameters are
+    begun = state.get("origin", {})
+    if others := [name for name, value in origin.items() if begun.get(name) != value]:
+        raise ValueError(
+            f"transfer: {path} was begun with another {' and another '.join(others)}; "
+            "delete it, or keep the checkpoint elsewhere"
+        )
     for layer, learner, weights, progress_ in zip(
         layers, learners, state["layers"], state["learners"], strict=True
     ):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lolcats_ops as lo
 from lolcats_ops.features import init_weight
 from lolcats_ops.hf.config import LolcatsConfig
+from lolcats_ops.ops.native import autocast
 
 if TYPE_CHECKING:
     from lolcats_ops.reference import Transfer
@@ -48,15 +49,30 @@ class LolcatsAttention(nn.Module):
         self.mode: Mode = "hybrid"
         self.learner: Learner | None = None
         self.backend: str | None = None
+        # The attention module's own, for softmax mode.
+        self.softmax_config: Any = None
+        self.softmax_dropout: float | None = None
 
-        def weight(maps: int) -> nn.Parameter:
-            return nn.Parameter(
-                init_weight(maps, head_dim, config.feature_dim, config.init, device=device)
-            )
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
 
-        self.feature_q = weight(heads)
-        self.feature_k = weight(kv_heads if config.share_kv_features else heads)
-        self.gate = nn.Parameter(torch.full((heads,), config.gate_init, device=device))
+        key_maps = kv_heads if config.share_kv_features else heads
+        self.feature_q = parameter(heads, head_dim, config.feature_dim)
+        self.feature_k = parameter(key_maps, head_dim, config.feature_dim)
+        self.gate = parameter(heads)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The initial values of the parameters that no checkpoint has given theirs."""
+        for x in self.parameters():
+            if x.is_meta or getattr(x, "_is_hf_initialized", False):  # transformers' mark
+                continue
+            if x is self.gate:
+                x.fill_(self.config.gate_init)
+            else:
+                maps, head_dim, width = x.shape
+                x.copy_(init_weight(maps, head_dim, width, self.config.init, device=x.device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LolcatsAttention:
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -91,91 +107,120 @@ class LolcatsAttention(nn.Module):
             device=key.device,
         )
 
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        lolcats_cache: Any = None,
+        lolcats_cu_seqlens: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """From [B, H, T, D] and [B, Hk, T, D|V] to [B, T, H, V].
+
+        `key` and `value` are those of the T new tokens alone: what came before is in
+        `lolcats_cache`, a `LolcatsCacheLayer`. `lolcats_cu_seqlens` are the bounds of packed
+        sequences in the flattened batch.
+
+        Raises:
+            NotImplementedError: attention dropout or soft capping, which this attention does not
+                have; packed sequences that are to be cached.
+        """
+        for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
+            if value_:
+                raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
+        query, key, value = autocast(query, key, value)
+        batch, _, tokens, _ = query.shape
+        config, (feature_q, feature_k) = self.config, self.features()
+        options: dict[str, Any] = {
+            "scale": scaling,
+            "affine": config.affine,
+            "backend": self.backend,
+        }
+        trains = torch.is_grad_enabled() and any(
+            x.requires_grad for x in (query, key, value, *self.parameters())
+        )
+        if lolcats_cache is not None and trains:
+            lolcats_cache.leave_out(tokens)
+        elif lolcats_cache is not None:
+            if lolcats_cu_seqlens is not None:
+                raise NotImplementedError(
+                    "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
+                )
+            past = lolcats_cache.cumulative_length - tokens
+            real = real_tokens(attention_mask, batch, tokens, past)
+            out = lolcats_cache.attend(self, query, key, value, real, **options)
+            return out.transpose(1, 2).contiguous()
+
+        options |= {
+            "window": config.window,
+            "window_kind": config.window_kind,
+            "sink": config.sink,
+        }
+        padding = None
+        if lolcats_cu_seqlens is None:
+            padding = real_tokens(attention_mask, batch, tokens)
+        else:
+            query, key, value = (
+                x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value)
+            )
+
+        if self.mode == "transfer":
+            if self.learner is None:
+                raise RuntimeError(
+                    "transfer mode needs a learner: see lolcats_ops.convert.transfer"
+                )
+
+            def attend(rows: slice) -> Transfer:
+                return lo.attention_transfer(
+                    query[rows].detach(),
+                    key[rows].detach(),
+                    value[rows].detach(),
+                    feature_q,
+                    feature_k,
+                    self.gate,
+                    cu_seqlens=lolcats_cu_seqlens,
+                    key_padding_mask=None if padding is None else padding[rows],
+                    **options,
+                )
+
+            out = self.learner(attend, query.shape[0])
+        else:
+            out = lo.hybrid_attention(
+                query,
+                key,
+                value,
+                feature_q,
+                feature_k,
+                self.gate,
+                cu_seqlens=lolcats_cu_seqlens,
+                key_padding_mask=padding,
+                **options,
+            )
+        return out.transpose(1, 2).reshape(batch, tokens, *out.shape[1::2]).contiguous()
+
     def extra_repr(self) -> str:
         heads, head_dim, width = self.feature_q.shape
         window = self.config.window
         return f"{self.mode}, {heads=}, {head_dim=}, feature_dim={width}, {window=}"
 
 
-def lolcats_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    lolcats_cache: Any = None,
-    lolcats_cu_seqlens: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface, from [B, H, T, D] and [B, Hk, T, D|V] to [B, T, H, V].
+def lolcats_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """transformers' attention interface; called as a module, so that hooks which bring parameters
+    to their device (accelerate) see it."""
+    return module.lolcats(*args, **kwargs), None  # type: ignore[operator]
 
-    `key` and `value` are those of the T new tokens alone: what came before is in `lolcats_cache`, a
-    `LolcatsCacheLayer`. `lolcats_cu_seqlens` are the bounds of packed sequences in the flattened
-    batch.
 
-    Raises:
-        NotImplementedError: attention dropout or soft capping, which this attention does not have.
-    """
-    p: LolcatsAttention = module.lolcats  # type: ignore[assignment]
-    for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
-        if value_:
-            raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
-    batch, _, tokens, _ = query.shape
-    config, (feature_q, feature_k) = p.config, p.features()
-    options: dict[str, Any] = {"scale": scaling, "affine": config.affine, "backend": p.backend}
-    trains = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (query, key, value, *p.parameters())
-    )
-    if lolcats_cache is not None and trains:
-        lolcats_cache.leave_out(tokens)
-    elif lolcats_cache is not None:
-        past = lolcats_cache.cumulative_length - tokens
-        real = real_tokens(attention_mask, batch, tokens, past)
-        out = lolcats_cache.attend(p, query, key, value, real, **options)
-        return out.transpose(1, 2).contiguous(), None
-
-    options |= {"window": config.window, "window_kind": config.window_kind, "sink": config.sink}
-    padding = None
-    if lolcats_cu_seqlens is None:
-        padding = real_tokens(attention_mask, batch, tokens)
-    else:
-        query, key, value = (
-            x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (query, key, value)
-        )
-
-    if p.mode == "transfer":
-        if p.learner is None:
-            raise RuntimeError("transfer mode needs a learner: see lolcats_ops.convert.transfer")
-
-        def attend(rows: slice) -> Transfer:
-            return lo.attention_transfer(
-                query[rows].detach(),
-                key[rows].detach(),
-                value[rows].detach(),
-                feature_q,
-                feature_k,
-                p.gate,
-                cu_seqlens=lolcats_cu_seqlens,
-                key_padding_mask=None if padding is None else padding[rows],
-                **options,
-            )
-
-        out = p.learner(attend, query.shape[0])
-    else:
-        out = lo.hybrid_attention(
-            query,
-            key,
-            value,
-            feature_q,
-            feature_k,
-            p.gate,
-            cu_seqlens=lolcats_cu_seqlens,
-            key_padding_mask=padding,
-            **options,
-        )
-    return out.transpose(1, 2).reshape(batch, tokens, *out.shape[1::2]).contiguous(), None
+def attention_of(module: nn.Module) -> LolcatsAttention | None:
+    """What `convert` gave an attention module; of copies that PEFT trains, the active one."""
+    found: Any = getattr(module, "lolcats", None)
+    if copies := getattr(found, "modules_to_save", None):
+        active = [] if found.disable_adapters else [n for n in found.active_adapters if n in copies]
+        found = copies[active[0]] if active else found.original_module
+    return found if isinstance(found, LolcatsAttention) else None
 
 
 def real_tokens(mask: Tensor | None, batch: int, tokens: int, past: int = 0) -> Tensor | None:
@@ -191,32 +236,43 @@ def real_tokens(mask: Tensor | None, batch: int, tokens: int, past: int = 0) -> 
     columns = mask[..., first : first + tokens]
     of_queries = mask.dim() == 4
     real = _attended(columns[:, 0].diagonal(dim1=1, dim2=2)) if of_queries else columns.bool()
-    return None if bool(real.all()) else real.expand(batch, tokens).contiguous()
+    if not torch.compiler.is_exporting() and bool(real.all()):
+        return None
+    return real.expand(batch, tokens).contiguous()
 
 
-def check_mask(mask: Tensor, past: int, sliding_window: int | None) -> None:
+def check_mask(
+    mask: Tensor, past: int, sliding_window: int | None, starts: Tensor | None = None
+) -> None:
     """Refuses a [B, H | 1, T, Tk] mask that is not causality (within a sliding window, which the
-    model's own attention may have) and padding: this attention reads no other.
+    model's own attention may have, and within packed sequences, which start where ``starts`` [B, T]
+    is True if nothing is past) and padding: this attention reads no other.
 
     Raises:
         NotImplementedError: naming what it may be.
     """
     tokens = mask.shape[2]
     first = min(past, mask.shape[3] - tokens)
-    real = _attended(mask[:, :, :, first : first + tokens].diagonal(dim1=2, dim2=3))  # [B, H, T]
+    new = slice(first, first + tokens)
+    real = _attended(mask[:, :, :, new].diagonal(dim1=2, dim2=3))  # [B, H, T]
     key = torch.arange(mask.shape[3], device=mask.device)
+    sequence = None if starts is None else starts.to(mask.device).cumsum(1)
     refused = bool((real != real[:, :1]).any())
     for start in range(0, tokens, MASK_ROWS):
         rows = slice(start, start + MASK_ROWS)
         attended = _attended(mask[:, :, rows])
         query = torch.arange(first, first + tokens, device=mask.device)[rows, None]
+        allowed = (key <= query)[None, None].expand(1, 1, -1, -1)
+        if sequence is not None:
+            same = sequence[:, None, rows, None] == sequence[:, None, None, :]
+            allowed = allowed & nn.functional.pad(same, (0, len(key) - tokens))
         # Of the keys of earlier calls, the mask alone says which are padding.
-        expected = (key >= first) & (key <= query)
+        expected = allowed & (key >= first)
         if sliding_window:
             expected = expected & (key > query - sliding_window)
         blocked = expected & ~attended
-        blocked[..., first : first + tokens] &= real[:, :, None]
-        wrong = blocked | attended & (key > query)
+        blocked[..., new] &= real[:, :, None]
+        wrong = blocked | attended & ~allowed
         refused = refused or bool((wrong & real[:, :, rows, None]).any())
     if refused:
         raise NotImplementedError(
@@ -229,21 +285,25 @@ def _attended(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def packed_bounds(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
-    """cu_seqlens of packed sequences in the flattened batch, or None if nothing is packed.
+def packed_starts(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
+    """Where packed sequences start, [B, T] bool, or None if nothing is packed.
 
-    Positions that restart mean packing where transformers takes them so: without a padding mask,
-    hence with a mask whose every token is real (block-diagonal).
+    Positions that restart, or jump, mean packing where transformers takes them so: where the mask
+    that it made is block-diagonal. Beside a padding mask it makes a causal one.
     """
+    if mask is None or mask.dim() != 4 or torch.compiler.is_exporting():
+        return None
     position_ids = position_ids.expand(batch, -1)
-    tokens = position_ids.shape[1]
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    if (
-        mask is None
-        or not bool(starts[:, 1:].any())
-        or real_tokens(mask, batch, tokens) is not None
-    ):
+    row, i = starts[:, 1:].nonzero(as_tuple=True)
+    rows = mask[:, 0].expand(batch, -1, -1)
+    if not len(i) or bool(_attended(rows[row, i + 1, i]).any()):
         return None
+    return None if real_tokens(mask, batch, position_ids.shape[1]) is not None else starts
+
+
+def bounds_of(starts: Tensor) -> Tensor:
+    """cu_seqlens in the flattened batch of the sequences that start where ``starts`` is True."""
     bounds = starts.flatten().nonzero().flatten()
-    return torch.cat((bounds, bounds.new_tensor([batch * tokens]))).int()
+    return torch.cat((bounds, bounds.new_tensor([starts.numel()]))).int()

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lolcats_ops.hf.config import LolcatsConfig
-from lolcats_ops.hf.patch import convert_layers, restore_layers
+from lolcats_ops.hf.patch import attention_layers, convert_layers, restore_layers
 
 MODEL_TYPE = "lolcats"
 
@@ -59,9 +59,17 @@ def _model_class(
         base.__init__(self, config, *args, **kwargs)
         convert(self, LolcatsConfig.from_dict(config.lolcats))
 
+    def initialize_weights(self: PreTrainedModel) -> None:
+        """Of parameters that a checkpoint lacks."""
+        for attention in attention_layers(self):
+            attention.reset_parameters()
+            attention._is_hf_initialized = True  # type: ignore[assignment]
+        base.initialize_weights(self)
+
     strict = {*(base._keep_in_fp32_modules_strict or ()), "lolcats"}
     namespace = {
         "__init__": __init__,
+        "initialize_weights": initialize_weights,
         "__module__": __name__,
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,

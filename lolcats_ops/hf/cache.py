@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 import lolcats_ops as lo
-from lolcats_ops.hf.attention import LolcatsAttention
+from lolcats_ops.hf.attention import LolcatsAttention, attention_of
 
 
 class LolcatsCacheLayer(CacheLayerMixin):
@@ -22,17 +22,17 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     supports_early_init = False  # the state needs to know D and V apart
 
-    def __init__(
-        self, layers: list[CacheLayerMixin], instead_of: type[CacheLayerMixin], slack: int = 0
-    ):
-        """A layer of the cache that holds ``layers``, in the place of one of class
-        ``instead_of``."""
+    def __init__(self, instead_of: CacheLayerMixin, slack: int = 0):
+        """A layer in the place of ``instead_of``, which is empty."""
         super().__init__()
         self.slack = slack
-        self.layers, self.instead_of = layers, instead_of
+        self.instead_of = instead_of
+        self.beside: CacheLayerMixin | None = None  # a softmax layer that reads the same masks
         self.state: lo.HybridState | None = None
         self.cumulative_length = 0  # with padding, which state.length leaves out
         self.waiting = 0  # tokens that have been counted and not yet attended
+        # [B, n] which of the last n tokens are real, as far back as the ring; None if all ever were
+        self.recent: Tensor | None = None
 
     @property
     def is_croppable(self) -> bool:
@@ -82,6 +82,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
             self.leave_out(key.shape[2])
             self.state = attention.empty_state(key, value, self.slack)
             self.is_initialized = True
+        self._remember(real, key, self.state.ring)
         parameters = (*attention.features(), attention.gate)
         if real is None:
             return lo.hybrid_attention_step_(query, key, value, *parameters, self.state, **options)
@@ -100,6 +101,18 @@ class LolcatsCacheLayer(CacheLayerMixin):
         )
         return out
 
+    def _remember(self, real: Tensor | None, key: Tensor, most: int) -> None:
+        """Which of the last tokens are padding: the state holds nothing of them to take back."""
+        if self.slack == 0 or (real is None and self.recent is None):
+            return
+        batch, _, tokens, _ = key.shape
+        before = self.recent
+        if before is None:
+            before = key.new_ones((batch, self.cumulative_length - tokens), dtype=torch.bool)
+        if real is None:
+            real = key.new_ones((batch, tokens), dtype=torch.bool)
+        self.recent = torch.cat((before, real), 1)[:, -most:]
+
     def leave_out(self, tokens: int) -> None:
         """Allows the new tokens to bypass the state, which has no gradient, if they are the first.
 
@@ -117,10 +130,16 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # A mask over the new tokens is all that a converted layer reads; softmax layers beside it
         # may be handed the same one.
-        for layer in self.layers:
-            if type(layer) is self.instead_of:
-                return layer.get_mask_sizes(query_length)
+        if self.beside is not None:
+            return self.beside.get_mask_sizes(query_length)
         return query_length, self.cumulative_length
+
+    def find_beside(self, layers: list[CacheLayerMixin]) -> None:
+        """Looks for the softmax layer beside this one, once it holds something."""
+        if self.beside is None:
+            kind = type(self.instead_of)
+            used = (x for x in layers if type(x) is kind and x.is_initialized)
+            self.beside = next(used, None)
 
     def get_max_length(self) -> int:
         return -1
@@ -129,6 +148,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.is_initialized, self.cumulative_length, self.waiting = None, False, 0, 0
+        self.recent = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back -tokens_to_remove tokens; a positive number is the length to crop to.
@@ -136,19 +156,51 @@ class LolcatsCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: more than `slack` tokens, once the oldest have left the window.
         """
-        n = (
-            -tokens_to_remove
-            if tokens_to_remove <= 0
-            else self.cumulative_length - tokens_to_remove
-        )
+        n = self.removed(tokens_to_remove)
         if n <= 0 or self.state is None:
             return
-        self.state.rewind(n)
+        self.state.rewind(self._real_among(n))
         self.cumulative_length -= n
+        if self.recent is not None:
+            self.recent = self.recent[:, :-n]
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would, and changes nothing."""
+        n = self.removed(tokens_to_remove)
+        if n > 0 and self.state is not None:
+            length = self.state.length.clone()
+            self.state.rewind(self._real_among(n))
+            self.state.length.copy_(length)
+
+    def removed(self, tokens_to_remove: int) -> int:
+        """How many tokens `crop` takes back."""
+        if tokens_to_remove <= 0:
+            return -tokens_to_remove
+        return self.cumulative_length - tokens_to_remove
+
+    def _real_among(self, n: int) -> int | Tensor:
+        """How many of the last n tokens of every sequence are real."""
+        if self.slack == 0:
+            raise ValueError(
+                "a recurrent state cannot be taken back; a cache that keeps what it takes to do so "
+                "for the last tokens is lo.hf.LolcatsCache(model, slack=...), past_key_values of "
+                "generate (of an assistant model there is none)"
+            )
+        if self.recent is None:
+            return n
+        if n > self.recent.shape[1]:
+            raise ValueError(
+                f"{n} tokens of a padded batch cannot be taken back, needs at most the slack, "
+                f"{self.slack}"
+            )
+        return self.recent[:, -n:].sum(1)
 
     def _select(self, indices: Tensor) -> None:
         if self.state is not None:
-            self.state = self.state.select(indices.to(self.state.length.device))
+            indices = indices.to(self.state.length.device)
+            self.state = self.state.select(indices)
+            if self.recent is not None:
+                self.recent = self.recent.index_select(0, indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -181,10 +233,20 @@ class LolcatsCache(DynamicCache):
     def __init__(self, model: PreTrainedModel, slack: int = 0):
         super().__init__(config=model.config)
         for module in model.modules():
-            attention = getattr(module, "lolcats", None)
-            if isinstance(attention, LolcatsAttention):
-                kind = type(self.layers[module.layer_idx])
-                self.layers[module.layer_idx] = LolcatsCacheLayer(self.layers, kind, slack)
+            if attention_of(module) is not None:
+                i = module.layer_idx
+                self.layers[i] = LolcatsCacheLayer(self.layers[i], slack)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last tokens, from every layer or from none.
+
+        Raises:
+            ValueError: more than `slack` tokens.
+        """
+        for layer in self.layers:
+            if isinstance(layer, LolcatsCacheLayer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -9,6 +9,7 @@ layer). Nothing global changes.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
@@ -18,13 +19,16 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+import lolcats_ops as lo
 from lolcats_ops.hf.attention import (
     NAME,
     LolcatsAttention,
     Mode,
+    attention_of,
+    bounds_of,
     check_mask,
     lolcats_attention,
-    packed_bounds,
+    packed_starts,
 )
 from lolcats_ops.hf.cache import LolcatsCacheLayer
 from lolcats_ops.hf.config import LolcatsConfig
@@ -37,6 +41,11 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
     """Gives the layers that can be converted their parameters and hooks; `lo.hf.convert` without
     what the model says of itself."""
     modules = _convertible(model, config)
+    _own_config(model)
+    if dropout := max(getattr(m, "attention_dropout", 0.0) for m in modules):
+        warnings.warn(
+            f"attention_dropout={dropout} will not apply to converted layers", stacklevel=3
+        )
     for module in modules:
         projection = module.o_proj
         heads = projection.in_features // module.head_dim
@@ -48,16 +57,25 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             projection.weight.device,
         )
         attention.softmax_config = module.config
+        attention.softmax_dropout = getattr(module, "attention_dropout", None)
         module.lolcats = attention
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
 
 
+def _own_config(model: PreTrainedModel) -> None:
+    """What is said of this model is not said of others that were made from the same config."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
 def restore_layers(model: PreTrainedModel) -> None:
     """Takes `convert_layers` back exactly."""
-    for module in _converted(model):
-        module.config = module.lolcats.softmax_config
+    set_mode(model, "softmax")
+    for module, _ in _converted(model):
         _remove(module, _before_attention)
         del module.lolcats
     _remove(model.base_model, _before_layers)
@@ -71,7 +89,7 @@ def _remove(module: nn.Module, hook: Any) -> None:
 
 def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
     """The `lolcats` submodules of a converted model (or of one wrapped by PEFT), in layer order."""
-    return [module for module in model.modules() if isinstance(module, LolcatsAttention)]
+    return [found for module in model.modules() if (found := attention_of(module)) is not None]
 
 
 def set_mode(model: nn.Module, mode: Mode) -> None:
@@ -83,10 +101,13 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """
     if mode not in get_args(Mode):
         raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")
-    for module in _converted(model):
-        attention = module.lolcats
-        attention.mode = mode
+    for module, attention in _converted(model):
+        for each in module.lolcats.modules():  # itself, or the copies that PEFT made
+            if isinstance(each, LolcatsAttention):
+                each.mode = mode
         module.config = attention.softmax_config
+        if attention.softmax_dropout is not None:
+            module.attention_dropout = attention.softmax_dropout if mode == "softmax" else 0.0
         if mode != "softmax":
             module.config = copy.copy(attention.softmax_config)
             module.config._attn_implementation_internal = NAME
@@ -108,11 +129,10 @@ def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         set_mode(model, before)
 
 
-def _converted(model: nn.Module) -> list[Any]:
-    """The attention modules that hold a `lolcats` submodule."""
-    found = [
-        m for m in model.modules() if isinstance(getattr(m, "lolcats", None), LolcatsAttention)
-    ]
+def _converted(model: nn.Module) -> list[tuple[Any, LolcatsAttention]]:
+    """The converted attention modules, each with what `convert` gave it."""
+    pairs = [(module, attention_of(module)) for module in model.modules()]
+    found = [(module, attention) for module, attention in pairs if attention is not None]
     if not found:
         raise ValueError(f"{type(model).__name__} is not converted: see lolcats_ops.hf.convert")
     return found
@@ -133,6 +153,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         raise refuse("it is composite; convert its language model on its own")
     if not model._supports_attention_backend:
         raise refuse("it does not dispatch through transformers' AttentionInterface")
+    if getattr(model.config, "is_causal", True) is False:
+        raise refuse("its attention is not causal (is_causal=False)")
     if getattr(model.config, "attn_logit_softcapping", None):
         raise refuse(
             "it caps attention scores (attn_logit_softcapping), which hybrid attention does not"
@@ -165,47 +187,78 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         )
     if not modules:
         raise refuse("softmax_layers leaves no layer to convert")
+    maps: dict[str, Any] = {"activation": config.activation, "two_sided": config.two_sided}
+    for head_dim in {m.head_dim for m in modules}:
+        choice = lo.backend_for(
+            "hybrid_attention", head_dim=head_dim, feature_dim=config.feature_dim, **maps
+        )
+        if choice.backend is None:
+            raise refuse(f"its heads have {head_dim} dimensions: {choice.why}")
     return modules
+
+
+def local_window(model: nn.Module) -> int | None:
+    """The smallest sliding window that converted layers have as softmax layers, and lose: their
+    teacher, like their student, attends all earlier tokens."""
+    windows = [
+        getattr(m if hasattr(m, "sliding_window") else m.config, "sliding_window", None)
+        for m, _ in _converted(model)
+    ]
+    return min((w for w in windows if w), default=None)
 
 
 def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Checks a mask that the caller made, where nothing is compiled; transformers makes those of
     causality and padding."""
+    cache = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", [])
+    for layer in layers:
+        if isinstance(layer, LolcatsCacheLayer):
+            layer.find_beside(layers)
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or torch.compiler.is_compiling():
         return
     if all(layer.mode == "softmax" for layer in attention_layers(module)):
         return
-    cache = kwargs.get("past_key_values")
     past = 0 if cache is None else int(cache.get_seq_length())
     # A block-diagonal mask is right beside the positions that say the same.
-    position_ids = kwargs.get("position_ids")
-    if past or position_ids is None or packed_bounds(position_ids, mask, mask.shape[0]) is None:
-        check_mask(mask, past, getattr(module.config, "sliding_window", None))
+    position_ids, starts = kwargs.get("position_ids"), None
+    if not past and position_ids is not None:
+        starts = packed_starts(position_ids, mask, mask.shape[0])
+    check_mask(mask, past, getattr(module.config, "sliding_window", None), starts)
 
 
 def _before_attention(
     module: Any, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Hands the attention its cache layer, or the bounds of packed sequences."""
-    attention: LolcatsAttention = module.lolcats
-    if attention.mode == "softmax":
+    mode, cache = module.lolcats.mode, kwargs.get("past_key_values")
+    if mode == "softmax":
+        if isinstance(cache, Cache):
+            _leave_softmax_layer(cache, module.layer_idx)
         return None
-    cache = kwargs.get("past_key_values")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise NotImplementedError(
+            f"lolcats attention reads no {type(mask).__name__}: "
+            'model.set_attn_implementation("sdpa") makes masks that it reads'
+        )
     if kwargs.get("cache") is not None or (cache is not None and not isinstance(cache, Cache)):
         raise NotImplementedError(
             f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, "
             "continuous batching) do not work with it, a transformers Cache does"
         )
-    if cache is not None:
-        if attention.mode == "transfer":
-            raise ValueError("attention transfer runs without a cache: pass use_cache=False")
-        return args, {**kwargs, "lolcats_cache": _cache_layer(cache, module.layer_idx)}
-    position_ids = kwargs.get("position_ids")
     bounds = kwargs.get("cu_seq_lens_q")
+    if cache is not None:
+        if mode == "transfer":
+            raise ValueError("attention transfer runs without a cache: pass use_cache=False")
+        layer = _cache_layer(cache, module.layer_idx)
+        return args, {**kwargs, "lolcats_cache": layer, "lolcats_cu_seqlens": bounds}
+    position_ids = kwargs.get("position_ids")
     if bounds is None and position_ids is not None:
         hidden_states = args[0] if args else kwargs["hidden_states"]
-        bounds = packed_bounds(position_ids, kwargs.get("attention_mask"), hidden_states.shape[0])
+        starts = packed_starts(position_ids, mask, hidden_states.shape[0])
+        bounds = None if starts is None else bounds_of(starts)
     return args, {**kwargs, "lolcats_cu_seqlens": bounds}
 
 
@@ -219,5 +272,18 @@ def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
             raise ValueError(
                 f"layer {index}: the cache holds keys of the softmax model; start with a fresh one"
             )
-        layer = cache.layers[index] = LolcatsCacheLayer(cache.layers, type(layer))
+        layer = cache.layers[index] = LolcatsCacheLayer(layer)
     return layer
+
+
+def _leave_softmax_layer(cache: Cache, index: int) -> None:
+    """Gives a layer in softmax mode its own cache layer back."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if not isinstance(layer, LolcatsCacheLayer):
+        return
+    if layer.cumulative_length > 0:
+        raise ValueError(
+            f"layer {index}: the cache holds the state of the converted model; "
+            "start with a fresh one in softmax mode"
+        )
+    cache.layers[index] = layer.instead_of
