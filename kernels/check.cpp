@@ -167,11 +167,12 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.contiguous("state.v_ring", s.v_ring, a.q.dtype, {P, Hk, R, V}));
   LOL_TRY(c.contiguous("state.k_sink", s.k_sink, a.q.dtype, {P, Hk, sinks, D}));
   LOL_TRY(c.contiguous("state.v_sink", s.v_sink, a.q.dtype, {P, Hk, sinks, V}));
-  const int64_t span = a.window * (a.window_kind == LOL_TERRACE ? 2 : 1);
-  if (R < span) {
-    return fail("%s: state.k_ring holds %lld tokens, the window needs %lld", op, (long long)R,
-                (long long)span);
+  const int64_t times = a.window_kind == LOL_TERRACE ? 2 : 1;
+  if (a.window > R / times) {
+    return fail("%s: state.k_ring holds %lld tokens, the window needs %lld times %lld", op,
+                (long long)R, (long long)times, (long long)a.window);
   }
+  const int64_t span = a.window * times;
   const bool wide = a.state_indices.dtype == LOL_I64;
   if (a.lazy < 0 || a.lazy > R - span) {
     return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,

@@ -273,7 +273,8 @@ def _attend(
     q, k, v = _wide(q), _wide(k), _wide(v)
     heads = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    g = gate.to(q.dtype).sigmoid()[:, None, None]  # [H, 1, 1]
+    # At least -80, as the kernels have it: no denominator is zero then.
+    g = gate.to(q.dtype).clamp(min=-80).sigmoid()[:, None, None]  # [H, 1, 1]
     lam = 1 - g if affine else torch.ones_like(g)
     phi_q, phi_k = _phi(q, feature_q), _phi(k, feature_k)  # [B, H, T, F], [B, Hs, S, F]
 

@@ -4,7 +4,9 @@ namespace lol {
 namespace LOL_ISA {
 
 Problem problem_of(const lol_hybrid_attention_args& a) {
-  const Window window = {a.window, a.window_kind, a.sink};
+  // No more than all tokens, so that sums and multiples of the sizes stay numbers.
+  const int64_t T = at_least(a.q.shape[2], 1);
+  const Window window = {at_most(a.window, T), a.window_kind, at_most(a.sink, T)};
   return {a.q,           a.k,
           a.v,           a.feature_q,
           a.feature_k,   (const float*)a.gate.data,

@@ -55,7 +55,7 @@ class AttentionBlock {
     found.lambda = found.most_of_ksum = 1.f;
     if (hybrid) {
       const float g = p.gate[found.head];
-      found.log2_gate = -log2f(1.f + exp2f(-kLog2e * g));
+      found.log2_gate = -log2f(1.f + exp2f(-kLog2e * fmaxf(g, kLeastGate)));
       if (p.affine) found.lambda = 1.f / (1.f + exp2f(kLog2e * g));
     }
     found.bias_q = bias_of(p.map_q, found.head);

@@ -9,6 +9,8 @@ namespace cuda {
 enum Kind { kSoftmax, kExp, kElu1, kRelu, kIdentity, kFavor };
 
 constexpr float kLog2e = 1.4426950408889634f;
+// Gates count as this at least, lest a query without linear keys divide zero by zero.
+constexpr float kLeastGate = -80.f;
 constexpr float kLowest = -3.4e38f;  // below any score; not infinite, since inf - inf is no number
 
 // Where rows are and what is made of them, in shared memory.

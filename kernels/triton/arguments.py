@@ -54,10 +54,36 @@ class Plan:
         launch.launch(kernel, (self.programs,), self.problem, *args, **options)
 
 
+# Rows of a tile are told apart in 32 bits. Tiles have at most 128 tokens.
+FARTHEST = 2**31 // 128
+# Windows of more tokens are as large as can be: sums of two positions stay within 32 bits.
+WIDEST = 2**29
+
+
+def contiguous(name: str, x: Tensor) -> Tensor:
+    """x, which a kernel writes in place or reads by no strides.
+
+    Raises:
+        ValueError: it is not contiguous.
+    """
+    if not x.is_contiguous():
+        raise ValueError(f"Triton kernels: {name} must be contiguous, its strides are {x.stride()}")
+    return x
+
+
 def rows(x: Tensor) -> Rows:
-    """x [B, H, T, width]."""
+    """x [B, H, T, width].
+
+    Raises:
+        ValueError: its last dimension is not contiguous, or its tokens lie too far apart.
+    """
     width = x.shape[3]
     token = x.stride(2) if x.shape[2] > 1 else width
+    if (x.stride(3) != 1 and width > 1) or token > FARTHEST:
+        raise ValueError(
+            f"Triton kernels: {list(x.shape)} has strides {x.stride()}, needs 1 in the last "
+            f"dimension and at most {FARTHEST} between tokens"
+        )
     return Rows(x, x.stride(0), x.stride(1), constant(token), constant(width))
 
 
@@ -73,8 +99,8 @@ def feature_map_of(
     activation, two_sided, skip, eps = codes
     width = head_dim if weight is None else weight.shape[2]
     return Map(
-        weight,
-        bias,
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
         eps,
         constant(1 if weight is None else heads // weight.shape[0]),
         constant(IDENTITY.value if weight is None else activation),
@@ -92,7 +118,8 @@ def sequences_of(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> S
     """The sequences of q's tokens. Nothing here waits for the device."""
     batch, _, length, _ = q.shape
     if mask is None:
-        return Sequences(length, cu_seqlens, None, None)
+        bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
+        return Sequences(length, bounds, None, None)
     position = mask.cumsum(1) - 1
     tokens = torch.arange(length, dtype=torch.int32, device=q.device).expand(batch, length)
     # Padded tokens write into a column of their own, which nothing reads.
@@ -154,6 +181,9 @@ def plan(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunks = -(-length // tiles.chunk)
     slices = -(-v.shape[3] // tiles.block_v)
+    size, kind, sink = window
+    if state_heads is None:  # a pool has the sinks that it has
+        sink = min(sink, next_power_of_2(length))
     segment_chunks = launch.segment_chunks(chunks, sequences * heads * slices)
     segments = max(1, -(-chunks // segment_chunks))
     problem = Problem(
@@ -162,10 +192,10 @@ def plan(
         rows(v),
         feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles),
         feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
-        gate,
+        None if gate is None else gate.contiguous(),
         scale,
         sequences_of(q, cu_seqlens, key_padding_mask),
-        window_of(*window, tiles.chunk),
+        window_of(min(size, WIDEST), kind, sink, tiles.chunk),
         arithmetic_of(q.dtype),
         constant(affine),
         constant(heads),

@@ -171,7 +171,8 @@ def shares(plan: Plan, parameter: Tensor | None, resident: bool = True) -> Tenso
 
 def of_programs(plan: Plan, x: Tensor) -> Tensor:
     """Sums of what every program left, [programs, ...], by head: [H, ...]."""
-    return x.unflatten(0, (plan.sequences, plan.heads, -1)).sum((0, 2))
+    each = plan.segments * plan.slices
+    return x.unflatten(0, (plan.sequences, plan.heads, each)).sum((0, 2))
 
 
 def of_maps(plan: Plan, x: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -44,13 +44,14 @@ class Maps(NamedTuple):
     chunk: Any  # tokens of a tile
     block_d: Any
     steps: Any  # tiles of a program
+    programs: Any  # of a head; no constant
 
 
 @triton.jit
 def program_rows(p):
     """(head, row of the batch, first token) of a program."""
-    head, batch = tl.program_id(1) % p.heads, tl.program_id(1) // p.heads
-    return head, batch, tl.program_id(0) * (p.steps * p.chunk)
+    row, part = tl.program_id(0) // p.programs, tl.program_id(0) % p.programs
+    return row % p.heads, row // p.heads, part * (p.steps * p.chunk)
 
 
 @triton.jit
@@ -88,7 +89,7 @@ def feature_map_forward(p, y):
 def feature_map_gradients(p, dy, dx, d_weight, d_bias):
     """dx, and every program's share of the parameters' gradients."""
     head, batch, start = program_rows(p)
-    program = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
     weight = load_weight(p.map, head, p.arithmetic, p.block_d)
     own = share_of(p.map, d_weight, program)
     dw, db = zero_weight(p, p.map, d_weight), zero_bias(p.map, d_bias)
@@ -117,19 +118,24 @@ BACKWARD_STEPS = 16  # a share of the weight's gradient for every 16 tiles
 
 def maps_of(
     x: Tensor, weight: Tensor, bias: Tensor | None, codes: tuple, kernel: str, steps: int
-) -> tuple[Maps, tuple[int, int], dict[str, int]]:
+) -> tuple[Maps, tuple[int], dict[str, int]]:
     """(the arguments of a kernel, its grid, its options)."""
     batch, heads, length, head_dim = x.shape
     tiles = tiles_for(kernel, x, weight, x)
+    programs = -(-length // (tiles.chunk * steps))
     problem = Maps(
         rows(x),
         feature_map_of(weight, bias, heads, head_dim, codes, tiles),
         arithmetic_of(x.dtype),
         length,
         *map(constant, (heads, tiles.chunk, next_power_of_2(head_dim), steps)),
+        programs,
     )
-    grid = -(-length // (tiles.chunk * steps)), batch * heads
-    return problem, grid, {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return (
+        problem,
+        (programs * batch * heads,),
+        {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+    )
 
 
 def feature_map(x: Tensor, weight: Tensor, bias: Tensor | None, *codes: float) -> Tensor:
@@ -147,7 +153,7 @@ def feature_map_backward(
     """(dx, dweight, dbias); the last is empty without a bias."""
     problem, grid, options = maps_of(x, weight, bias, codes, "feature_map", BACKWARD_STEPS)
     dx = empty_like_rows(x, x.shape[3])
-    shares = weight.new_zeros(x.shape[0], x.shape[1], grid[0], *weight.shape[1:])
+    shares = weight.new_zeros(*x.shape[:2], problem.programs, *weight.shape[1:])
     bias_shares = None if bias is None else weight.new_empty(*shares.shape[:3], weight.shape[2])
     launch(feature_map_gradients, grid, problem, rows(dy), rows(dx), shares, bias_shares, **options)
 

@@ -124,6 +124,12 @@ def exponential(z, f):
 
 
 @triton.jit
+def at_least(x, floor):
+    """max(x, floor), and NaN of NaN."""
+    return tl.maximum(x, floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate_side(z, f):
     """act(z), not yet clamped; the other side of a two-sided map is that of -z."""
     if f.activation == SOFTMAX or f.activation == EXP:
@@ -131,7 +137,7 @@ def activate_side(z, f):
     elif f.activation == ELU1:
         return in_width(f, tl.where(z > 0, 1.0 + z, tl.exp2(tl.minimum(z, 0.0) * LOG2E)), 0.0)
     elif f.activation == RELU:
-        return tl.maximum(z, 0.0)
+        return at_least(z, 0.0)
     elif f.activation == FAVOR:
         root = tl.sqrt(tl.full((), f.width, tl.float32))
         return in_width(f, tl.exp2(z * LOG2E) / root, 0.0)
@@ -154,7 +160,7 @@ def clamp_side(y, f):
     if f.activation == IDENTITY:
         return y
     else:
-        return in_width(f, tl.maximum(y, f.eps), 0.0)
+        return in_width(f, at_least(y, f.eps), 0.0)
 
 
 @triton.jit

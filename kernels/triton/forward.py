@@ -60,11 +60,15 @@ class Step(NamedTuple):
 
 @triton.jit
 def log2_gate(p, at):
-    """log2 of g, the factor of the softmax part; 0 where there is no gate."""
+    """log2 of g, the factor of the softmax part; 0 where there is no gate.
+
+    A gate counts as -80 at least, lest a query without linear keys divide zero by zero.
+    """
     if p.gate is None:
         return 0.0
     else:
-        return -tl.log2(1.0 + tl.exp2(-tl.load(p.gate + at.head) * LOG2E))
+        gate = tl.maximum(tl.load(p.gate + at.head), -80.0)
+        return -tl.log2(1.0 + tl.exp2(-gate * LOG2E))
 
 
 @triton.jit

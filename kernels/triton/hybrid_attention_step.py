@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention, launch
-from .arguments import Plan, constant, empty_like_rows, plan, rows
+from .arguments import Plan, constant, contiguous, empty_like_rows, plan, rows
 from .features import load_weight, operand, project
 from .forward import add_linear, add_softmax, empty_sums, linear_factor, log2_gate, scores
 from .launch import next_power_of_2
@@ -276,9 +276,10 @@ def hybrid_attention_step_(
         exact = Arithmetic(constant(tl.float32), constant(launch.precision(q.dtype)))
         problem = replace(problem, problem=problem.problem._replace(arithmetic=exact))
     stores = [rows(x) if x.shape[2] else None for x in (k_ring, v_ring, k_sink, v_sink)]
-    pool = Pool(
-        kv, ksum, *stores, length, folded, state_indices, constant(ring), constant(slack)
-    )  # fmt: skip
+    sums = {"kv": kv, "ksum": ksum, "length": length, "folded": folded}
+    kv, ksum, length, folded = (contiguous(f"state.{name}", x) for name, x in sums.items())
+    slots = None if state_indices is None else state_indices.contiguous()
+    pool = Pool(kv, ksum, *stores, length, folded, slots, constant(ring), constant(slack))
     group = group_of(q, state_heads, ring, slack, terrace, width)
     counters = sequences, state_heads + kv_heads + 1
     arrivals = torch.zeros(counters, dtype=torch.int32, device=q.device)

@@ -57,7 +57,7 @@ def hybrid_attention(
         k: [B, Hk, T, D], Hk dividing H.
         v: [B, Hk, T, V].
         feature_q, feature_k: the maps, each with H or Hk heads and alike in all but parameters.
-        gate: [H], raw: the sigmoid is taken inside.
+        gate: [H], raw: the sigmoid is taken inside, of -80 at least.
         window: w >= 0; 0 is linear attention, w >= T softmax attention.
         window_kind: "sliding", e(i) = max(0, i - w + 1), or "terrace", e(i) = max(0, (floor(i / w)
             - 1) w).

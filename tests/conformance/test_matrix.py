@@ -1,9 +1,10 @@
 """Every operator, forward and backward, on every backend, against the fp64 reference (SPEC 9)."""
 
 import pytest
-from helpers.cases import FACTORS, cases
+from helpers.cases import FACTORS, Case, cases
 from helpers.kernels import ALL, KERNELS
 from helpers.operators import (
+    BOUNDLESS,
     HYBRID,
     MAPS,
     SEQUENCES,
@@ -51,3 +52,12 @@ def test_attention_transfer_equals_the_reference(case, backend, device):
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed, backend, device):
     check_gate(seed, (2, 4, 200, 64), backend, device)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    ("call", "settings"),
+    [*BOUNDLESS, (attention_transfer, {"window": 16, "sink": 2**40, "xent": True})],
+)
+def test_windows_sinks_and_gates_have_no_bounds(call, settings, backend, device):
+    check(call, Case("500", batch=(1, 1), **settings), backend, device)

@@ -1,5 +1,7 @@
 """The Triton kernels in the interpreter: bounds are checked in every launch (gpu_on_cpu)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from gpu_on_cpu import sanitizer
 from helpers.cases import FACTORS, Case, cases
 from helpers.compare import assert_close, assert_same_state
 from helpers.operators import (
+    BOUNDLESS,
     HYBRID,
     MAPS,
     SEQUENCES,
@@ -25,6 +28,8 @@ from helpers.operators import (
     linear_attention,
 )
 from test_state import SETTINGS, case_of, empty_state, feed, prepare, reference_of
+
+import lolcats_ops as lo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,6 +125,65 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
 @pytest.mark.parametrize("seed", [5, 6])
 def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed):
     check_gate(seed, (1, 2, 100, 32), "triton", "cpu")
+
+
+@pytest.mark.parametrize(("call", "settings"), BOUNDLESS)
+def test_windows_sinks_and_gates_have_no_bounds(call, settings):
+    check(call, Case("500", batch=(1, 1), **settings), "triton")
+
+
+def attended(**changes):
+    """hybrid_attention of 40 tokens, its inputs and options ``changes``."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 40, 16, generator=rng)
+    inputs = {"q": q, "k": k, "v": v, "gate": torch.zeros(2), "window": 4} | changes
+    maps = lo.Features(torch.eye(16).repeat(2, 1, 1))
+    return lo.hybrid_attention(feature_q=maps, feature_k=maps, **inputs, backend="triton")
+
+
+def test_indices_may_be_slices_and_states_may_not():
+    bounds = torch.tensor([0, 3, 7, 20, 40], dtype=torch.int32)
+    strided = torch.stack((bounds, bounds + 50), 1)[:, 0]
+    assert not strided.is_contiguous()
+    assert attended(cu_seqlens=strided).equal(attended(cu_seqlens=bounds))
+    x = prepare(case_of(3, "sliding", 1, batch=(2, 2)), 20, torch.float32)
+    want, _ = reference_of(x)
+    slots = torch.tensor([4, 0, 2, 0])[::2]
+    out = feed(x, empty_state(x, batch=5), [0, 9, 20], state_indices=slots, backend="triton")
+    assert_close("out", out, want, torch.float32)
+    state = empty_state(x)
+    state = replace(state, kv=torch.stack((state.kv, state.kv), 1)[:, 0])
+    with pytest.raises(ValueError, match=r"state.kv must be contiguous"):
+        feed(x, state, [0, 20], backend="triton")
+
+
+def test_rows_too_far_apart_are_refused():
+    far = torch.empty(2**25, dtype=torch.bfloat16).as_strided((1, 2, 2, 16), (0, 16, 2**24 + 1, 1))
+    with pytest.raises(ValueError, match=r"at most 16777216 between tokens"):
+        attended(q=far, k=far, v=far)
+
+
+def test_no_sequences_have_gradients():
+    empty = torch.zeros(0, 2, 5, 16, requires_grad=True)
+    gate = torch.zeros(2, requires_grad=True)
+    attended(q=empty, k=empty, v=empty, gate=gate).sum().backward()
+    assert gate.grad.tolist() == [0, 0]
+
+
+def test_nan_stays_nan():
+    x = torch.zeros(1, 2, 20, 16)
+    x[0, 0, 10] = float("nan")
+    phi = lo.feature_map(x, lo.Features(torch.eye(16).repeat(2, 1, 1)), backend="triton")
+    assert phi.isnan().all(-1).nonzero().tolist() == [[0, 0, 10]]
+    assert phi.isnan().sum() == phi.shape[-1]
+
+
+def test_feature_map_takes_any_number_of_heads():
+    from lolcats_ops.kernels.triton.feature_map import maps_of
+
+    x = torch.zeros(1 << 12, 17, 1, 4)  # 69 632, while a grid is 65 535 high
+    grid = maps_of(x, torch.zeros(17, 4, 4), None, (0, True, False, 0.0), "feature_map", 1)[1]
+    assert grid == (x.shape[0] * x.shape[1],)
 
 
 @pytest.mark.parametrize("order", [1, 2])

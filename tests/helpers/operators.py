@@ -37,10 +37,26 @@ def linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, to
     return {"out": out, "kv": state.kv, "ksum": state.ksum}
 
 
-def hybrid_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+def hybrid_attention(
+    ops: ModuleType, x: Inputs, gate: float = 0.0, **options: str
+) -> dict[str, torch.Tensor]:
     settings = {**x.case.windows, "affine": x.case.affine, **x.sequences}
-    arguments = (*x.qkv, x.features("q"), x.features("k"), x.leaves["gate"])
+    arguments = (*x.qkv, x.features("q"), x.features("k"), x.leaves["gate"] + gate)
     return {"out": ops.hybrid_attention(*arguments, **settings, **options)}
+
+
+def closed_gates(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+    """hybrid_attention with gates whose sigmoids fp32 cannot hold."""
+    return hybrid_attention(ops, x, gate=-120.0, **options)
+
+
+# Windows and sinks of more tokens than there are, and than fit any integer's multiples.
+BOUNDLESS = (
+    (hybrid_attention, {"window": 2**31 - 1}),
+    (hybrid_attention, {"window": 2**62 + 1600, "window_kind": "terrace"}),
+    (hybrid_attention, {"window": 16, "sink": 2**63 - 1}),
+    (closed_gates, {"window": 2**63 - 1}),
+)
 
 
 def attention_transfer(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
