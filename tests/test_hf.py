@@ -447,6 +447,22 @@ def test_from_pretrained_refuses_what_is_no_causal_language_model(tmp_path):
         lo.hf.from_pretrained(tmp_path)
 
 
+class MyLlama(transformers.LlamaForCausalLM):
+    """A class of a user's own."""
+
+
+@torch.no_grad()
+def test_from_pretrained_loads_what_a_class_of_ones_own_saved(prompt, tmp_path):
+    model = lo.hf.convert(MyLlama(transformers.LlamaConfig(**SHAPE)), NARROW).eval()
+    model.save_pretrained(tmp_path)
+    assert lo.hf.from_pretrained(tmp_path)(prompt).logits.equal(model(prompt).logits)
+
+
+def test_weights_of_attention_are_refused(model, prompt):
+    with pytest.raises(NotImplementedError, match="no output_attentions"):
+        model(prompt, output_attentions=True)
+
+
 def test_from_pretrained_refuses_a_softmax_model(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama model, not a converted one"):

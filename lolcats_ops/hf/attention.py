@@ -126,10 +126,12 @@ class LolcatsAttention(nn.Module):
         sequences in the flattened batch.
 
         Raises:
-            NotImplementedError: attention dropout or soft capping, which this attention does not
-                have; packed sequences that are to be cached.
+            NotImplementedError: attention dropout, soft capping or weights to return, which this
+                attention does not have; packed sequences that are to be cached.
         """
-        for name, value_ in (("dropout", dropout), ("softcap", kwargs.get("softcap"))):
+        asked: dict[str, Any] = {"dropout": dropout}
+        asked |= {name: kwargs.get(name) for name in ("softcap", "output_attentions")}
+        for name, value_ in asked.items():
             if value_:
                 raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
         query, key, value = autocast(query, key, value)

@@ -8,6 +8,7 @@ config class and a model class are derived when first needed.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,8 @@ from lolcats_ops.hf.config import LolcatsConfig
 from lolcats_ops.hf.patch import attention_layers, convert_layers, restore_layers
 
 MODEL_TYPE = "lolcats"
+# Names of model classes without a language model head; those of a user's own classes may be any.
+OTHER_HEAD = re.compile(r"For(?!CausalLM)[A-Z]|(?<!LMHead)Model$")
 
 
 class LolcatsModelConfig(PreTrainedConfig):
@@ -157,7 +160,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
         )
     kinds = config.architectures or []
-    if kinds and not any("CausalLM" in kind or "LMHead" in kind for kind in kinds):
+    if any(OTHER_HEAD.search(kind) for kind in kinds):
         raise ValueError(
             f"from_pretrained: {path} holds a {' or '.join(kinds)}; "
             "only causal language models load converted"
