@@ -103,7 +103,7 @@ def test_transfer_resumes_nothing_else(other, tmp_path):
     lo.convert.transfer(begun, rows, config, checkpoint=tmp_path / "state.pt")
     model = lo.hf.convert(tiny(), NARROW)
     if other == "model":
-        model.model.layers[1].self_attn.o_proj.weight.data[0, 0] += 1
+        model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1
     if other == "data":
         rows[1, 3] += 1
     if other == "configuration":
@@ -176,6 +176,10 @@ def test_trained_features_are_in_checkpoints_and_adapters(tmp_path):
             assert not torch.equal(a.feature_q, start[i].feature_q)
     with pytest.raises(ValueError, match="not converted"):
         lo.convert.finetune(tiny(), rows, config)
+    for change in ({"rank": 4}, {"train_features": False}):
+        other, model = FinetuneConfig(**options | change), lo.hf.convert(tiny(), NARROW)
+        with pytest.raises(ValueError, match="was begun with"):
+            lo.convert.finetune(model, rows, other, **output)
 
 
 def test_merged_model_computes_what_the_adapters_computed(model):

@@ -173,6 +173,27 @@ def test_padding_is_not_taken_back_from_a_state(model):
 
 
 @torch.no_grad()
+def test_a_plain_cache_takes_back_what_no_state_has_absorbed(model):
+    ids, cache = token_ids(1, 9), transformers.DynamicCache(config=model.config)
+    model(ids[:, :5], past_key_values=cache)
+    cache.crop(-2)
+    got = model(ids[:, 3:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids).logits[:, 3:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("softmax_layer", [0, 1])
+def test_a_cache_may_be_given_by_position(softmax_layer):
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(softmax_layer,))
+    model, ids = lo.hf.convert(tiny(), config).model, token_ids(1, 20)
+    cache = transformers.DynamicCache()
+    for piece in ids.split((12, 8), dim=1):
+        got = model(piece, None, None, cache).last_hidden_state
+    expected = model(ids).last_hidden_state[:, 12:]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 def test_a_refused_crop_changes_no_layer():
     config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(0,))
     model, ids = lo.hf.convert(tiny(), config), token_ids(1, 20)
@@ -258,6 +279,17 @@ def test_packed_documents_may_come_with_their_bounds(model):
     torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
     with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
         model(ids, position_ids=positions, **given)
+
+
+def test_packed_documents_under_their_own_mask_do_not_go_into_a_cache(model):
+    positions = torch.cat((torch.arange(6), torch.arange(10)))[None]
+    packed = torch.ones(16, 16).tril().bool()[None, None].clone()
+    packed[:, :, 6:, :6] = False
+    inputs = {"position_ids": positions, "attention_mask": packed}
+    expected = model(token_ids(1, 16), **inputs, use_cache=False).logits
+    torch.testing.assert_close(model(token_ids(1, 16), **inputs).logits, expected)  # trains
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
+        model(token_ids(1, 16), **inputs)
 
 
 @torch.no_grad()
@@ -577,6 +609,12 @@ def test_features_can_be_trained_as_modules_of_peft(model, prompt):
         got, merged = adapted(prompt).logits, adapted.merge_and_unload()
         torch.testing.assert_close(merged(prompt).logits, got)
     assert torch.equal(lo.hf.attention_layers(merged)[0].gate, layers[0].gate)
+    attention = merged.model.layers[0].self_attn
+    with lo.hf.use_mode(merged, "softmax"):
+        assert attention.config is merged.config
+    lo.hf.restore(merged)
+    assert attention.config is merged.config
+    assert not hasattr(attention, "softmax")
 
 
 @torch.no_grad()

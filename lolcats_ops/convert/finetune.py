@@ -139,6 +139,22 @@ def finetune(
     )
 
 
+def _check_adapter(path: str, now: peft.LoraConfig) -> None:
+    """Refuses to go on from the checkpoint of another kind of adapter."""
+    begun = peft.PeftConfig.from_pretrained(path)
+
+    def value(config: Any, name: str) -> Any:
+        x = getattr(config, name)
+        return sorted(x) if isinstance(x, (list, set, tuple)) else x
+
+    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
+        if value(begun, name) != value(now, name):
+            raise ValueError(
+                f"finetune: {path} was begun with {name}={value(begun, name)}, not "
+                f"{value(now, name)}; delete it, or keep the checkpoints elsewhere"
+            )
+
+
 def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: str) -> list[float]:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows(data))
     trainer.remove_callback(transformers.PrinterCallback)  # our bar shows the loss
@@ -155,6 +171,8 @@ def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: 
         else int(arguments.num_train_epochs * per_epoch)
     )
     last = get_last_checkpoint(arguments.output_dir) if resume else None
+    if last is not None:
+        _check_adapter(last, model.peft_config["default"])
     if last is not None and int(last.rpartition("-")[2]) >= steps:  # the Trainer would go on
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(last))
         return []

@@ -19,6 +19,8 @@ from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
 from lolcats_ops.hf.patch import local_window
 
+SAMPLE = 4096  # elements of a weight that tell models apart
+
 
 @dataclass(frozen=True)
 class TransferReport:
@@ -162,7 +164,8 @@ def transfer(
 
 
 def _origin(model: PreTrainedModel, data: Tensor, config: TransferConfig) -> dict[str, str]:
-    """What decides the result, in digests: a checkpoint goes on with nothing else."""
+    """What decides the result, in digests: a checkpoint goes on with nothing else. Of large weights
+    it is a sample."""
 
     def digest(*values: Any) -> str:
         found = hashlib.sha256()
@@ -172,7 +175,9 @@ def _origin(model: PreTrainedModel, data: Tensor, config: TransferConfig) -> dic
             found.update(value if isinstance(value, bytes) else repr(value).encode())
         return found.hexdigest()
 
-    weights = [m.o_proj.weight for m in model.modules() if hasattr(m, "lolcats")]
+    named = model.named_parameters()
+    frozen = [x.flatten() for name, x in named if ".lolcats." not in name and not x.is_meta]
+    weights = [x[:: max(1, len(x) // SAMPLE)] for x in frozen]
     return {
         "model": digest(*(layer.config for layer in attention_layers(model)), *weights),
         "data": digest(list(data.shape), data),
@@ -212,8 +217,9 @@ def _resume(
     state = torch.load(path, map_location="cpu")  # from there to where the parameters are
     begun = state.get("origin", {})
     if others := [name for name, value in origin.items() if begun.get(name) != value]:
+        was = f"was begun with another {' and another '.join(others)}"
         raise ValueError(
-            f"transfer: {path} was begun with another {' and another '.join(others)}; "
+            f"transfer: {path} {was if begun else 'does not say what it was begun with'}; "
             "delete it, or keep the checkpoint elsewhere"
         )
     for layer, learner, weights, progress_ in zip(

@@ -49,9 +49,6 @@ class LolcatsAttention(nn.Module):
         self.mode: Mode = "hybrid"
         self.learner: Learner | None = None
         self.backend: str | None = None
-        # The attention module's own, for softmax mode.
-        self.softmax_config: Any = None
-        self.softmax_dropout: float | None = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
@@ -218,7 +215,7 @@ def lolcats_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Ten
 
 def attention_of(module: nn.Module) -> LolcatsAttention | None:
     """What `convert` gave an attention module; of copies that PEFT trains, the active one."""
-    found: Any = getattr(module, "lolcats", None)
+    found: Any = module._modules.get("lolcats")
     if copies := getattr(found, "modules_to_save", None):
         active = [] if found.disable_adapters else [n for n in found.active_adapters if n in copies]
         found = copies[active[0]] if active else found.original_module
@@ -298,7 +295,7 @@ def packed_starts(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tens
     position_ids = position_ids.expand(batch, -1)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1
-    row, i = starts[:, 1:].nonzero(as_tuple=True)
+    row, i = starts[:, 1:].to(mask.device).nonzero(as_tuple=True)
     rows = mask[:, 0].expand(batch, -1, -1)
     if not len(i) or bool(_attended(rows[row, i + 1, i]).any()):
         return None

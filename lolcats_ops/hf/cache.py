@@ -31,7 +31,8 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.state: lo.HybridState | None = None
         self.cumulative_length = 0  # with padding, which state.length leaves out
         self.waiting = 0  # tokens that have been counted and not yet attended
-        # [B, n] which of the last n tokens are real, as far back as the ring; None if all ever were
+        # [B, n] which of the last n tokens are real, as far back as the ring, or without slack of
+        # none; None if all ever were
         self.recent: Tensor | None = None
 
     @property
@@ -103,7 +104,10 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     def _remember(self, real: Tensor | None, key: Tensor, most: int) -> None:
         """Which of the last tokens are padding: the state holds nothing of them to take back."""
-        if self.slack == 0 or (real is None and self.recent is None):
+        if real is None and self.recent is None:
+            return
+        if self.slack == 0:
+            self.recent = key.new_ones((key.shape[0], 0), dtype=torch.bool)
             return
         batch, _, tokens, _ = key.shape
         before = self.recent
@@ -134,13 +138,6 @@ class LolcatsCacheLayer(CacheLayerMixin):
             return self.beside.get_mask_sizes(query_length)
         return query_length, self.cumulative_length
 
-    def find_beside(self, layers: list[CacheLayerMixin]) -> None:
-        """Looks for the softmax layer beside this one, once it holds something."""
-        if self.beside is None:
-            kind = type(self.instead_of)
-            used = (x for x in layers if type(x) is kind and x.is_initialized)
-            self.beside = next(used, None)
-
     def get_max_length(self) -> int:
         return -1
 
@@ -156,36 +153,28 @@ class LolcatsCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: more than `slack` tokens, once the oldest have left the window.
         """
-        n = self.removed(tokens_to_remove)
+        n = (
+            -tokens_to_remove
+            if tokens_to_remove <= 0
+            else self.cumulative_length - tokens_to_remove
+        )
         if n <= 0 or self.state is None:
             return
-        self.state.rewind(self._real_among(n))
+        try:
+            self.state.rewind(self._real_among(n))
+        except ValueError as error:
+            if self.slack > 0:
+                raise
+            raise ValueError(
+                f"{error}; lo.hf.LolcatsCache(model, slack=...), as past_key_values of generate, "
+                "keeps what it takes to take tokens back (there is none for an assistant model)"
+            ) from error
         self.cumulative_length -= n
         if self.recent is not None:
             self.recent = self.recent[:, :-n]
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises what `crop` would, and changes nothing."""
-        n = self.removed(tokens_to_remove)
-        if n > 0 and self.state is not None:
-            length = self.state.length.clone()
-            self.state.rewind(self._real_among(n))
-            self.state.length.copy_(length)
-
-    def removed(self, tokens_to_remove: int) -> int:
-        """How many tokens `crop` takes back."""
-        if tokens_to_remove <= 0:
-            return -tokens_to_remove
-        return self.cumulative_length - tokens_to_remove
-
     def _real_among(self, n: int) -> int | Tensor:
         """How many of the last n tokens of every sequence are real."""
-        if self.slack == 0:
-            raise ValueError(
-                "a recurrent state cannot be taken back; a cache that keeps what it takes to do so "
-                "for the last tokens is lo.hf.LolcatsCache(model, slack=...), past_key_values of "
-                "generate (of an assistant model there is none)"
-            )
         if self.recent is None:
             return n
         if n > self.recent.shape[1]:
@@ -219,6 +208,18 @@ class LolcatsCacheLayer(CacheLayerMixin):
         """Nothing was offloaded."""
 
 
+def find_beside(layers: list[CacheLayerMixin]) -> None:
+    """Tells converted layers of the softmax layers beside them, once these hold something."""
+    used = {
+        type(layer): layer
+        for layer in reversed(layers)
+        if layer.is_initialized and not isinstance(layer, LolcatsCacheLayer)
+    }
+    for layer in layers if used else ():
+        if isinstance(layer, LolcatsCacheLayer) and layer.beside is None:
+            layer.beside = used.get(type(layer.instead_of))
+
+
 class LolcatsCache(DynamicCache):
     """A cache for a converted model from which the last `slack` tokens can be taken back.
 
@@ -243,10 +244,11 @@ class LolcatsCache(DynamicCache):
         Raises:
             ValueError: more than `slack` tokens.
         """
-        for layer in self.layers:
-            if isinstance(layer, LolcatsCacheLayer):
-                layer.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        # The states go first: they have the same lengths, so that the first one says if any cannot.
+        states = [layer for layer in self.layers if isinstance(layer, LolcatsCacheLayer)]
+        others = [layer for layer in self.layers if not isinstance(layer, LolcatsCacheLayer)]
+        for layer in (*states, *others):
+            layer.crop(tokens_to_remove)
 
 
 def cache_bytes(cache: Any) -> int:

@@ -9,10 +9,11 @@ layer). Nothing global changes.
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -30,10 +31,17 @@ from lolcats_ops.hf.attention import (
     lolcats_attention,
     packed_starts,
 )
-from lolcats_ops.hf.cache import LolcatsCacheLayer
+from lolcats_ops.hf.cache import LolcatsCacheLayer, find_beside
 from lolcats_ops.hf.config import LolcatsConfig
 
 AttentionInterface.register(NAME, lolcats_attention)
+
+
+class Softmax(NamedTuple):
+    """What an attention module has in softmax mode."""
+
+    config: Any
+    dropout: float | None
 
 
 @torch.inference_mode(False)  # parameters made under inference mode could never train
@@ -56,9 +64,8 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             config,
             projection.weight.device,
         )
-        attention.softmax_config = module.config
-        attention.softmax_dropout = getattr(module, "attention_dropout", None)
         module.lolcats = attention
+        module.softmax = Softmax(module.config, getattr(module, "attention_dropout", None))
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
@@ -77,7 +84,7 @@ def restore_layers(model: PreTrainedModel) -> None:
     set_mode(model, "softmax")
     for module, _ in _converted(model):
         _remove(module, _before_attention)
-        del module.lolcats
+        del module.lolcats, module.softmax
     _remove(model.base_model, _before_layers)
 
 
@@ -101,15 +108,16 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     """
     if mode not in get_args(Mode):
         raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")
-    for module, attention in _converted(model):
+    for module, _ in _converted(model):
         for each in module.lolcats.modules():  # itself, or the copies that PEFT made
             if isinstance(each, LolcatsAttention):
                 each.mode = mode
-        module.config = attention.softmax_config
-        if attention.softmax_dropout is not None:
-            module.attention_dropout = attention.softmax_dropout if mode == "softmax" else 0.0
+        own: Softmax = module.softmax
+        module.config = own.config
+        if own.dropout is not None:
+            module.attention_dropout = own.dropout if mode == "softmax" else 0.0
         if mode != "softmax":
-            module.config = copy.copy(attention.softmax_config)
+            module.config = copy.copy(own.config)
             module.config._attn_implementation_internal = NAME
 
 
@@ -210,19 +218,18 @@ def local_window(model: nn.Module) -> int | None:
 def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Checks a mask that the caller made, where nothing is compiled; transformers makes those of
     causality and padding."""
-    cache = kwargs.get("past_key_values")
-    layers = getattr(cache, "layers", [])
-    for layer in layers:
-        if isinstance(layer, LolcatsCacheLayer):
-            layer.find_beside(layers)
-    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    given = kwargs
+    if args:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    cache, mask = given.get("past_key_values"), given.get("attention_mask")
+    find_beside(getattr(cache, "layers", []))
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or torch.compiler.is_compiling():
         return
     if all(layer.mode == "softmax" for layer in attention_layers(module)):
         return
     past = 0 if cache is None else int(cache.get_seq_length())
     # A block-diagonal mask is right beside the positions that say the same.
-    position_ids, starts = kwargs.get("position_ids"), None
+    position_ids, starts = given.get("position_ids"), None
     if not past and position_ids is not None:
         starts = packed_starts(position_ids, mask, mask.shape[0])
     check_mask(mask, past, getattr(module.config, "sliding_window", None), starts)
@@ -248,18 +255,18 @@ def _before_attention(
             f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, "
             "continuous batching) do not work with it, a transformers Cache does"
         )
-    bounds = kwargs.get("cu_seq_lens_q")
+    layer = None
     if cache is not None:
         if mode == "transfer":
             raise ValueError("attention transfer runs without a cache: pass use_cache=False")
         layer = _cache_layer(cache, module.layer_idx)
-        return args, {**kwargs, "lolcats_cache": layer, "lolcats_cu_seqlens": bounds}
-    position_ids = kwargs.get("position_ids")
-    if bounds is None and position_ids is not None:
+    bounds, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+    first = layer is None or layer.cumulative_length == 0
+    if bounds is None and position_ids is not None and first:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         starts = packed_starts(position_ids, mask, hidden_states.shape[0])
         bounds = None if starts is None else bounds_of(starts)
-    return args, {**kwargs, "lolcats_cu_seqlens": bounds}
+    return args, {**kwargs, "lolcats_cache": layer, "lolcats_cu_seqlens": bounds}
 
 
 def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
@@ -272,7 +279,8 @@ def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
             raise ValueError(
                 f"layer {index}: the cache holds keys of the softmax model; start with a fresh one"
             )
-        layer = cache.layers[index] = LolcatsCacheLayer(layer)
+        slack = getattr(layer, "lolcats_slack", 0)
+        layer = cache.layers[index] = LolcatsCacheLayer(layer, slack)
     return layer
 
 
@@ -287,3 +295,4 @@ def _leave_softmax_layer(cache: Cache, index: int) -> None:
             "start with a fresh one in softmax mode"
         )
     cache.layers[index] = layer.instead_of
+    layer.instead_of.lolcats_slack = layer.slack  # if the cache comes back

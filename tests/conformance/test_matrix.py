@@ -49,9 +49,10 @@ def test_attention_transfer_equals_the_reference(case, backend, device):
 
 
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("settings", [{"window": 32}, {"window": 0}, {"window": 0, "sink": 4}])
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
-def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed, backend, device):
-    check_gate(seed, (2, 4, 200, 64), backend, device)
+def test_the_gates_gradient_does_not_see_that_y_is_rounded(seed, settings, backend, device):
+    check_gate(seed, (2, 4, 200, 64), backend, device, **settings)
 
 
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)

@@ -101,7 +101,13 @@ def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.
         assert_close(name, got.gradients[name], g, case.dtype, factor=2, floor=size)
 
 
-def check_gate(seed: int, shape: tuple[int, int, int, int], backend: str, device: str) -> None:
+def check_gate(
+    seed: int,
+    shape: tuple[int, int, int, int],
+    backend: str,
+    device: str,
+    **settings: int,
+) -> None:
     """The gate's gradient alone, of ``shape`` B, H, T, D in bf16, without a floor.
 
     It is a sum over all queries, in which roundings of y would show.
@@ -122,8 +128,7 @@ def check_gate(seed: int, shape: tuple[int, int, int, int], backend: str, device
         leaf = gate.to(device, parameters).requires_grad_()
         rows = [x.to(device, torch.bfloat16).to(dtype) for x in (q, k, v, dy)]
         features = [lo.Features(weight.to(device, parameters)) for weight in maps]
-        window = head_dim // 2
-        y = ops.hybrid_attention(*rows[:3], *features, leaf, window=window, **options)
+        y = ops.hybrid_attention(*rows[:3], *features, leaf, **settings, **options)
         return torch.autograd.grad(y, leaf, rows[3])[0]
 
     want = gradient(lo.reference, torch.float64)
