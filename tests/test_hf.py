@@ -614,7 +614,7 @@ def test_features_can_be_trained_as_modules_of_peft(model, prompt):
         assert attention.config is merged.config
     lo.hf.restore(merged)
     assert attention.config is merged.config
-    assert not hasattr(attention, "softmax")
+    assert not hasattr(attention, "lolcats_softmax")
 
 
 @torch.no_grad()

@@ -244,8 +244,8 @@ def check_mask(
     mask: Tensor, past: int, sliding_window: int | None, starts: Tensor | None = None
 ) -> None:
     """Refuses a [B, H | 1, T, Tk] mask that is not causality (within a sliding window, which the
-    model's own attention may have, and within packed sequences, which start where ``starts`` [B, T]
-    is True if nothing is past) and padding: this attention reads no other.
+    model's own attention may have; with ``starts`` [B, T] and nothing past, within the packed
+    sequences that start where it is True) and padding: this attention reads no other.
 
     Raises:
         NotImplementedError: naming what it may be.

@@ -213,7 +213,7 @@ def find_beside(layers: list[CacheLayerMixin]) -> None:
     used = {
         type(layer): layer
         for layer in reversed(layers)
-        if layer.is_initialized and not isinstance(layer, LolcatsCacheLayer)
+        if getattr(layer, "is_initialized", False) and not isinstance(layer, LolcatsCacheLayer)
     }
     for layer in layers if used else ():
         if isinstance(layer, LolcatsCacheLayer) and layer.beside is None:

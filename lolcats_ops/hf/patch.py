@@ -50,7 +50,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
     what the model says of itself."""
     modules = _convertible(model, config)
     _own_config(model)
-    if dropout := max(getattr(m, "attention_dropout", 0.0) for m in modules):
+    if dropout := max(_dropout(m) or 0.0 for m in modules):
         warnings.warn(
             f"attention_dropout={dropout} will not apply to converted layers", stacklevel=3
         )
@@ -65,7 +65,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             projection.weight.device,
         )
         module.lolcats = attention
-        module.softmax = Softmax(module.config, getattr(module, "attention_dropout", None))
+        module.lolcats_softmax = Softmax(module.config, _dropout(module))
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
@@ -79,12 +79,18 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
+def _dropout(module: Any) -> float | None:
+    """The rate that an attention module passes on, None if it has none to set."""
+    rate = getattr(module, "attention_dropout", None)
+    return rate if isinstance(rate, (int, float)) else None
+
+
 def restore_layers(model: PreTrainedModel) -> None:
     """Takes `convert_layers` back exactly."""
     set_mode(model, "softmax")
     for module, _ in _converted(model):
         _remove(module, _before_attention)
-        del module.lolcats, module.softmax
+        del module.lolcats, module.lolcats_softmax
     _remove(model.base_model, _before_layers)
 
 
@@ -112,7 +118,7 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
         for each in module.lolcats.modules():  # itself, or the copies that PEFT made
             if isinstance(each, LolcatsAttention):
                 each.mode = mode
-        own: Softmax = module.softmax
+        own: Softmax = module.lolcats_softmax
         module.config = own.config
         if own.dropout is not None:
             module.attention_dropout = own.dropout if mode == "softmax" else 0.0
