@@ -275,7 +275,11 @@ def map_gradients(gradients: Gradients) -> tuple[Tensor, ...]:
     return tuple(absent if x is None else x for x in gradients[3:7])
 
 
-def gate_gradient(gradients: Gradients, gate: Tensor, affine: bool) -> Tensor:
+def gate_gradient(plan: Plan, gradients: Gradients, gate: Tensor, affine: bool) -> Tensor:
     """The gate scales the softmax part, whose weights' gradients sum up to -dm, and with ``affine``
-    the linear part, whose sum up to dm."""
+    the linear part, whose sum up to dm. Without windows there is no softmax part, and weights that
+    all have one factor do not depend on it: what is left of dm is rounding."""
+    window = plan.problem.window
+    if window.size.value == window.sink.value == 0:
+        return torch.zeros_like(gate)
     return -gradients.dm if affine else -gradients.dm * gate.sigmoid().neg().add(1)

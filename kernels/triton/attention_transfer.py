@@ -265,5 +265,5 @@ def attention_transfer_backward(
         )
     return (
         *attention.map_gradients(gradients),
-        attention.gate_gradient(gradients, gate, affine),
+        attention.gate_gradient(student, gradients, gate, affine),
     )

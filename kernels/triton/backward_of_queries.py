@@ -228,8 +228,7 @@ def backward_queries(
                 dm -= (1.0 - sums.weights) * sums.ds
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
-        if p.window.size > 0 or p.window.sink > 0:  # else a gate has nothing to scale
-            total_dm += dm
+        total_dm += dm
         if p.window.lag == 1:
             k_carried, v_carried = packed(k), packed(v)
 

@@ -73,5 +73,5 @@ def hybrid_attention_backward(
     return (
         *inputs,
         *attention.map_gradients(gradients),
-        attention.gate_gradient(gradients, gate, affine),
+        attention.gate_gradient(problem, gradients, gate, affine),
     )
