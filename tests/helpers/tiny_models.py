@@ -1,0 +1,51 @@
+"""Tiny random models of Hugging Face families, and calls of them."""
+
+import torch
+import transformers
+
+import lolcats_ops as lo
+
+VOCABULARY = 97
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,  # large enough that greedy choices are no ties
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma": transformers.GemmaConfig,
+    "gemma3": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo2": transformers.Olmo2Config,
+    "granite": transformers.GraniteConfig,
+    "mixtral": transformers.MixtralConfig,
+}
+NARROW = lo.hf.LolcatsConfig(window=8, sink=1, feature_dim=16)
+WIDE = lo.hf.LolcatsConfig(window=64, feature_dim=16)
+
+
+def tiny(family="llama", **changes):
+    torch.manual_seed(0)
+    config = FAMILIES[family](**SHAPE, **changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def token_ids(*shape, seed=0):
+    return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model, prompt, tokens=64, **options):
+    with torch.no_grad():
+        return model.generate(prompt, max_new_tokens=tokens, do_sample=False, **options)

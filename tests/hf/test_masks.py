@@ -1,0 +1,136 @@
+"""Masks and packed sequences: what converted layers read of them, and what they refuse."""
+
+import pytest
+import torch
+from helpers.tiny_models import NARROW, WIDE, tiny, token_ids
+
+import lolcats_ops as lo
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(model):
+    ids = token_ids(2, 40)
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None].expand(2, -1)
+    packed = model(ids, position_ids=positions, use_cache=False).logits
+    apart = [model(piece, use_cache=False).logits for piece in ids.split((15, 25), dim=1)]
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_documents_may_come_with_their_bounds(model):
+    ids = token_ids(1, 40)
+    bounds = torch.tensor([0, 15, 40], dtype=torch.int32)
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+    given |= {"max_length_q": 25, "max_length_k": 25}
+    positions = torch.cat((torch.arange(15), torch.arange(25)))[None]
+    apart = [model(piece, use_cache=False).logits for piece in ids.split((15, 25), dim=1)]
+    packed = model(ids, position_ids=positions, **given).logits  # trains: the cache is left out
+    torch.testing.assert_close(packed, torch.cat(apart, 1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
+        model(ids, position_ids=positions, **given)
+
+
+def test_packed_documents_under_their_own_mask_do_not_go_into_a_cache(model):
+    positions = torch.cat((torch.arange(6), torch.arange(10)))[None]
+    packed = torch.ones(16, 16).tril().bool()[None, None].clone()
+    packed[:, :, 6:, :6] = False
+    inputs = {"position_ids": positions, "attention_mask": packed}
+    expected = model(token_ids(1, 16), **inputs, use_cache=False).logits
+    torch.testing.assert_close(model(token_ids(1, 16), **inputs).logits, expected)  # trains
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
+        model(token_ids(1, 16), **inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("second", [0, 20])
+def test_positions_that_jump_beside_a_padding_mask_are_no_packing(implementation, second, prompt):
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    positions = torch.cat((torch.arange(5), second + torch.arange(7)))[None].expand(2, -1)
+    inputs = {"position_ids": positions, "attention_mask": torch.ones_like(prompt)}
+    expected = model(prompt, **inputs).logits
+    lo.hf.convert(model, WIDE)
+    torch.testing.assert_close(model(prompt, **inputs).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def _prefixes(causal):
+    causal[:, :, :6, :6] = causal[:, :, 6:, 6:] = True
+    causal[:, :, 6:, :6] = False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("positions", "change"),
+    [
+        (torch.cat((torch.arange(6), torch.arange(10))), _prefixes),
+        (torch.cat((torch.arange(6), torch.arange(10))), lambda x: x[:, :, 6:, :5].fill_(False)),
+        (torch.tensor([*range(13), 3, 3, 3]), lambda x: x[:, :, 14:, 13:14].fill_(False)),
+    ],
+    ids=["packed prefixes", "half packed", "a tree"],
+)
+def test_masks_beside_positions_that_restart_are_checked(model, positions, change):
+    causal = torch.ones(16, 16).tril().bool().repeat(1, 1, 1, 1)
+    packed = causal.clone()
+    packed[:, :, 6:, :6] = False
+    restart = torch.cat((torch.arange(6), torch.arange(10)))[None]
+    ids = token_ids(1, 16)
+    expected = model(ids, position_ids=restart, use_cache=False).logits
+    got = model(ids, position_ids=restart, attention_mask=packed, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    change(causal)
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(ids, position_ids=positions[None], attention_mask=causal, use_cache=False)
+
+
+@torch.no_grad()
+def test_block_masks_are_refused_by_name(model):
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(NotImplementedError, match="BlockMask"):
+        model(token_ids(1, 8))
+
+
+@torch.no_grad()
+def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
+    ids, causal = token_ids(2, 20), torch.ones(20, 20).tril().bool().expand(2, 1, 20, 20)
+    expected = model(ids).logits
+    torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
+    padded = causal[:1] & (torch.arange(20) >= 5)  # for all sequences of the batch
+    expected_padded = model(ids, attention_mask=(torch.arange(20) >= 5).expand(2, 20)).logits
+    got = model(ids, attention_mask=padded).logits
+    torch.testing.assert_close(got[:, 5:], expected_padded[:, 5:])
+    additive = torch.zeros(causal.shape).masked_fill(~causal, -1e30)
+    torch.testing.assert_close(model(ids, attention_mask=additive).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen3"])
+def test_a_sliding_window_of_the_model_is_no_other_mask(family):
+    sliding = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}
+    model = lo.hf.convert(tiny(family, **sliding), NARROW)
+    ids, mask = token_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :5] = 0
+    got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[1], model(ids[1:]).logits[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda causal: causal.fill_(True),
+        lambda causal: causal[:, :, 10:, 2:5].fill_(False),
+        lambda causal: causal[:, :, 10:, :10].fill_(False),
+    ],
+    ids=["bidirectional", "a hole", "blocks"],
+)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_other_masks_are_refused(model, change, heads):
+    mask = torch.ones(20, 20).tril().bool().repeat(1, heads, 1, 1)
+    model(token_ids(1, 20), attention_mask=mask)
+    change(mask[:, -1:])
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(token_ids(1, 20), attention_mask=mask)
+
+
+def test_weights_of_attention_are_refused(model, prompt):
+    with pytest.raises(NotImplementedError, match="no output_attentions"):
+        model(prompt, output_attentions=True)

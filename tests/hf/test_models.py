@@ -1,0 +1,280 @@
+"""Conversion of Hugging Face models and back, saving, refusals: tiny random models, compared with
+themselves."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import accelerate
+import peft
+import pytest
+import torch
+import transformers
+from helpers.tiny_models import FAMILIES, NARROW, SHAPE, VOCABULARY, WIDE, generate, tiny, token_ids
+
+import lolcats_ops as lo
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_window_of_all_tokens_is_softmax_in_every_family(family):
+    model, ids = tiny(family), token_ids(2, 40)
+    expected = model(ids).logits
+    lo.hf.convert(model, WIDE)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_restore_is_exact():
+    model, ids = tiny(), token_ids(1, 40)
+    weights, config, logits = copy.deepcopy(model.state_dict()), model.config.to_dict(), None
+    logits = model(ids).logits
+    lo.hf.convert(model, NARROW)
+    assert not torch.equal(model(ids).logits, logits)
+    with lo.hf.use_mode(model, "softmax"):
+        assert torch.equal(model(ids).logits, logits)
+    lo.hf.restore(model)
+    assert model.config.to_dict() == config
+    assert type(model.config) is transformers.LlamaConfig
+    assert model.state_dict().keys() == weights.keys()
+    assert torch.equal(model(ids).logits, logits)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@torch.no_grad()
+def test_saved_model_reloads_bitwise_and_restores(model, tmp_path):
+    ids = token_ids(1, 40)
+    for layer in lo.hf.attention_layers(model):
+        layer.feature_q.normal_()
+        layer.gate.normal_()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    for load in (lo.hf.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path)
+        assert torch.equal(loaded(ids).logits, expected)
+    lo.hf.restore(loaded)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    with lo.hf.use_mode(model, "softmax"):
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+PICKLED = """
+import pickle, sys
+sys.stdout.buffer.write(pickle.dumps(pickle.load(sys.stdin.buffer)))
+"""
+
+
+def test_a_loaded_model_can_be_pickled_and_read_by_another_process(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded, ids = lo.hf.from_pretrained(tmp_path), token_ids(1, 20)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", PICKLED],
+        input=pickle.dumps(loaded),
+        capture_output=True,
+        check=True,
+    )
+    again = pickle.loads(elsewhere.stdout)
+    assert (type(again), type(again.config)) == (type(loaded), type(loaded.config))
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, loaded(ids).logits)
+
+
+def test_from_pretrained_refuses_what_is_no_causal_language_model(tmp_path):
+    body = transformers.LlamaModel(transformers.LlamaConfig(**SHAPE))
+    lo.hf.convert(body, NARROW).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a LlamaModel; only causal"):
+        lo.hf.from_pretrained(tmp_path)
+
+
+class MyLlama(transformers.LlamaForCausalLM):
+    """A class of a user's own."""
+
+
+@torch.no_grad()
+def test_from_pretrained_loads_what_a_class_of_ones_own_saved(prompt, tmp_path):
+    model = lo.hf.convert(MyLlama(transformers.LlamaConfig(**SHAPE)), NARROW).eval()
+    model.save_pretrained(tmp_path)
+    assert lo.hf.from_pretrained(tmp_path)(prompt).logits.equal(model(prompt).logits)
+
+
+def test_from_pretrained_refuses_a_softmax_model(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="llama model, not a converted one"):
+        lo.hf.from_pretrained(tmp_path)
+
+
+def test_parameters_stay_fp32(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = lo.hf.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for candidate in (loaded, loaded.to(torch.float16)):
+        (layer, _) = lo.hf.attention_layers(candidate)
+        assert {p.dtype for p in layer.parameters()} == {torch.float32}
+    assert loaded.dtype == torch.float16
+
+
+def test_gradients_reach_features_although_a_cache_is_asked_for(model):
+    ids = token_ids(2, 40)
+    output = model(ids, labels=ids, use_cache=True)
+    output.loss.backward()
+    for layer in lo.hf.attention_layers(model):
+        assert all(p.grad is not None and p.grad.norm() > 0 for p in layer.parameters())
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no gradient"):
+        model(ids[:, :1], past_key_values=output.past_key_values)
+
+
+def test_a_model_converted_under_inference_mode_trains():
+    model = tiny()
+    with torch.inference_mode():
+        lo.hf.convert(model, NARROW)
+    ids = token_ids(1, 20)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in lo.hf.attention_layers(model)[0].parameters())
+
+
+REFUSED = {
+    "StableLm": (transformers.StableLmConfig, "AttentionInterface"),
+    "Phi": (transformers.PhiConfig, "o_proj"),
+    "Gemma2": (transformers.Gemma2Config, "attn_logit_softcapping"),
+    "GptOss": (transformers.GptOssConfig, "sink"),
+}
+
+
+def test_layers_that_share_keys_are_refused():
+    config = transformers.Gemma3nTextConfig(
+        **{**SHAPE, "num_hidden_layers": 4}, vocab_size_per_layer_input=VOCABULARY,
+        num_kv_shared_layers=2, layer_types=["full_attention"] * 4, hidden_size_per_layer_input=8,
+        laurel_rank=4, activation_sparsity_pattern=[0.0] * 4, altup_num_inputs=2,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"layers \[1, 2, 3\] share cached keys and values"):
+        lo.hf.convert(model, NARROW)
+    lo.hf.convert(model, lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(1, 2, 3)))
+    ids = token_ids(1, 12)
+    assert torch.equal(generate(model, ids, 8), generate(model, ids, 8, use_cache=False))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"is_causal": False}, "not causal"), ({"head_dim": 512}, "512 dimensions")],
+)
+def test_models_that_no_kernel_could_run_are_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        lo.hf.convert(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE | changes)))
+
+
+def test_dropout_of_attention_is_said_not_to_apply():
+    model = tiny(attention_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"attention_dropout=0.5"):
+        lo.hf.convert(model, NARROW)
+    ids = token_ids(1, 12)
+    model.train()(ids, labels=ids).loss.backward()
+    assert lo.hf.restore(model).model.layers[0].self_attn.attention_dropout == 0.5
+
+
+@torch.no_grad()
+def test_models_of_one_config_stay_apart():
+    config = transformers.LlamaConfig(**SHAPE)
+    teacher, student = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    lo.hf.convert(student, NARROW)
+    assert student.config.model_type == student.model.config.model_type == "lolcats"
+    assert teacher.config is config
+    assert (config.model_type, hasattr(config, "lolcats")) == ("llama", False)
+    assert lo.hf.restore(student).config.to_dict() == config.to_dict()
+
+
+@torch.no_grad()
+def test_features_that_a_checkpoint_lacks_start_as_convert_starts_them(model, tmp_path):
+    lo.hf.restore(copy.deepcopy(model)).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config)
+    for a, b in zip(lo.hf.attention_layers(loaded), lo.hf.attention_layers(model), strict=True):
+        for name, value in b.state_dict().items():
+            assert torch.equal(a.state_dict()[name], value)
+
+
+@torch.no_grad()
+def test_offloaded_parameters_come_to_the_attention(model, prompt, tmp_path):
+    expected = model(prompt).logits
+    accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    torch.testing.assert_close(model(prompt).logits, expected)
+
+
+def test_features_can_be_trained_as_modules_of_peft(model, prompt):
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lolcats"])
+    )
+    layers = lo.hf.attention_layers(adapted)
+    assert [layer.gate.requires_grad for layer in layers] == [True, True]
+    lo.hf.set_mode(adapted, "hybrid")
+    assert isinstance(lo.hf.LolcatsCache(adapted, slack=4).layers[1], lo.hf.cache.LolcatsCacheLayer)
+    with torch.no_grad():
+        layers[0].gate += 1
+        got, merged = adapted(prompt).logits, adapted.merge_and_unload()
+        torch.testing.assert_close(merged(prompt).logits, got)
+    assert torch.equal(lo.hf.attention_layers(merged)[0].gate, layers[0].gate)
+    attention = merged.model.layers[0].self_attn
+    with lo.hf.use_mode(merged, "softmax"):
+        assert attention.config is merged.config
+    lo.hf.restore(merged)
+    assert attention.config is merged.config
+    assert not hasattr(attention, "lolcats_softmax")
+
+
+@torch.no_grad()
+def test_a_converted_model_can_be_exported(model):
+    ids = token_ids(2, 20)
+    exported = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, strict=False
+    ).module()
+    got = exported(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unsupported_model_is_refused_by_name(name):
+    config, reason = REFUSED[name]
+    model = transformers.AutoModelForCausalLM.from_config(config(**SHAPE))
+    with pytest.raises(ValueError, match=f"{name}ForCausalLM cannot be converted: .*{reason}"):
+        lo.hf.convert(model, NARROW)
+    assert not lo.hf.attention_layers(model)
+    assert not hasattr(model.config, "lolcats")
+
+
+def test_misuse_is_refused(model):
+    with pytest.raises(ValueError, match="converted already"):
+        lo.hf.convert(model)
+    with pytest.raises(ValueError, match="not converted"):
+        lo.hf.restore(tiny())
+    with pytest.raises(ValueError, match=r"softmax_layers names \[7\]"):
+        lo.hf.convert(tiny(), lo.hf.LolcatsConfig(softmax_layers=(7,)))
+    with pytest.raises(ValueError, match="mode='none'"):
+        lo.hf.set_mode(model, "none")
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        lo.hf.convert(torch.nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="config is a dict"):
+        lo.hf.convert(tiny(), {"window": 8})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("window", -1, ValueError),
+        ("window", 1.5, TypeError),
+        ("window_kind", "round", ValueError),
+        ("activation", "sin", ValueError),
+        ("activation", "relu", ValueError),  # two_sided
+        ("gate_init", float("nan"), ValueError),
+        ("feature_dim", 0, ValueError),
+    ],
+)
+def test_config_names_the_bad_field(field, value, error):
+    with pytest.raises(error, match=field):
+        lo.hf.LolcatsConfig(**{field: value})
+
+
+def test_config_round_trips_and_refuses_unknown_keys():
+    config = lo.hf.LolcatsConfig(window=32, softmax_layers=[1, 2])
+    assert lo.hf.LolcatsConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="windw"):
+        lo.hf.LolcatsConfig.from_dict({"windw": 3})
