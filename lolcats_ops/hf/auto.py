@@ -104,6 +104,9 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         ValueError, TypeError: naming the model and the reason, if it cannot be converted; nothing
             is changed then.
 
+    Warns:
+        UserWarning: the model's attention has dropout, which will not apply to converted layers.
+
     Example:
         >>> from lolcats_ops.hf import attention_layers
         >>> from transformers import LlamaConfig, LlamaForCausalLM
