@@ -49,7 +49,7 @@ class Bar:
     under: tuple[Quantity, ...] = ()  # none: 1
     at_least: float | None = None
     at_most: float | None = None
-    isa: str | None = None  # the instruction set it is about
+    isas: tuple[str, ...] = ()  # the instruction sets it is about; none: all
     machine: str | None = None  # part of the name of the machine it is about
 
     def show(self, value: float) -> str:
@@ -101,8 +101,8 @@ def judge(bar: Bar, results: Results) -> Verdict:
             return Verdict(bar, why_not=f"{name}: {next(reasons, 'not in this run')}")
         if getattr(row, quantity.column) is None:
             return Verdict(bar, why_not=f"this system does not tell {quantity.column}")
-        if bar.isa is not None and row.isa != bar.isa:
-            return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {bar.isa}")
+        if bar.isas and row.isa not in bar.isas:
+            return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {' and '.join(bar.isas)}")
         if bar.machine is not None and bar.machine not in row.machine:
             return Verdict(bar, why_not=f"{row.machine} ran, the bar is of an {bar.machine}")
     over, under = (
@@ -139,7 +139,7 @@ _CPU = (
             (Quantity(wide),),
             (Quantity(half),),
             at_least=1.8,
-            isa="avx512_bf16",
+            isas=("amx", "avx512_bf16"),
         )
         for wide, half in ((LONG, BF16), (WIDE, WIDE_BF16))
     ),

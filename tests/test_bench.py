@@ -266,7 +266,7 @@ def test_bars_are_ratios_of_medians():
     assert verdict.value == pytest.approx(10)
     assert verdict.result == "missed"
     assert bars.judge(replace(bar, at_least=9.9), synthetic()).result == "met"
-    assert "avx512_bf16 ran" in bars.judge(replace(bar, isa="neon"), synthetic()).result
+    assert "avx512_bf16 ran" in bars.judge(replace(bar, isas=("neon",)), synthetic()).result
     skipped = replace(bar, over=(bars.Quantity(HYBRID, "fla"),))
     assert bars.judge(skipped, synthetic()).result == "not measured: fla: fla is not installed"
 

@@ -1,5 +1,11 @@
 // Which instruction set runs: the best that this CPU has, or the one that LOLCATS_ISA or
 // lol_set_cpu_isa names.
+#if defined(LOL_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -10,6 +16,11 @@
 
 namespace lol {
 
+#ifdef LOL_HAVE_AMX
+namespace amx {
+extern const Kernels kernels;
+}
+#endif
 #ifdef LOL_HAVE_AVX512_BF16
 namespace avx512_bf16 {
 extern const Kernels kernels;
@@ -28,17 +39,32 @@ extern const Kernels kernels;
 namespace scalar {
 extern const Kernels kernels;
 }
-#ifdef LOL_HAVE_AVX512_EMULATED
-namespace avx512_emulated {
+#ifdef LOL_HAVE_EMULATED
+namespace emulated {
 extern const Kernels kernels;
 }
 #endif
 
 namespace {
 
+#ifdef LOL_HAVE_AMX
+// Linux lets a process use the tiles once it has asked; where they are missing it says no.
+bool has_matrix_unit() {
+#ifdef __linux__
+  constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // arch_prctl, asm/prctl.h
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & AMX_BF16) && (edx & AMX_TILE) &&
+         syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 struct Available {
-  const Kernels* list[6] = {};
+  const Kernels* list[7] = {};
   int count = 0;
   Available() {
 #if defined(__x86_64__)
@@ -51,6 +77,11 @@ struct Available {
     (void)v3;
     (void)v4;
 #endif
+    bool amx = false;
+#ifdef LOL_HAVE_AMX
+    amx = v4 && __builtin_cpu_supports("avx512bf16") && has_matrix_unit();
+    if (amx) list[count++] = &amx::kernels;
+#endif
 #ifdef LOL_HAVE_AVX512_BF16
     if (v4 && __builtin_cpu_supports("avx512bf16")) list[count++] = &avx512_bf16::kernels;
 #endif
@@ -58,14 +89,14 @@ struct Available {
     if (v4) list[count++] = &avx512::kernels;
     // On an Intel Xeon bf16 by vdpbf16ps took 1.4 and 1.6 times as long as fp32, to which it is
     // converted without it; on an AMD EPYC 0.6 times.
-    if (count == 2 && __builtin_cpu_is("intel")) std::swap(list[0], list[1]);
+    if (count >= 2 && __builtin_cpu_is("intel")) std::swap(list[count - 2], list[count - 1]);
 #endif
 #ifdef LOL_HAVE_AVX2
     if (v3) list[count++] = &avx2::kernels;
 #endif
     list[count++] = &scalar::kernels;
-#ifdef LOL_HAVE_AVX512_EMULATED
-    if (v3 && !v4) list[count++] = &avx512_emulated::kernels;
+#ifdef LOL_HAVE_EMULATED
+    if (v3 && !amx) list[count++] = &emulated::kernels;
 #endif
   }
   const Kernels* find(const char* isa) const {

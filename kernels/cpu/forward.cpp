@@ -117,12 +117,15 @@ void Team::forward(const Run& run, const Outputs& out) {
 #pragma omp parallel num_threads(threads_)
 #endif
   {
+    const MatrixUnit unit{};
     const int64_t t = thread_index();
     Arena arena{memory_.data + t * own_};
     Pass pass(p_, run, out, arena);
     pass.load_state();
     const int threads = team_size();
-    const auto row = [&](int64_t i) { return i == threads ? F : F * i / threads / 4 * 4; };
+    const auto row = [&](int64_t i) {
+      return i == threads ? F : F * i / threads / ROW_GROUP * ROW_GROUP;
+    };
     const Features part = {row(t), row(t + 1)};
     for (int64_t begin = run.past; begin < run.total; begin += blocks_ * BLOCK) {
       const int64_t blocks = at_most(blocks_, (run.total - begin + BLOCK - 1) / BLOCK);

@@ -158,6 +158,93 @@ inline void multiply(const Product& p, Into into) {
   }
 }
 
+#ifdef LOL_MATRIX_UNIT
+
+// Words of A's rows that are made contiguous at a time: 32 rows of them are half of L1.
+constexpr int MOST_WORDS = 192;
+static_assert(TILE == LANES && BLOCK == 2 * TILE, "tiles are as wide as vectors, blocks two tiles");
+
+// R x P tiles of C; a[R * TILE x K words], b[K words x P * TILE]. Two by two load a tile per
+// product, the least that eight tiles allow.
+template <int R, int P, Into into>
+inline void tiles(int K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                  int64_t ldc) {
+  constexpr bool add = into == Into::add;
+  float *c01 = c + TILE, *c10 = c + TILE * ldc, *c11 = c10 + TILE;
+  add ? tile_load<0>(c, ldc) : tile_zero<0>();
+  if (P > 1) add ? tile_load<1>(c01, ldc) : tile_zero<1>();
+  if (R > 1) add ? tile_load<2>(c10, ldc) : tile_zero<2>();
+  if (R > 1 && P > 1) add ? tile_load<3>(c11, ldc) : tile_zero<3>();
+  for (int k = 0; k < K; k += TILE, a += TILE, b += TILE * ldb) {
+    tile_load<4>(a, lda);
+    tile_load<6>(b, ldb);
+    tile_add_dot<0, 4, 6>();
+    if (P > 1) tile_load<7>(b + TILE, ldb), tile_add_dot<1, 4, 7>();
+    if (R > 1) tile_load<5>(a + TILE * lda, lda), tile_add_dot<2, 5, 6>();
+    if (R > 1 && P > 1) tile_add_dot<3, 5, 7>();
+  }
+  tile_store<0>(c, ldc);
+  if (P > 1) tile_store<1>(c01, ldc);
+  if (R > 1) tile_store<2>(c10, ldc);
+  if (R > 1 && P > 1) tile_store<3>(c11, ldc);
+}
+
+// All rows, K words deep: M and K are multiples of TILE. Tiles of A want rows that are contiguous.
+template <int R, Into into>
+inline void strip(const Product& p, int m, int K) {
+  alignas(64) float contiguous[R * TILE * MOST_WORDS];
+  const float* a = p.a.data + m * p.a.row;
+  int64_t lda = p.a.row;
+  if (p.a.depth != 1) {
+    for (int k = 0; k < K; k += TILE) {
+      const float* row[TILE];
+      for (int i = 0; i < TILE; i++) row[i] = a + (k + i) * p.a.depth;
+      transpose_rows(contiguous + k, K, row, R * TILE);
+    }
+    a = contiguous;
+    lda = K;
+  }
+  float* c = p.c + m * p.ldc;
+  int n = 0;
+  for (; n + 2 * TILE <= p.N; n += 2 * TILE)
+    tiles<R, 2, into>(K, a, lda, p.b + n, p.ldb, c + n, p.ldc);
+  if (n < p.N) tiles<R, 1, into>(K, a, lda, p.b + n, p.ldb, c + n, p.ldc);
+}
+
+template <Into into>
+inline void strips(const Product& p, int M, int K) {
+  int m = 0;
+  for (; m + 2 * TILE <= M; m += 2 * TILE) strip<2, into>(p, m, K);
+  if (m < M) strip<1, into>(p, m, K);
+}
+
+// The matrix unit takes whole tiles, add_dot() the depth and the rows that are left. Bands are not
+// worth looking at: what they leave out of A or B is zero, and C is scratch there.
+void multiply_by_tiles(Product p, Into into) {
+  p.skip = Skip::none;
+  const int rows = p.M / TILE * TILE;
+  int left = words(Format::bf16_pairs, p.K);
+  if (rows == 0 || left < TILE) return multiply<Format::bf16_pairs>(p, into);
+  Product rest = p;
+  rest.M -= rows;
+  rest.a.data += rows * p.a.row;
+  rest.c += rows * p.ldc;
+  multiply<Format::bf16_pairs>(rest, into);
+  p.M = rows;
+  while (left >= TILE) {
+    const int deep = (left < MOST_WORDS ? left : MOST_WORDS) / TILE * TILE;
+    into == Into::add ? strips<Into::add>(p, rows, deep) : strips<Into::set>(p, rows, deep);
+    into = Into::add;
+    left -= deep;
+    p.K -= 2 * deep;
+    p.a.data += deep * p.a.depth;
+    p.b += deep * p.ldb;
+  }
+  if (left > 0) multiply<Format::bf16_pairs>(p, into);
+}
+
+#endif
+
 }  // namespace
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
@@ -165,7 +252,9 @@ void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t
   if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
   if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
   const Product product = {M, N, K, a, b, ldb, c, ldc, skip, band};
-#ifdef LOL_PAIRS
+#if defined(LOL_MATRIX_UNIT)
+  if (format == Format::bf16_pairs) return multiply_by_tiles(product, into);
+#elif defined(LOL_PAIRS)
   if (format == Format::bf16_pairs) return multiply<Format::bf16_pairs>(product, into);
 #else
   (void)format;

@@ -5,7 +5,7 @@
 // Attention is banded: query i sees the key rows [lo_i, hi_i). A Band says so, and products skip
 // the micro-tiles it leaves out, so that a triangle costs a triangle.
 #pragma once
-#include "simd.h"
+#include "matrix_unit.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -58,6 +58,14 @@ static inline Vec reciprocal_for(Vec x) {
   return format == Format::f32 ? reciprocal(x) : reciprocal_for_bf16(x);
 }
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
+
+// How a row of C is computed depends on its place in a group of this many: rows that threads share
+// out come in whole groups, for the same results.
+#ifdef LOL_MATRIX_UNIT
+constexpr int ROW_GROUP = TILE;
+#else
+constexpr int ROW_GROUP = 4;
+#endif
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);

@@ -183,8 +183,13 @@ static inline void to_bf16(uint16_t* p, Vec v) {
 }
 
 // Pairs of bf16: words of which the lower half comes first. Their products add up two at a time.
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(LOL_EMULATE_PAIRS)
 #define LOL_PAIRS 1
+static inline Vec first_of(Vec pairs) { return (Vec)((VecU)pairs << 16); }
+static inline Vec without_second(Vec pairs) { return (Vec)((VecU)pairs & 0xffffu); }
+static inline Vec second_of(Vec pairs) { return (Vec)((VecU)pairs & 0xffff0000u); }
+#endif
+#ifdef __AVX512BF16__
 static inline Vec pair(Vec first, Vec second) {
   alignas(64) static const uint16_t INTERLEAVE[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
@@ -192,11 +197,19 @@ static inline Vec pair(Vec first, Vec second) {
   const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), both);
 }
-static inline Vec first_of(Vec pairs) { return (Vec)((VecU)pairs << 16); }
-static inline Vec without_second(Vec pairs) { return (Vec)((VecU)pairs & 0xffffu); }
-static inline Vec second_of(Vec pairs) { return (Vec)((VecU)pairs & 0xffff0000u); }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#elif defined(LOL_PAIRS)
+static inline Vec pair(Vec first, Vec second) {
+  uint16_t a[LANES], b[LANES];
+  to_bf16(a, first);
+  to_bf16(b, second);
+  return (Vec)(__builtin_convertvector(load_as<VecH>(a), VecU) |
+               __builtin_convertvector(load_as<VecH>(b), VecU) << 16);
+}
+static inline Vec add_dot(Vec sum, Vec a, Vec b) {
+  return sum + second_of(a) * second_of(b) + first_of(a) * first_of(b);
 }
 #endif
 

@@ -217,9 +217,9 @@ LOL_API int lol_attention_transfer_backward(const lol_attention_transfer_backwar
 
 LOL_API int lol_abi_version(void);
 LOL_API const char* lol_last_error(void); /* of this thread, valid until its next call */
-/* The instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16"; the best one, or what
- * the environment variable LOLCATS_ISA or lol_set_cpu_isa names. Null if LOLCATS_ISA names one that
- * this CPU or build lacks. */
+/* The instruction set in use: "scalar", "avx2", "avx512", "avx512_bf16" or "amx"; the best one, or
+ * what the environment variable LOLCATS_ISA or lol_set_cpu_isa names. Null if LOLCATS_ISA names one
+ * that this CPU or build lacks. */
 LOL_API const char* lol_cpu_isa(void);
 LOL_API int lol_set_cpu_isa(const char* name); /* LOL_EUNSUPPORTED if this CPU or build lacks it */
 LOL_API int lol_cpu_isa_count(void);           /* instruction sets that this CPU can run */
