@@ -75,10 +75,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
                 bases[f"lolcats@{ref}"] = stack.enter_context(base_server(ref))
             started: list[Case] = []
 
-            def on_case(case: Case) -> None:
-                progress.update(task, description=str(case), completed=len(started))
+            def on_cases(group: Sequence[Case]) -> None:
+                progress.update(task, description=str(group[0]), completed=len(started))
                 progress.refresh()
-                started.append(case)
+                started.extend(group)
 
             rows, skips = run_cases(
                 cases,
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
                 device=options.device,
                 budget_s=options.budget,
                 bases=bases,
-                on_case=on_case,
+                on_cases=on_cases,
             )
             progress.update(task, description="done", completed=len(cases))
     except BaseError as error:

@@ -60,7 +60,7 @@ def main() -> None:
 
     from .device import synchronize
     from .measure import keep_freed_memory
-    from .run import Agreed, run_case
+    from .run import Agreed, run_together
 
     keep_freed_memory()
     device, budget_s = channel.settings["device"], channel.settings["budget_s"]
@@ -76,8 +76,8 @@ def main() -> None:
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()  # of the implementation before, for the extra bytes of this
-        rows, skips = run_case(
-            case, [item["implementation"]], device=device, budget_s=budget_s, agreed=agreed
+        rows, skips = run_together(
+            {case: [item["implementation"]]}, device=device, budget_s=budget_s, agreed=agreed
         )
         return {"rows": list(map(asdict, rows)), "skips": list(map(asdict, skips))}
 

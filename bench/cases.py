@@ -138,7 +138,25 @@ DECODE = tuple(
     Case("hybrid_attention", "step", T=T, peers=("sdpa",)) for T in (64, 256, 1024, 4096, 16384)
 )
 
-# Beside each other: what the bars compare, so that the machine has little time to change.
+# Cases that bars compare: they take turns, like the implementations of one.
+TOGETHER = (
+    (HYBRID, BACKWARD, TRAINING, TRANSFER),
+    (FORWARD_BF16, BACKWARD_BF16),
+    (SHORT[-1], LONGEST),
+    (LONG, BF16),
+    (WIDE, WIDE_BF16),
+)
+
+
+def in_groups(cases: Sequence[Case]) -> list[list[Case]]:
+    """The cases in their order, but those of a tuple of TOGETHER beside its first."""
+    groups: dict[object, list[Case]] = {}
+    for case in cases:
+        key = next((together for together in TOGETHER if case in together), case)
+        groups.setdefault(key, []).append(case)
+    return list(groups.values())
+
+
 STANDARD: tuple[Case, ...] = (
     HYBRID,
     FORWARD_BF16,

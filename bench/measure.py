@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ SAMPLE_S = 2e-3  # calls shorter than this are timed several at once
 MIN_SAMPLES = 3
 MAX_SAMPLES = 100
 TURNS = 4  # of every call on a GPU, whose clocks change with its temperature
+
+Key = TypeVar("Key")  # what is timed
 
 
 class Timer(Protocol):
@@ -68,30 +70,30 @@ class LocalTimer:
         return [1e-3 * ms for ms in do_bench(self.call, rep=1e3 * budget_s, return_mode="all")]
 
 
-def sample(timers: Mapping[str, Timer], budget_s: float, device: str) -> dict[str, list[float]]:
+def sample(timers: Mapping[Key, Timer], budget_s: float, device: str) -> dict[Key, list[float]]:
     """Seconds per call, many of each, which take turns as their device needs it."""
     return interleave(timers, budget_s) if device == "cpu" else cold_turns(timers, budget_s)
 
 
-def cold_turns(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
+def cold_turns(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
     """Seconds per call on a GPU, in turns of many calls with an empty L2."""
-    samples: dict[str, list[float]] = {name: [] for name in timers}
+    samples: dict[Key, list[float]] = {name: [] for name in timers}
     for _ in range(TURNS):
         for name, timer in timers.items():
             samples[name] += timer.cold(budget_s / TURNS)
     return samples
 
 
-def interleave(timers: Mapping[str, Timer], budget_s: float) -> dict[str, list[float]]:
+def interleave(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
     """Seconds per call in rounds A B C A B C ..., so that a slow minute of the machine hits all.
 
     Each stops after ``budget_s``, but never before three samples.
     """
-    number: dict[str, int] = {}
+    number: dict[Key, int] = {}
     for name, timer in timers.items():
         timer.seconds(1)  # pages and caches are touched
         number[name] = max(1, ceil(SAMPLE_S / timer.seconds(1)))
-    samples: dict[str, list[float]] = {name: [] for name in timers}
+    samples: dict[Key, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
     active = list(timers)
     while active:

@@ -76,8 +76,6 @@ class Server:
     ) -> tuple[RemoteTimer, str, str, int | None]:
         """The implementation, as the fields of a run.Entry; "torch.mm" is one as well.
 
-        What was prepared before is forgotten.
-
         Raises:
             Refused: it cannot run the case, or computes something else.
         """
@@ -87,15 +85,20 @@ class Server:
         reply = self._ask(name=name, case=asdict(case), device=device, threads=threads)
         if "refused" in reply:
             raise Refused(reply["refused"])
-        return RemoteTimer(self), reply["isa"], reply["version"], reply["extra_bytes"]
+        timer = RemoteTimer(self, reply["entry"])
+        return timer, reply["isa"], reply["version"], reply["extra_bytes"]
 
-    def seconds(self, number: int) -> float:
-        """Seconds of so many calls of what was prepared."""
-        return self._ask(number=number)["seconds"]
+    def forget(self) -> None:
+        """Frees what was prepared; its timers are of no use any more."""
+        self._ask(forget=True)
 
-    def cold(self, budget_s: float) -> list[float]:
-        """Seconds of calls on a GPU, each with an empty L2."""
-        return self._ask(cold=budget_s)["seconds"]
+    def seconds(self, entry: int, number: int) -> float:
+        """Seconds of so many calls of something that was prepared."""
+        return self._ask(entry=entry, number=number)["seconds"]
+
+    def cold(self, entry: int, budget_s: float) -> list[float]:
+        """Seconds of its calls on a GPU, each with an empty L2."""
+        return self._ask(entry=entry, cold=budget_s)["seconds"]
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -116,17 +119,18 @@ class Server:
 
 @dataclass(frozen=True)
 class RemoteTimer:
-    """What a server prepared last."""
+    """What a server prepared."""
 
     server: Server
+    entry: int
 
     def seconds(self, number: int) -> float:
         """Seconds of so many calls, while no threads of another process spin."""
         sleep(SETTLE_S)
-        seconds = self.server.seconds(number)
+        seconds = self.server.seconds(self.entry, number)
         sleep(SETTLE_S)
         return seconds
 
     def cold(self, budget_s: float) -> list[float]:
         """Seconds of calls on a GPU, each with an empty L2."""
-        return self.server.cold(budget_s)
+        return self.server.cold(self.entry, budget_s)

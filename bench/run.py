@@ -14,7 +14,7 @@ import lolcats_ops as lo
 from lolcats_ops import _C
 
 from .calls import Call, WrongResult, bind, check, compare
-from .cases import Case
+from .cases import Case, in_groups
 from .device import CEILINGS, isa, machine
 from .inputs import make_inputs
 from .measure import LocalTimer, Timer, copy_timer, extra_bytes, mm_timer, sample
@@ -27,7 +27,8 @@ MM, MM_AVX2, COPY = "torch.mm", "torch.mm, AVX2", "copy"
 # torch reads the first once per process; its matrix product asks the second, on Intel CPUs.
 ONLY_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
-Agreed = dict[str, tuple[torch.Tensor, ...]]  # results at full size, by what they compute
+# Results at full size, by case and what they compute.
+Agreed = dict[tuple[str, str], tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -47,26 +48,29 @@ def run_cases(
     device: str = "cpu",
     budget_s: float = BUDGET_S,
     bases: Mapping[str, Server] | None = None,
-    on_case: Callable[[Case], None] = lambda case: None,
+    on_cases: Callable[[Sequence[Case]], None] = lambda cases: None,
 ) -> tuple[list[Row], list[Skip]]:
-    """Measures cases one after the other: ours and the case's own peers, or the named ones."""
+    """Measures ours and the peers of each case, or the named ones.
+
+    Cases that bars compare take turns, the others follow one another.
+    """
     rows: list[Row] = []
     skips: list[Skip] = []
-    selected = [(case, tuple(names) or ("lolcats", *case.peers)) for case in cases]
+    selected = {case: tuple(names) or ("lolcats", *case.peers) for case in cases}
+    used = {name for entries in selected.values() for name in entries}
     with ExitStack() as stack:
         avx2 = None
-        if device == "cpu" and any(find(n).isa == "avx2" for _, ns in selected for n in ns):
+        if device == "cpu" and any(find(name).isa == "avx2" for name in used):
             avx2 = stack.enter_context(Server(environment=ONLY_AVX2))
         compiled = {}
         if device == "cpu":
             # What torch.compile leaves in a process slows threads that run there afterwards.
-            needed = sorted({n for _, ns in selected for n in ns if find(n).compiled})
+            needed = sorted(name for name in used if find(name).compiled)
             compiled = {name: stack.enter_context(Server()) for name in needed}
-        for case, entries in selected:
-            on_case(case)
-            more_rows, more_skips = run_case(
-                case,
-                entries,
+        for group in in_groups(cases):
+            on_cases(group)
+            more_rows, more_skips = run_together(
+                {case: selected[case] for case in group},
                 device=device,
                 budget_s=budget_s,
                 bases=bases,
@@ -78,9 +82,8 @@ def run_cases(
     return rows, skips
 
 
-def run_case(
-    case: Case,
-    names: Sequence[str],
+def run_together(
+    selected: Mapping[Case, Sequence[str]],
     *,
     device: str = "cpu",
     budget_s: float = BUDGET_S,
@@ -89,43 +92,45 @@ def run_case(
     compiled: Mapping[str, Server] | None = None,
     agreed: Agreed | None = None,
 ) -> tuple[list[Row], list[Skip]]:
-    """Measures the named implementations of one case in turns.
+    """Measures the named implementations of some cases in turns.
 
-    What cannot run the case, or computes something else, is skipped with the reason. ``bases`` are
+    What cannot run a case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
     that use AVX2; ``compiled`` run what torch.compile makes, by the name of the implementation;
-    ``agreed`` are results of earlier calls for this case, and gets those of this one.
+    ``agreed`` are results of earlier calls, and gets those of these.
     """
-    entries: dict[str, Entry] = {}
+    entries: dict[tuple[Case, str], Entry] = {}
     skips: list[Skip] = []
     agreed = {} if agreed is None else agreed
+    servers = {name: (server, "lolcats") for name, server in (bases or {}).items()}
+    servers |= {name: (server, name) for name, server in (compiled or {}).items()}
+    for server, _ in servers.values():
+        server.forget()
     with restored():
-        makers = {name: lambda name=name: prepare(name, case, device, agreed) for name in names}
-        for name, server in (compiled or {}).items():
-            if name in names:
-                makers[name] = lambda name=name, server=server: Entry(
-                    *server.prepare(name, case, device)
-                )
-        for name, server in (bases or {}).items():
-            makers[name] = lambda server=server: Entry(*server.prepare("lolcats", case, device))
-        for name, make in makers.items():
+        wanted = [(case, name) for case, ns in selected.items() for name in (*ns, *(bases or ()))]
+        for case, name in wanted:
             try:
-                entries[name] = make()
+                if name in servers:
+                    server, there = servers[name]
+                    entries[case, name] = Entry(*server.prepare(there, case, device))
+                else:
+                    entries[case, name] = prepare(name, case, device, agreed)
             except Refused as refused:
                 skips.append(Skip(str(case), name, str(refused)))
         if not entries:
             return [], skips
-        timers = {name: entry.timer for name, entry in entries.items()}
+        timers: dict[object, Timer] = {key: entry.timer for key, entry in entries.items()}
         timers |= {MM: mm_timer(device), COPY: copy_timer(device)}
         if avx2 is not None and any(entry.isa == "avx2" for entry in entries.values()):
-            timers[MM_AVX2] = avx2.prepare(MM, case, device)[0]
+            avx2.forget()
+            timers[MM_AVX2] = avx2.prepare(MM, next(iter(selected)), device)[0]
         samples = sample(timers, budget_s, device)
         copy = 1e-9 * CEILINGS[device].bytes / median(samples[COPY])
         rows = []
-        for name, entry in entries.items():
+        for (case, name), entry in entries.items():
             ceiling = MM_AVX2 if entry.isa == "avx2" and MM_AVX2 in samples else MM
             mm = 1e-9 * CEILINGS[device].flops / median(samples[ceiling])
-            rows.append(_row(case, name, entry, samples[name], device, mm, copy))
+            rows.append(_row(case, name, entry, samples[case, name], device, mm, copy))
     return rows, skips
 
 
@@ -160,16 +165,17 @@ def checked_call(peer: Peer, case: Case, device: str, agreed: Agreed) -> Call:
         WrongResult: it computes something else.
     """
     check(peer, case, device)
-    if peer.compiled and peer.computes not in agreed:
+    computed = (str(case), peer.computes)
+    if peer.compiled and computed not in agreed:
         trusted = find("sdpa" if peer.computes == "softmax" else "lolcats")
         checked_call(trusted, case, device, agreed)
     call = bind(peer, make_inputs(case, device))
     result = call()
     # At full size there is no reference, but all must agree.
-    if peer.computes in agreed:
-        compare(result, agreed[peer.computes], case)
+    if computed in agreed:
+        compare(result, agreed[computed], case)
     else:
-        agreed[peer.computes] = tuple(x.clone() for x in result)  # a graph writes its own again
+        agreed[computed] = tuple(x.clone() for x in result)  # a graph writes its own again
     return call
 
 

@@ -30,18 +30,19 @@ def serve() -> None:
         return
     keep_freed_memory()
     reply(ready=True)
-    entry: Entry | None = None
+    entries: list[Entry] = []
     for line in sys.stdin:
         request = json.loads(line)
         if "number" in request:
-            assert entry is not None
-            reply(seconds=entry.timer.seconds(request["number"]))
+            reply(seconds=entries[request["entry"]].timer.seconds(request["number"]))
             continue
         if "cold" in request:
-            assert entry is not None
-            reply(seconds=entry.timer.cold(request["cold"]))
+            reply(seconds=entries[request["entry"]].timer.cold(request["cold"]))
             continue
-        entry = None  # frees its inputs before the next ones are made
+        if "forget" in request:
+            entries.clear()
+            reply(forgotten=True)
+            continue
         torch.set_num_threads(request["threads"])
         device = request["device"]
         try:
@@ -54,4 +55,6 @@ def serve() -> None:
         except Exception as error:  # the interface of another commit may be another
             reply(refused=f"{type(error).__name__}: {error}")
         else:
-            reply(isa=entry.isa, version=entry.version, extra_bytes=entry.extra_bytes)
+            entries.append(entry)
+            about = {"isa": entry.isa, "version": entry.version, "extra_bytes": entry.extra_bytes}
+            reply(entry=len(entries) - 1, **about)

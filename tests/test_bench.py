@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import bars, calls, measure, peers, plots, report, results, run
+from bench import bars, calls, cases, measure, peers, plots, report, results, run
 from bench.__main__ import main
 from bench.base import BaseError, base_server
 from bench.cases import HYBRID, SMOLLM2, STANDARD, Case, select
@@ -145,7 +145,7 @@ def test_wrong_results_get_no_time(wrong):
     case = Case("feature_map", T=64)
     with pytest.raises(calls.WrongResult, match="off by"):
         calls.check(peers.find(wrong), case)
-    rows, skips = run.run_case(case, ["lolcats", wrong], budget_s=1e-3)
+    rows, skips = run.run_together({case: ["lolcats", wrong]}, budget_s=1e-3)
     assert [row.implementation for row in rows] == ["lolcats"]
     assert skips[0].implementation == wrong
     assert "computes something else" in skips[0].reason
@@ -204,14 +204,24 @@ def test_timers_take_turns_until_their_budgets_are_spent():
     assert {name for name, _ in turns[10:]} == {"fast"}
 
 
+def test_cases_that_bars_compare_take_turns(monkeypatch):
+    long, other, wide = Case("feature_map", T=96), Case("feature_map", T=32), Case("feature_map")
+    monkeypatch.setattr(cases, "TOGETHER", ((long, wide),))
+    assert cases.in_groups([long, other, wide]) == [[long, wide], [other]]
+    rows, skips = run.run_together({long: ["lolcats"], other: ["lolcats", "eager"]}, budget_s=1e-3)
+    found = [(row.case, row.implementation) for row in rows]
+    assert found == [(str(long), "lolcats"), (str(other), "lolcats"), (str(other), "eager")]
+    assert len({row.mm_gflops_per_s for row in rows}) == 1  # of one run
+    assert not skips
+
+
 def test_another_process_times_what_it_is_asked_to():
     with Server(environment=run.ONLY_AVX2) as server:
         timer, isa, *_ = server.prepare("lolcats", Case("feature_map", T=64))
-        assert timer.seconds(2) > 0
         assert isa == peers.find("lolcats").isa
-        timer, isa, *_ = server.prepare(run.MM, HYBRID)
-        assert timer.seconds(1) > 0
+        mm, isa, *_ = server.prepare(run.MM, HYBRID)
         assert isa in ("AVX2", "DEFAULT")
+        assert mm.seconds(1) > 10 * timer.seconds(1) > 0  # both can be asked: 2048^3 and 64 tokens
         with pytest.raises(Refused, match="has no feature_map"):
             server.prepare("sdpa", Case("feature_map", T=64))
 
