@@ -101,7 +101,8 @@ Team::Team(const Problem& p, int threads)
       own_((Chunkwise::floats(p) + 1023) / 1024 * 1024 + 1024),
       memory_(threads * own_ + tiles_ * (KeyTiles::tile_floats(p) + 64) +
               blocks_ * (State::floats(p.F(), p.V()) + 32) +
-              (tiles_ * sizeof(KeyTile) + blocks_ * sizeof(State)) / sizeof(float) + 64) {}
+              (tiles_ * sizeof(KeyTile) + blocks_ * sizeof(State)) / sizeof(float) +
+              2 * Shares::floats(threads) + 64) {}
 
 void Team::forward(const Run& run, const Outputs& out) {
   Arena shared{memory_.data + threads_ * own_};
@@ -112,7 +113,8 @@ void Team::forward(const Run& run, const Outputs& out) {
     states[j] = {shared.take(p_.F() * padded(p_.V())), shared.take(p_.F()), 0, true};
   const int64_t group = p_.group(), h0 = run.state_head * group, F = p_.F(), ld = padded(p_.V());
   Meeting meeting;
-  Counter next_tile, next_task;
+  Shares tile_shares(threads_, shared.take(Shares::floats(threads_)));
+  Shares task_shares(threads_, shared.take(Shares::floats(threads_)));
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads_)
 #endif
@@ -137,13 +139,13 @@ void Team::forward(const Run& run, const Outputs& out) {
       const int64_t count = at_most(tiles_, (end - base + BLOCK - 1) / BLOCK);
       const int64_t linear_end = p_.window.start(end - 1);
       pass.c.tiles.share(nullptr, 0, 0);
-      for (int64_t i; (i = next_tile.next()) < count;) {
+      for (int64_t i; (i = tile_shares.next(t, count)) >= 0;) {
         pass.c.tiles.load(tiles[i], base + i * BLOCK, run.total);
         if (base + i * BLOCK < linear_end) pass.c.tiles.phi(tiles[i]);
       }
       meeting.wait();
       pass.c.tiles.share(tiles, base, count);
-      if (t == 0) next_task.restart();
+      if (t == 0) task_shares.restart();
       for (int64_t j = 0; j < blocks; j++) {
         pass.fold(p_.window.start(begin + j * BLOCK), part);
         const State& now = pass.c.state;
@@ -155,8 +157,8 @@ void Team::forward(const Run& run, const Outputs& out) {
       }
       const State mine = pass.c.state;
       meeting.wait();
-      if (t == 0) next_tile.restart();
-      for (int64_t task; (task = next_task.next()) < blocks * group;) {
+      if (t == 0) tile_shares.restart();
+      for (int64_t task; (task = task_shares.next(t, blocks * group)) >= 0;) {
         pass.c.state = states[task / group];
         pass.attend(h0 + task % group, begin + task / group * BLOCK);
       }

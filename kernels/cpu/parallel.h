@@ -64,14 +64,31 @@ class Meeting {
   int arrived_ = 0;
 };
 
-// Numbers from 0 on, each for one thread of a region.
-class Counter {
+// The numbers [0, count), each for one thread of a region: first those of its own share, which are
+// neighbours and so use data that it has in its caches, then what others have not come to.
+class Shares {
  public:
-  int64_t next() { return __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED); }
-  void restart() { __atomic_store_n(&next_, 0, __ATOMIC_RELAXED); }
+  static int64_t floats(int threads) { return threads * (int64_t)(sizeof(Line) / sizeof(float)); }
+  Shares(int threads, float* memory) : threads_(threads), next_((Line*)memory) { restart(); }
+  void restart() {
+    for (int t = 0; t < threads_; t++) __atomic_store_n(&next_[t].taken, 0, __ATOMIC_RELAXED);
+  }
+  // The next number for thread t, or -1.
+  int64_t next(int64_t t, int64_t count) {
+    for (int i = 0; i < threads_; i++) {
+      const int64_t of = (t + i) % threads_, first = count * of / threads_;
+      const int64_t number = first + __atomic_fetch_add(&next_[of].taken, 1, __ATOMIC_RELAXED);
+      if (number < count * (of + 1) / threads_) return number;
+    }
+    return -1;
+  }
 
  private:
-  int64_t next_ = 0;
+  struct Line {  // of the cache
+    int64_t taken, unused[7];
+  };
+  int threads_;
+  Line* next_;
 };
 
 // Memory that is freed with the call. `ok` is false if some was asked for and there was none.
