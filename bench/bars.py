@@ -102,7 +102,7 @@ def judge(bar: Bar, results: Results) -> Verdict:
         if getattr(row, quantity.column) is None:
             return Verdict(bar, why_not=f"this system does not tell {quantity.column}")
         if bar.isas and row.isa not in bar.isas:
-            return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {' and '.join(bar.isas)}")
+            return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {' or '.join(bar.isas)}")
         if bar.machine is not None and bar.machine not in row.machine:
             return Verdict(bar, why_not=f"{row.machine} ran, the bar is of an {bar.machine}")
     over, under = (

@@ -212,28 +212,28 @@ inline void strip(const Product& p, int m, int K) {
 }
 
 template <Into into>
-inline void strips(const Product& p, int M, int K) {
+inline void strips(const Product& p, int K) {
   int m = 0;
-  for (; m + 2 * TILE <= M; m += 2 * TILE) strip<2, into>(p, m, K);
-  if (m < M) strip<1, into>(p, m, K);
+  for (; m + 2 * TILE <= p.M; m += 2 * TILE) strip<2, into>(p, m, K);
+  if (m < p.M) strip<1, into>(p, m, K);
 }
 
 // The matrix unit takes whole tiles, add_dot() the depth and the rows that are left. Bands are not
 // worth looking at: what they leave out of A or B is zero, and C is scratch there.
 void multiply_by_tiles(Product p, Into into) {
   p.skip = Skip::none;
-  const int rows = p.M / TILE * TILE;
+  const int tiled_rows = p.M / TILE * TILE;
   int left = words(Format::bf16_pairs, p.K);
-  if (rows == 0 || left < TILE) return multiply<Format::bf16_pairs>(p, into);
+  if (tiled_rows == 0 || left < TILE) return multiply<Format::bf16_pairs>(p, into);
   Product rest = p;
-  rest.M -= rows;
-  rest.a.data += rows * p.a.row;
-  rest.c += rows * p.ldc;
+  rest.M -= tiled_rows;
+  rest.a.data += tiled_rows * p.a.row;
+  rest.c += tiled_rows * p.ldc;
   multiply<Format::bf16_pairs>(rest, into);
-  p.M = rows;
+  p.M = tiled_rows;
   while (left >= TILE) {
     const int deep = (left < MOST_WORDS ? left : MOST_WORDS) / TILE * TILE;
-    into == Into::add ? strips<Into::add>(p, rows, deep) : strips<Into::set>(p, rows, deep);
+    into == Into::add ? strips<Into::add>(p, deep) : strips<Into::set>(p, deep);
     into = Into::add;
     left -= deep;
     p.K -= 2 * deep;
