@@ -19,23 +19,37 @@ Sequence whole(const lol_tensor& x, int64_t batch) {
   return {batch, x.shape[2], 0, nullptr, batch};
 }
 
+// Features of more bytes than this are written past the caches: whoever reads them would not find
+// them there anyway.
+constexpr int64_t STREAMED = 1 << 24;
+
 }  // namespace
 
 int feature_map(const lol_feature_map_args& a) {
   const int64_t H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3],
                 F = feature_dim(a.features, D);
+  const int64_t f = has_map(a.features) ? a.features.weight.shape[2] : 0;
   const Tiles tiles(a.x);
-  const int64_t floats = rows_size(D) + lanes_size(D) + lanes_size(F) + rows_size(F);
+  const int64_t scratch = features_of_tokens_scratch(D, f);
+  const int64_t floats = rows_size(D) + rows_size(F) + scratch;
+  const bool streamed = tiles.count * BLOCK * F * (int64_t)sizeof(float) > STREAMED;
   return run_workers(tiles.count, floats, tiles.count * BLOCK * D * F, [&](int64_t w, Arena arena) {
     const int64_t bh = w / tiles.per_head, first = w % tiles.per_head * BLOCK,
                   n = at_most(BLOCK, T - first);
     const Sequence s = whole(a.x, bh / H);
-    float *row_tile = arena.take(rows_size(D)), *x = arena.take(lanes_size(D));
-    float *phi = arena.take(lanes_size(F)), *y = arena.take(rows_size(F));
-    load_lanes(x, tokens_of(a.x, s, bh % H), first, n, Format::f32, row_tile);
-    features_forward(map_of(a.features, bh % H, H, D), x, phi);
-    to_rows(y, phi, (int)F);
-    store_rows(tokens_of(a.y, s, bh % H), first, n, y);
+    const Tokens from = tokens_of(a.x, s, bh % H), to = tokens_of(a.y, s, bh % H);
+    const FeatureMap map = map_of(a.features, bh % H, H, D);
+    float *x = arena.take(rows_size(D)), *y = arena.take(rows_size(F));
+    if (from.dtype == LOL_F32) {
+      features_of_tokens(map,
+                         {(int)n, (const float*)from.row(first), from.stride / 4,
+                          (float*)to.row(first), to.stride / 4, streamed},
+                         arena.take(scratch));
+    } else {
+      load_rows(x, from, first, n);
+      features_of_tokens(map, {(int)n, x, padded(D), y, padded(F), false}, arena.take(scratch));
+      store_rows(to, first, n, y);
+    }
   });
 }
 

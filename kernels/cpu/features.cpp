@@ -123,6 +123,19 @@ FeatureMap with_paired_weight(FeatureMap map, float* to) {
   return map;
 }
 
+namespace {
+
+// What activations that are no exponentials of all of z make of some of it.
+inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
+  if (map.activation == LOL_IDENTITY) return z;
+  Vec y = z;
+  if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp(min(z, Vec{})));
+  if (map.activation == LOL_FAVOR) y = exp(z - half_norm) * (1.0f / sqrtf((float)map.f));
+  return max(y, splat(map.eps));
+}
+
+}  // namespace
+
 void features_forward(const FeatureMap& map, const float* x, float* phi) {
   if (!map.weight) {
     memcpy(phi, x, sizeof(float) * map.D * BLOCK);
@@ -149,21 +162,93 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
       continue;
     }
     Vec half_norm = {};
-    if (map.activation == LOL_FAVOR) {
-      for (int i = 0; i < map.D; i++)
-        half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
-    }
-    const float favor_factor = 1.0f / sqrtf((float)map.f);
-    for (int i = 0; i < map.f; i++) {
-      const Vec v = load(zt + i * BLOCK);
-      Vec y = v;
-      if (map.activation == LOL_ELU1) y = select(v > Vec{}, v + 1.0f, exp(min(v, Vec{})));
-      if (map.activation == LOL_RELU) y = max(v, Vec{});
-      if (map.activation == LOL_FAVOR) y = exp(v - half_norm) * favor_factor;
-      store(zt + i * BLOCK, map.activation == LOL_IDENTITY ? y : max(y, eps));
-    }
+    for (int i = 0; map.activation == LOL_FAVOR && i < map.D; i++)
+      half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
+    for (int i = 0; i < map.f; i++)
+      store(zt + i * BLOCK, activated(map, load(zt + i * BLOCK), half_norm));
   }
 }
+
+namespace {
+
+// The first `count` lanes, where a row may end within a vector.
+inline void store_first(float* to, Vec v, int count) {
+  if (count >= LANES) return store(to, v);
+  memcpy(to, &v, sizeof(float) * (size_t)count);
+}
+
+// One token's row of features, and whether it goes past the caches.
+struct Row {
+  float* phi;
+  bool streamed;
+};
+
+// As exponentials(), lanes along the f features of one token; z is lost. Up to 40, which is where z
+// mostly is, neither side needs a shift, and so no reduction to the maximum: e^40 times
+// MAX_FEATURES is finite, and so is its reciprocal.
+inline void exponentials_of_token(float* z, Row to, int f, bool two_sided, bool normalize,
+                                  float eps) {
+  const int last = (f - 1) / LANES * LANES;
+  const VecI in_last = lane_index() < splat_int(f - last);
+  store(z + last, select(in_last, load(z + last), splat(z[0])));
+  Vec top = load(z), bottom = top;
+  for (int i = LANES; i <= last; i += LANES) {
+    top = max(top, load(z + i));
+    bottom = min(bottom, load(z + i));
+  }
+  float upper[MAX_FEATURES];
+  Vec sum = {}, upper_sum = {}, e = {}, u = {};
+  if (two_sided && normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
+    for (int i = 0; i <= last; i += LANES) {
+      e = exp_within(load(z + i));
+      u = reciprocal(e);
+      sum += e;
+      upper_sum += u;
+      store(z + i, e);
+      store(upper + i, u);
+    }
+  } else {
+    const Vec most = splat(horizontal_max(top)), least = splat(-horizontal_max(-bottom));
+    for (int i = 0; i <= last; i += LANES) {
+      const Vec x = load(z + i);
+      e = exp(x - most);
+      u = exp(least - x);
+      sum += e;
+      upper_sum += u;
+      store(z + i, e);
+      store(upper + i, u);
+    }
+  }
+  sum -= select(in_last, Vec{}, e);
+  upper_sum -= select(in_last, Vec{}, u);
+  const auto write = [&](float* to_side, const float* from, Vec side_sum) {
+    const float factor = normalize ? 1.0f / horizontal_sum(side_sum) : 1.0f;
+    const auto scaled = [&](int i) { return max(load(from + i) * factor, splat(eps)); };
+    if (to.streamed) {
+      for (int i = 0; i < f; i += LANES) stream(to_side + i, scaled(i));
+    } else {
+      for (int i = 0; i < last; i += LANES) store(to_side + i, scaled(i));
+      store_first(to_side + last, scaled(last), f - last);
+    }
+  };
+  write(to.phi, z, sum);
+  if (two_sided) write(to.phi + f, upper, upper_sum);
+}
+
+// phi[F] of x[D] and z = x W [padded(f)], which is lost; lanes along features.
+inline void activate_token(const FeatureMap& map, const float* x, float* z, Row to) {
+  const int f = map.f;
+  for (int j = 0; map.bias && j < f; j++) z[j] += map.bias[j];
+  for (int j = 0; map.skip && j < f; j++) z[j] += x[j];
+  if (is_exponential(map.activation))
+    return exponentials_of_token(z, to, f, map.two_sided, map.activation == LOL_SOFTMAX, map.eps);
+  float half_norm = 0.0f;
+  for (int d = 0; map.activation == LOL_FAVOR && d < map.D; d++) half_norm += 0.5f * x[d] * x[d];
+  for (int j = 0; j < f; j += LANES)
+    store_first(to.phi + j, activated(map, load(z + j), splat(half_norm)), f - j);
+}
+
+}  // namespace
 
 void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   if (!map.weight) {
@@ -171,14 +256,12 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
     return;
   }
   const int f = map.f;
-  float z[MAX_FEATURES + LANES], e[MAX_FEATURES + LANES];
-  for (int j = 0; j < f; j++) z[j] = (map.bias ? map.bias[j] : 0.0f) + (map.skip ? x[j] : 0.0f);
+  float z[MAX_FEATURES + LANES] = {};
   // Eight chains of sums in registers, two for each of four vectors of z: enough to hide the
   // latency of an FMA.
   int j = 0;
   for (; j + 4 * LANES <= f; j += 4 * LANES) {
-    Vec even[4], odd[4] = {};
-    for (int i = 0; i < 4; i++) even[i] = load(z + j + i * LANES);
+    Vec even[4] = {}, odd[4] = {};
     int d = 0;
     for (; d + 2 <= map.D; d += 2) {
       const float* w = map.weight + d * f + j;
@@ -195,42 +278,29 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
   for (int d = 0; d < map.D; d++) {
     for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
   }
-  if (is_exponential(map.activation)) {
-    const int whole = f / LANES * LANES;
-    for (int side = 0; side < (map.two_sided ? 2 : 1); side++) {
-      const float sign = side ? -1.0f : 1.0f;
-      float top = sign * z[0];
-      if (whole) {
-        Vec tops = sign * load(z);
-        for (int i = LANES; i < whole; i += LANES) tops = max(tops, sign * load(z + i));
-        top = horizontal_max(tops);
-      }
-      for (int i = whole; i < f; i++) top = sign * z[i] > top ? sign * z[i] : top;
-      Vec sums = {};
-      for (int i = 0; i < f; i += LANES) {
-        const Vec v = exp(sign * load(z + i) - top);
-        if (i < whole) sums += v;
-        store(e + i, v);
-      }
-      float sum = horizontal_sum(sums);
-      for (int i = whole; i < f; i++) sum += e[i];
-      const float factor = map.activation == LOL_SOFTMAX ? 1.0f / sum : 1.0f;
-      float* out = phi + side * f;
-      for (int i = 0; i < whole; i += LANES)
-        store(out + i, max(factor * load(e + i), splat(map.eps)));
-      for (int i = whole; i < f; i++) out[i] = e[i] * factor < map.eps ? map.eps : e[i] * factor;
-    }
+  activate_token(map, x, z, {phi, false});
+}
+
+void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch) {
+  if (!map.weight) {
+    for (int i = 0; i < at.n; i++)
+      memcpy(at.phi + i * at.phi_stride, at.x + i * at.x_stride, sizeof(float) * map.D);
     return;
   }
-  float half_norm = 0.0f;
-  for (int d = 0; d < map.D; d++) half_norm += 0.5f * x[d] * x[d];
-  const float favor_factor = 1.0f / sqrtf((float)f);
-  for (int i = 0; i < f; i++) {
-    float y = z[i];
-    if (map.activation == LOL_ELU1) y = y > 0.0f ? y + 1.0f : expf(y);
-    if (map.activation == LOL_FAVOR) y = expf(y - half_norm) * favor_factor;
-    phi[i] = map.activation == LOL_IDENTITY || y >= map.eps ? y : map.eps;
+  const int ld = padded(map.f);
+  float *z = scratch, *whole_rows = z + BLOCK * ld;
+  const float* weight = map.weight;
+  if (ld != map.f) {
+    for (int d = 0; d < map.D; d++)
+      load_row(whole_rows + d * ld, (const char*)(weight + d * map.f), map.f, LOL_F32);
+    weight = whole_rows;
   }
+  gemm(at.n, ld, map.D, rows(at.x, at.x_stride), weight, ld, z, ld, Into::set);
+  const bool streamed = at.streamed && ld == map.f && (uintptr_t)at.phi % sizeof(Vec) == 0 &&
+                        at.phi_stride % LANES == 0;
+  for (int i = 0; i < at.n; i++)
+    activate_token(map, at.x + i * at.x_stride, z + i * ld, {at.phi + i * at.phi_stride, streamed});
+  if (streamed) end_of_stream();
 }
 
 namespace {

@@ -51,9 +51,22 @@ FeatureMap with_paired_weight(FeatureMap map, float* to);
 // phi[F x BLOCK] of x[D x BLOCK].
 void features_forward(const FeatureMap& map, const float* x, float* phi);
 
-// phi[F] of one token x[D], lanes along features: for the decode step.
-void features_of_token(const FeatureMap& map, const float* x, float* phi);
 constexpr int MAX_FEATURES = 512;
+// Lanes along features, for tokens that are rows: of one, for the decode step,
+void features_of_token(const FeatureMap& map, const float* x, float* phi);
+// and of up to BLOCK of them.
+struct TokenRows {
+  int n;
+  const float* x;  // [n x D], rows x_stride apart
+  int64_t x_stride;
+  float* phi;  // [n x F]
+  int64_t phi_stride;
+  bool streamed;  // phi is not worth keeping in the caches
+};
+void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch);
+static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {
+  return (BLOCK + (f % LANES ? D : 0)) * padded(f);
+}
 
 // Partial gradients of one map's parameters, as one worker sums them.
 struct WeightGradient {

@@ -196,11 +196,8 @@ inline void strip(const Product& p, int m, int K) {
   const float* a = p.a.data + m * p.a.row;
   int64_t lda = p.a.row;
   if (p.a.depth != 1) {
-    for (int k = 0; k < K; k += TILE) {
-      const float* row[TILE];
-      for (int i = 0; i < TILE; i++) row[i] = a + (k + i) * p.a.depth;
-      transpose_rows(contiguous + k, K, row, R * TILE);
-    }
+    for (int k = 0; k < K; k += TILE)
+      transpose_rows(contiguous + k, K, a + k * p.a.depth, p.a.depth, R * TILE);
     a = contiguous;
     lda = K;
   }

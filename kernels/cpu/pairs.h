@@ -58,13 +58,10 @@ static inline void load_words(float* dst, const Tokens& t, int64_t position, int
 static inline void load_lanes(float* dst, const Tokens& t, int64_t position, int64_t n,
                               Format format, float* scratch, bool sink = false) {
   const int width = words(format, t.width);
-  const bool readable = format == Format::f32 ? t.dtype == LOL_F32 : t.width % 2 == 0;
-  if (readable && width % 4 == 0 && n == BLOCK) {
-    const float* row[BLOCK];
-    for (int64_t i = 0; i < n; i++)
-      row[i] = (const float*)(sink ? t.sink_row(position + i) : t.row(position + i));
-    return to_lanes(dst, row, width);
-  }
+  const bool readable =
+      format == Format::f32 ? t.dtype == LOL_F32 : t.width % 2 == 0 && t.stride % 4 == 0;
+  if (readable && width % 4 == 0 && n == BLOCK && t.evenly_spaced(position, n))
+    return to_lanes(dst, (const float*)t.row(position), t.stride / 4, width);
   if (format == Format::f32) {
     load_rows(scratch, t, position, n, sink);
   } else {

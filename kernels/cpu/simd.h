@@ -6,7 +6,7 @@
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
 #pragma once
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #include <math.h>
@@ -42,6 +42,22 @@ static inline V load_as(const T* p) {
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 static inline Vec load(const float* p) { return *(const VecAnywhere*)p; }
 static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
+// Past the caches, which else would read each line first. p is aligned. Other threads see what a
+// thread wrote after it has called end_of_stream().
+static inline void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__) && LOL_LANES == 8
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+static inline void end_of_stream() {
+#ifdef __AVX__
+  _mm_sfence();
+#endif
+}
 // x - 0 is x for every x, while 0 + x is not for -0: this way no addition remains.
 static inline Vec splat(float x) { return x - Vec{}; }
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
@@ -61,6 +77,9 @@ static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
 #endif
 static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
 static inline bool all(VecI mask) {
+#ifdef __AVX512F__
+  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+#endif
   for (int i = 0; i < LANES; i++) {
     if (!mask[i]) return false;
   }
@@ -271,29 +290,29 @@ static inline Vec4 sums_of_4(const Vec* v) {
   return quarter_sums((columns[0] + columns[2]) + (columns[1] + columns[3]));
 }
 
-// The vector whose quarter q is at p[4 * q].
-static inline Vec load_quarters(const float* const* p, int64_t at) {
-#if LOL_LANES == 16
-  typedef float Vec8 __attribute__((vector_size(32)));
-  const Vec8 low = __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1,
-                                           2, 3, 4, 5, 6, 7);
-  const Vec8 high = __builtin_shufflevector(load_as<Vec4>(p[8] + at), load_as<Vec4>(p[12] + at), 0,
-                                            1, 2, 3, 4, 5, 6, 7);
-  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-#elif LOL_LANES == 8
-  return __builtin_shufflevector(load_as<Vec4>(p[0] + at), load_as<Vec4>(p[4] + at), 0, 1, 2, 3, 4,
-                                 5, 6, 7);
+// The vector whose quarter q is at p + 4 * q * stride.
+static inline Vec load_quarters(const float* p, int64_t stride) {
+#ifdef __AVX512F__
+  // Inserting from memory is a load and a blend; GCC would shuffle instead, on the one port that
+  // transposing is short of.
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
+  return (Vec)_mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
 #else
-  return load_as<Vec4>(p[0] + at);
+  Vec v;
+  for (int q = 0; q < LANES / 4; q++) memcpy((char*)&v + 16 * q, p + 4 * q * stride, 16);
+  return v;
 #endif
 }
 
-// dst[cols x LANES] = the transpose of LANES rows, wherever they are; cols is padded to a multiple
-// of 4. Every quarter of a vector takes four rows, so that stores are whole vectors.
-static inline void transpose_rows(float* dst, int64_t ldd, const float* const* row, int cols) {
+// dst[cols x LANES] = the transpose of src[LANES x cols]; cols is padded to a multiple of 4. Every
+// quarter of a vector takes four rows, so that stores are whole vectors.
+static inline void transpose_rows(float* dst, int64_t ldd, const float* src, int64_t lds,
+                                  int cols) {
   for (int j = 0; j < cols; j += 4, dst += 4 * ldd) {
     Vec in[4], out[4];
-    for (int r = 0; r < 4; r++) in[r] = load_quarters(row + r, j);
+    for (int r = 0; r < 4; r++) in[r] = load_quarters(src + r * lds + j, lds);
     transpose4(in, out);
     for (int r = 0; r < 4; r++) store(dst + r * ldd, out[r]);
   }

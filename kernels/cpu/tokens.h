@@ -45,6 +45,11 @@ struct Tokens {
     const int64_t i = position - past;
     return base + (index ? index[i] : first + i) * stride;
   }
+  // Whether the n rows from `position` on are `stride` apart.
+  bool evenly_spaced(int64_t position, int64_t n) const {
+    const int64_t i = position - past;
+    return i >= 0 && (!index || index[i + n - 1] - index[i] == n - 1);
+  }
   char* sink_row(int64_t position) const {
     return position < past ? (char*)sink + position * row_bytes() : row(position);
   }
@@ -117,16 +122,14 @@ static inline void store_rows(const Tokens& t, int64_t position, int64_t n, cons
   for (int64_t i = 0; i < n; i++) store_row(t.row(position + i), src + i * ld, t.width, t.dtype);
 }
 
-// [X x BLOCK] from BLOCK rows, wherever they are, and back. Transposing works on multiples of 4, so
-// tiles have up to 3 spare rows.
-static inline void to_lanes(float* dst, const float* const* row, int width) {
+// [X x BLOCK] from BLOCK rows and back. Transposing works on multiples of 4, so tiles have up to 3
+// spare rows.
+static inline void to_lanes(float* dst, const float* row, int64_t stride, int width) {
   for (int c = 0; c < BLOCK; c += LANES)
-    transpose_rows(dst + c, BLOCK, row + c, (width + 3) / 4 * 4);
+    transpose_rows(dst + c, BLOCK, row + c * stride, stride, (width + 3) / 4 * 4);
 }
 static inline void to_lanes(float* dst, const float* row_tile, int width) {
-  const float* row[BLOCK];
-  for (int i = 0; i < BLOCK; i++) row[i] = row_tile + i * padded(width);
-  to_lanes(dst, row, width);
+  to_lanes(dst, row_tile, padded(width), width);
 }
 static inline void to_rows(float* row_tile, const float* src, int width) {
   for (int c = 0; c < BLOCK; c += LANES)

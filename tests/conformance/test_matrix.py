@@ -1,8 +1,10 @@
 """Every operator, forward and backward, on every backend, against the fp64 reference (SPEC 9)."""
 
+import lolcats_ops as lo
 import pytest
+import torch
 from helpers.cases import FACTORS, Case, cases
-from helpers.kernels import ALL, KERNELS
+from helpers.kernels import ALL, CPU, KERNELS
 from helpers.operators import (
     BOUNDLESS,
     HYBRID,
@@ -46,6 +48,28 @@ def test_hybrid_attention_equals_the_reference(case, backend, device):
 @matrix(*HYBRID, "xent")
 def test_attention_transfer_equals_the_reference(case, backend, device):
     check(attention_transfer, case, backend, device)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("f", [5, 16, 24, 64])
+def test_features_are_exact_however_far_apart_they_are(backend, device, activation, two_sided, f):
+    """Each token spreads its ``z`` over another range, up to where exponentials leave fp32."""
+    rng = torch.Generator().manual_seed(f)
+    ranges = torch.tensor([1.0, 39.9, 40.1, 79.0, 87.0, 161.0, 1000.0]).repeat(6)
+    z = (2 * torch.rand(1, 1, len(ranges), f, generator=rng) - 1) * ranges[:, None]
+    weight = torch.eye(f)[None]  # z is x, without a rounding
+    got, want = (
+        ops.feature_map(
+            z.to(dtype), lo.Features(weight.to(dtype), None, activation, two_sided), **options
+        )
+        for ops, dtype, options in (
+            (lo, torch.float32, {"backend": backend}),
+            (lo.reference, torch.float64, {}),
+        )
+    )
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-30)
 
 
 @pytest.mark.parametrize("seed", range(5))
