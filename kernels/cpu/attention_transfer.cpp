@@ -45,7 +45,7 @@ class TransferWorker {
     const Queries block = student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first),
                                                 tokens_of(p_.q, s_, h), p_.lambda(h));
     Sums& student = student_.attend(block, h);
-    gather(pairs_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, teacher_);
+    gather(pairs_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, nullptr, teacher_);
     float lse[BLOCK], delta[BLOCK];
     for (int c = 0; c < BLOCK; c += LANES)
       store(lse + c, load(teacher_.m + c) + log(load(teacher_.den + c)));

@@ -225,35 +225,42 @@ Band seen(const WeightTile& w) {
 }  // namespace
 
 void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
-            const Problem& p, float g, float* weights, Sums& out) {
+            const Problem& p, float g, float* weights, const Term* state, Sums& out) {
   const int ld = padded(p.V());
   fill(out.m, BLOCK, -INFINITY);
   memset(out.den, 0, sizeof(out.den));
-  memset(out.y, 0, sizeof(float) * BLOCK * ld);
   Pieces pieces(tiles, window, block, from);
   WeightTile piece[MOST_TILES];
-  for (bool first = true; int count = pieces.next(piece, weights, (int)p.D()); first = false) {
+  Band bands[MOST_TILES];
+  Term terms[MOST_TILES + 1];
+  Into into = Into::set;
+  do {  // once at least: all keys may be in the state
+    const int count = pieces.next(piece, weights, (int)p.D());
     float rescale[BLOCK];
     if (tiles.format() == Format::f32) {
       softmax_weights<Format::f32>(piece, count, p.scale, g, out, rescale);
     } else {
       softmax_weights<Format::bf16_pairs>(piece, count, p.scale, g, out, rescale);
     }
-    for (int64_t i = 0; !first && i < block.n; i++) {
+    for (int64_t i = 0; into == Into::add && i < block.n; i++) {
       for (int j = 0; j < ld; j += LANES)
         store(out.y + i * ld + j, rescale[i] * load(out.y + i * ld + j));
     }
     for (int t = 0; t < count; t++) {
+      const int n = (int)piece[t].tile->n;
       if (!piece[t].linear.empty())
         linear_weights(tiles, piece[t], block, (int)p.F(), weights + MOST_TILES * BLOCK * BLOCK,
                        out);
-      const Band band = seen(piece[t]);
-      const int n = (int)piece[t].tile->n;
       if (tiles.format() != Format::f32) pair_rows(piece[t].weights, piece[t].weights, n, BLOCK);
-      gemm(tiles.format(), (int)block.n, ld, n, transposed(piece[t].weights, BLOCK),
-           piece[t].tile->v, ld, out.y, ld, Into::add, Skip::keys_of_m, &band);
+      bands[t] = seen(piece[t]);
+      terms[t] = {
+          n, transposed(piece[t].weights, BLOCK), piece[t].tile->v, ld, Skip::keys_of_m, &bands[t]};
     }
-  }
+    const bool with_state = state && !pieces.more();
+    if (with_state) terms[count] = *state;
+    gemm(tiles.format(), (int)block.n, ld, terms, count + with_state, out.y, ld, into);
+    into = Into::add;
+  } while (pieces.more());
 }
 
 void normalize(Sums& sums, int64_t n, int V) {
@@ -362,12 +369,12 @@ const float* Chunkwise::readable_kv() {
 
 Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   const int ld = padded(p_.V()), F = (int)p_.F();
-  gather(tiles, p_.window, block, state.folded, p_, p_.g(h), scores, sums_);
-  if (!state.empty) {
-    gemm(p_.format, (int)block.n, ld, F, transposed(block.phi, BLOCK), readable_kv(), ld, sums_.y,
-         ld, Into::add);
-    add_products(p_.format, sums_.den, state.ksum, block.phi, F);
-  }
+  const Term of_state = {
+      F,      transposed(block.phi, BLOCK), state.empty ? nullptr : readable_kv(), ld, Skip::none,
+      nullptr};
+  gather(tiles, p_.window, block, state.folded, p_, p_.g(h), scores,
+         state.empty ? nullptr : &of_state, sums_);
+  if (!state.empty) add_products(p_.format, sums_.den, state.ksum, block.phi, F);
   for (int c = 0; c < BLOCK; c += LANES) {
     const Vec m = load(sums_.m + c);
     store(sums_.m + c, select(m == splat(-INFINITY), Vec{}, m));

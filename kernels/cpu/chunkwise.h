@@ -167,10 +167,11 @@ struct Sums {
   float m[BLOCK], den[BLOCK];
 };
 // Sums over the keys of Pieces(tiles, window, block, from): softmax weights are g e^{s - m}, linear
-// ones phi_k phi_q. `weights` is scratch of WEIGHTS floats.
+// ones phi_k phi_q. Products of those that share y with them, the state's, come as `state` or null.
+// `weights` is scratch of WEIGHTS floats.
 constexpr int WEIGHTS = (MOST_TILES + 1) * BLOCK * BLOCK;
 void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
-            const Problem& p, float g, float* weights, Sums& out);
+            const Problem& p, float g, float* weights, const Term* state, Sums& out);
 // y / den, rows [0, n).
 void normalize(Sums& sums, int64_t n, int V);
 

@@ -28,23 +28,36 @@ inline Vec multiply_add(Vec sum, Vec a, Vec b) {
   return sum + a * b;
 }
 
+// The part of a term that reaches one tile of C.
+struct Depth {
+  int length;  // in words
+  const float *a, *b;
+  int64_t a_stride, b_stride;
+};
+
 template <Format format, int R, int P, Into into, int ROW>
-inline void micro(int K, Operand a, const float* b, int64_t ldb, float* c, int64_t ldc) {
-  const int64_t row = ROW == ANY ? a.row : ROW;
+__attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at, int64_t a_row,
+                                     float* c, int64_t ldc) {
+  const int64_t row = ROW == ANY ? a_row : ROW;
   Vec acc[R][P];
   const float* from = c;
   LOL_UNROLL for (int r = 0; r < R; r++, from += ldc) {
     LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] =
         into == Into::add ? load(from + p * LANES) : Vec{};
   }
-  const float* ak = a.data;
-  // Two at a time: what the loop itself takes is a sixth of its instructions on AVX2.
-  _Pragma("GCC unroll 2") for (int k = 0; k < K; k++, ak += a.depth, b += ldb) {
-    Vec bv[P];
-    LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
-    LOL_UNROLL for (int r = 0; r < R; r++) {
-      const Vec av = splat(ak[r * row]);
-      LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] = multiply_add<format>(acc[r][p], av, bv[p]);
+  for (int t = 0; t < terms; t++) {
+    const int length = term[t].length;
+    const float *ak = term[t].a + a_at, *b = term[t].b;
+    const int64_t depth = term[t].a_stride, ldb = term[t].b_stride;
+    // Two at a time: what the loop itself takes is a sixth of its instructions on AVX2.
+    _Pragma("GCC unroll 2") for (int k = 0; k < length; k++, ak += depth, b += ldb) {
+      Vec bv[P];
+      LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
+      LOL_UNROLL for (int r = 0; r < R; r++) {
+        const Vec av = splat(ak[r * row]);
+        LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] =
+            multiply_add<format>(acc[r][p], av, bv[p]);
+      }
     }
   }
   asm("" : "+r"(c));  // addresses of rows are not worth keeping over the loop
@@ -74,14 +87,15 @@ inline Range keys_of(const Band& band, int n0, int n1, int K) {
   return {band.lo[n0] < end ? band.lo[n0] : end, end};
 }
 
-inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Band* band) {
-  switch (skip) {
+inline Range depth_of(int m0, int m1, int n0, int n1, const Term& term) {
+  const Band* band = term.band;
+  switch (term.skip) {
     case Skip::outputs:
-      return band->lo[n0] < m1 && band->hi[n1 - 1] > m0 ? Range{0, K} : Range{0, -1};
+      return band->lo[n0] < m1 && band->hi[n1 - 1] > m0 ? Range{0, term.K} : Range{0, -1};
     case Skip::keys_of_m:
-      return keys_of(*band, m0, m1, K);
+      return keys_of(*band, m0, m1, term.K);
     case Skip::keys_of_n:
-      return keys_of(*band, n0, n1, K);
+      return keys_of(*band, n0, n1, term.K);
     case Skip::queries_of_m:
       return queries_of(*band, m0, m1);
     case Skip::queries_of_n:
@@ -89,7 +103,7 @@ inline Range depth_of(int m0, int m1, int n0, int n1, int K, Skip skip, const Ba
     case Skip::none:
       break;
   }
-  return {0, K};
+  return {0, term.K};
 }
 
 // The depth in words.
@@ -100,15 +114,35 @@ inline Range words_of(Range depth) {
 }
 
 struct Product {
-  int M, N, K;
-  Operand a;
-  const float* b;
-  int64_t ldb;
+  int M, N, terms;
+  const Term* term;
   float* c;
   int64_t ldc;
-  Skip skip;
-  const Band* band;
 };
+
+inline bool banded(const Product& p) {
+  for (int t = 0; t < p.terms; t++) {
+    if (p.term[t].skip != Skip::none) return true;
+  }
+  return false;
+}
+
+// What of each term reaches the rows [m0, m1) and columns [n0, n1), A and B from row 0 and column
+// n0 on. Returns how many terms that are, or -1 if C is left alone there.
+template <Format format, Into into>
+inline int depths_of(const Product& p, int m0, int m1, int n0, int n1, Depth* to) {
+  int count = 0;
+  bool left = into == Into::add;
+  for (int t = 0; t < p.terms; t++) {
+    const Term& term = p.term[t];
+    const Range depth = words_of<format>(depth_of(m0, m1, n0, n1, term));
+    if (depth.end < depth.begin) left = true;
+    if (depth.end <= depth.begin) continue;
+    to[count++] = {depth.end - depth.begin, term.a.data + depth.begin * term.a.depth,
+                   term.b + depth.begin * term.ldb + n0, term.a.depth, term.ldb};
+  }
+  return count == 0 && left ? -1 : count;
+}
 
 // Rows m.. of one panel, R at a time, the rest by smaller powers of two. R may be less than twice
 // the next smaller: the last rows are then two tiles of that, since what R would leave has too few
@@ -116,13 +150,14 @@ struct Product {
 template <Format format, int R, int P, Into into, int ROW>
 inline void panel(const Product& p, int m, int n) {
   constexpr int LESS = R > 8 ? 8 : R > 4 ? 4 : R / 2;
+  const int64_t row = ROW == ANY ? p.term->a.row : ROW;
+  const bool anew = banded(p);
+  Depth depths[MOST_TERMS];
+  int terms = -1;
   for (; m + R <= p.M && !(R < 2 * LESS && p.M - m == 2 * LESS); m += R) {
-    const Range depth = words_of<format>(depth_of(m, m + R, n, n + P * LANES, p.K, p.skip, p.band));
-    const int length = depth.end - depth.begin;
-    if (length < 0 || (length == 0 && into == Into::add)) continue;
-    const Operand a = {p.a.data + m * p.a.row + depth.begin * p.a.depth, p.a.row, p.a.depth};
-    micro<format, R, P, into, ROW>(length, a, p.b + depth.begin * p.ldb + n, p.ldb,
-                                   p.c + m * p.ldc + n, p.ldc);
+    if (anew || terms < 0) terms = depths_of<format, into>(p, m, m + R, n, n + P * LANES, depths);
+    if (terms < 0) continue;
+    micro<format, R, P, into, ROW>(depths, terms, m * row, row, p.c + m * p.ldc + n, p.ldc);
   }
   if constexpr (LESS > 0) {
     if (m < p.M) panel<format, LESS, P, into, ROW>(p, m, n);
@@ -131,8 +166,9 @@ inline void panel(const Product& p, int m, int n) {
 
 template <Format format, Into into, int ROW>
 inline void panels(const Product& p) {
+  const Skip skip = p.term->skip;
   const bool by_column =
-      p.skip == Skip::outputs || p.skip == Skip::keys_of_n || p.skip == Skip::queries_of_n;
+      skip == Skip::outputs || skip == Skip::keys_of_n || skip == Skip::queries_of_n;
   int n = 0;
   if (!by_column) {
     for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)
@@ -144,8 +180,9 @@ inline void panels(const Product& p) {
 template <Format format, Into into>
 inline void by_stride(const Product& p) {
   constexpr int TILE_ROW = format == Format::f32 ? BLOCK : BLOCK / 2;
-  if (p.a.row == 1) return panels<format, into, 1>(p);
-  if (p.a.row == TILE_ROW) return panels<format, into, TILE_ROW>(p);
+  const int64_t row = p.term->a.row;
+  if (row == 1) return panels<format, into, 1>(p);
+  if (row == TILE_ROW) return panels<format, into, TILE_ROW>(p);
   panels<format, into, ANY>(p);
 }
 
@@ -160,27 +197,33 @@ inline void multiply(const Product& p, Into into) {
 
 #ifdef LOL_MATRIX_UNIT
 
-// Words of A's rows that are made contiguous at a time: 32 rows of them are half of L1.
-constexpr int MOST_WORDS = 192;
+// Slices of a product's depth that are taken at a time: A's rows in them, made contiguous, are half
+// of L1.
+constexpr int MOST_SLICES = 12;
 static_assert(TILE == LANES && BLOCK == 2 * TILE, "tiles are as wide as vectors, blocks two tiles");
 
-// R x P tiles of C; a[R * TILE x K words], b[K words x P * TILE]. Two by two load a tile per
-// product, the least that eight tiles allow.
+// TILE words of a term's depth.
+struct Slice {
+  const float *a, *b;
+  int64_t a_row, a_stride, b_stride;
+};
+
+// R x P tiles of C. Two by two load a tile per product, the least that eight tiles allow.
 template <int R, int P, Into into>
-inline void tiles(int K, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                  int64_t ldc) {
+inline void tiles(const Slice* slice, int slices, int n, float* c, int64_t ldc) {
   constexpr bool add = into == Into::add;
   float *c01 = c + TILE, *c10 = c + TILE * ldc, *c11 = c10 + TILE;
   add ? tile_load<0>(c, ldc) : tile_zero<0>();
   if (P > 1) add ? tile_load<1>(c01, ldc) : tile_zero<1>();
   if (R > 1) add ? tile_load<2>(c10, ldc) : tile_zero<2>();
   if (R > 1 && P > 1) add ? tile_load<3>(c11, ldc) : tile_zero<3>();
-  for (int k = 0; k < K; k += TILE, a += TILE, b += TILE * ldb) {
-    tile_load<4>(a, lda);
-    tile_load<6>(b, ldb);
+  for (int k = 0; k < slices; k++) {
+    const Slice& s = slice[k];
+    tile_load<4>(s.a, s.a_row);
+    tile_load<6>(s.b + n, s.b_stride);
     tile_add_dot<0, 4, 6>();
-    if (P > 1) tile_load<7>(b + TILE, ldb), tile_add_dot<1, 4, 7>();
-    if (R > 1) tile_load<5>(a + TILE * lda, lda), tile_add_dot<2, 5, 6>();
+    if (P > 1) tile_load<7>(s.b + n + TILE, s.b_stride), tile_add_dot<1, 4, 7>();
+    if (R > 1) tile_load<5>(s.a + TILE * s.a_row, s.a_row), tile_add_dot<2, 5, 6>();
     if (R > 1 && P > 1) tile_add_dot<3, 5, 7>();
   }
   tile_store<0>(c, ldc);
@@ -189,66 +232,78 @@ inline void tiles(int K, const float* a, int64_t lda, const float* b, int64_t ld
   if (R > 1 && P > 1) tile_store<3>(c11, ldc);
 }
 
-// All rows, K words deep: M and K are multiples of TILE. Tiles of A want rows that are contiguous.
+// All columns of R x TILE rows. Tiles of A want rows that are contiguous.
 template <int R, Into into>
-inline void strip(const Product& p, int m, int K) {
-  alignas(64) float contiguous[R * TILE * MOST_WORDS];
-  const float* a = p.a.data + m * p.a.row;
-  int64_t lda = p.a.row;
-  if (p.a.depth != 1) {
-    for (int k = 0; k < K; k += TILE)
-      transpose_rows(contiguous + k, K, a + k * p.a.depth, p.a.depth, R * TILE);
-    a = contiguous;
-    lda = K;
+inline void strip(const Product& p, const Slice* slice, int slices, int m) {
+  alignas(64) float contiguous[MOST_SLICES * R * TILE * TILE];
+  Slice of_rows[MOST_SLICES];
+  for (int k = 0; k < slices; k++) {
+    Slice& s = of_rows[k] = slice[k];
+    s.a += m * s.a_row;
+    if (s.a_stride == 1) continue;
+    float* to = contiguous + k * R * TILE * TILE;
+    transpose_rows(to, TILE, s.a, s.a_stride, R * TILE);
+    s.a = to;
+    s.a_row = TILE;
   }
   float* c = p.c + m * p.ldc;
   int n = 0;
-  for (; n + 2 * TILE <= p.N; n += 2 * TILE)
-    tiles<R, 2, into>(K, a, lda, p.b + n, p.ldb, c + n, p.ldc);
-  if (n < p.N) tiles<R, 1, into>(K, a, lda, p.b + n, p.ldb, c + n, p.ldc);
+  for (; n + 2 * TILE <= p.N; n += 2 * TILE) tiles<R, 2, into>(of_rows, slices, n, c + n, p.ldc);
+  if (n < p.N) tiles<R, 1, into>(of_rows, slices, n, c + n, p.ldc);
 }
 
 template <Into into>
-inline void strips(const Product& p, int K) {
+inline void strips(const Product& p, const Slice* slice, int slices) {
   int m = 0;
-  for (; m + 2 * TILE <= p.M; m += 2 * TILE) strip<2, into>(p, m, K);
-  if (m < p.M) strip<1, into>(p, m, K);
+  for (; m + 2 * TILE <= p.M; m += 2 * TILE) strip<2, into>(p, slice, slices, m);
+  if (m < p.M) strip<1, into>(p, slice, slices, m);
 }
 
 // The matrix unit takes whole tiles, add_dot() the depth and the rows that are left. Bands are not
 // worth looking at: what they leave out of A or B is zero, and C is scratch there.
-void multiply_by_tiles(Product p, Into into) {
-  p.skip = Skip::none;
+void multiply_by_tiles(const Product& all, Into into) {
+  Term terms[MOST_TERMS];
+  for (int t = 0; t < all.terms; t++) (terms[t] = all.term[t]).skip = Skip::none;
+  Product p = all;
+  p.term = terms;
   const int tiled_rows = p.M / TILE * TILE;
-  int left = words(Format::bf16_pairs, p.K);
-  if (tiled_rows == 0 || left < TILE) return multiply<Format::bf16_pairs>(p, into);
-  Product rest = p;
-  rest.M -= tiled_rows;
-  rest.a.data += tiled_rows * p.a.row;
-  rest.c += tiled_rows * p.ldc;
-  multiply<Format::bf16_pairs>(rest, into);
-  p.M = tiled_rows;
-  while (left >= TILE) {
-    const int deep = (left < MOST_WORDS ? left : MOST_WORDS) / TILE * TILE;
-    into == Into::add ? strips<Into::add>(p, deep) : strips<Into::set>(p, deep);
-    into = Into::add;
-    left -= deep;
-    p.K -= 2 * deep;
-    p.a.data += deep * p.a.depth;
-    p.b += deep * p.ldb;
+  if (tiled_rows < p.M) {
+    Term below[MOST_TERMS];
+    for (int t = 0; t < p.terms; t++) (below[t] = terms[t]).a.data += tiled_rows * terms[t].a.row;
+    const Product rest = {p.M - tiled_rows, p.N, p.terms, below, p.c + tiled_rows * p.ldc, p.ldc};
+    multiply<Format::bf16_pairs>(rest, into);
   }
-  if (left > 0) multiply<Format::bf16_pairs>(p, into);
+  if (tiled_rows == 0) return;
+  p.M = tiled_rows;
+  Slice slice[MOST_SLICES];
+  int slices = 0;
+  const auto multiply_slices = [&] {
+    into == Into::add ? strips<Into::add>(p, slice, slices) : strips<Into::set>(p, slice, slices);
+    into = Into::add;
+    slices = 0;
+  };
+  p.terms = 0;  // whose last words are left
+  for (int t = 0; t < all.terms; t++) {
+    Term term = terms[t];
+    for (; words(Format::bf16_pairs, term.K) >= TILE; term.K -= 2 * TILE) {
+      slice[slices++] = {term.a.data, term.b, term.a.row, term.a.depth, term.ldb};
+      if (slices == MOST_SLICES) multiply_slices();
+      term.a.data += TILE * term.a.depth;
+      term.b += TILE * term.ldb;
+    }
+    if (term.K > 0) terms[p.terms++] = term;
+  }
+  if (slices > 0) multiply_slices();
+  if (p.terms > 0 || into == Into::set) multiply<Format::bf16_pairs>(p, into);
 }
 
 #endif
 
 }  // namespace
 
-void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, Into into, Skip skip, const Band* band) {
-  if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
-  if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
-  const Product product = {M, N, K, a, b, ldb, c, ldc, skip, band};
+void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
+          Into into) {
+  const Product product = {M, N, terms, term, c, ldc};
 #if defined(LOL_MATRIX_UNIT)
   if (format == Format::bf16_pairs) return multiply_by_tiles(product, into);
 #elif defined(LOL_PAIRS)
@@ -257,6 +312,14 @@ void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t
   (void)format;
 #endif
   multiply<Format::f32>(product, into);
+}
+
+void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
+          int64_t ldc, Into into, Skip skip, const Band* band) {
+  if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
+  if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
+  const Term term = {K, a, b, ldb, skip, band};
+  gemm(format, M, N, &term, 1, c, ldc, into);
 }
 
 }  // namespace LOL_ISA

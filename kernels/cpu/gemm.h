@@ -67,6 +67,20 @@ constexpr int ROW_GROUP = TILE;
 constexpr int ROW_GROUP = 4;
 #endif
 
+// One of the products that add up to C. All have the same a.row, and skip along the same of M and N
+// if they skip.
+struct Term {
+  int K;
+  Operand a;
+  const float* b;
+  int64_t ldb;
+  Skip skip;
+  const Band* band;
+};
+constexpr int MOST_TERMS = 17;
+void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
+          Into into);
+
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);
 static inline void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
