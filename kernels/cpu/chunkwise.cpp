@@ -71,9 +71,9 @@ KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v
 }
 
 KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
-  const int64_t past_first = start - shared_first_;
-  if (!sink && past_first >= 0 && past_first % BLOCK == 0 && past_first / BLOCK < shared_count_)
-    return shared_[past_first / BLOCK];
+  const int64_t past_first = start - first_held_;
+  if (!sink && past_first >= 0 && past_first % BLOCK == 0 && past_first / BLOCK < held_count_)
+    return held_[past_first / BLOCK];
   int slot = 0;
   clock_++;
   for (int i = 0; i < count_; i++) {

@@ -105,13 +105,13 @@ class KeyTiles {
   Operand phi_by_keys(KeyTile& tile);
   // The values as the left side of a sum over V, of tiles both ways.
   Operand values(const KeyTile& tile) const;
-  // Loads a tile that others may read; and serves `count` such tiles, from key `first` on, in place
-  // of own ones.
+  // Loads a tile of the caller's; and serves `count` such tiles, from key `first` on, instead of
+  // loading them.
   void load(KeyTile& tile, int64_t start, int64_t end, bool sink = false);
-  void share(KeyTile* tiles, int64_t first, int64_t count) {
-    shared_ = tiles;
-    shared_first_ = first;
-    shared_count_ = count;
+  void hold(KeyTile* tiles, int64_t first, int64_t count) {
+    held_ = tiles;
+    first_held_ = first;
+    held_count_ = count;
   }
   int64_t total() const { return total_; }
   Format format() const { return format_; }
@@ -126,8 +126,8 @@ class KeyTiles {
   int64_t total_, sinks_, clock_ = 0;
   int count_;
   KeyTile tiles_[MOST_TILES];
-  KeyTile* shared_ = nullptr;
-  int64_t shared_first_ = 0, shared_count_ = 0;
+  KeyTile* held_ = nullptr;
+  int64_t first_held_ = 0, held_count_ = 0;
   float *row_tile_, *phi_;
 };
 

@@ -4,12 +4,17 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// A team costs a tenth in barriers and copies: it pays where single threads would leave more of the
-// machine idle,
+// A team costs a tenth in copies of the state and in keys that two stretches load: it pays where
+// single threads would leave more of the machine idle,
 constexpr double IDLE = 0.15;
-// and where each thread has a stretch of this many blocks of queries. Fewer make barriers felt;
+// and where each thread has a stretch of this many blocks of queries. Fewer load more keys twice;
 // more push tiles and copies of the state out of L2.
 constexpr int64_t BLOCKS = 16;
+
+// The rows of a state in parts, each of which goes from stretch to stretch on its own. Folding is a
+// quarter of a stretch's work, so half as many parts as threads do not let the next one wait.
+constexpr int MOST_PARTS = 16;
+int parts_for(int threads) { return (int)at_most(at_least(threads / 2, 1), MOST_PARTS); }
 
 class Pass {
  public:
@@ -18,6 +23,15 @@ class Pass {
 
   void load_state() {
     if (run_.kv) c.load_state(run_.kv, run_.ksum, run_.folded);
+  }
+
+  // Where the blocks before `first` leave the state, which is its holder's to fill in.
+  void resume(int64_t first) {
+    const int64_t sink = p_.window.sink;
+    const int64_t end = first > run_.past ? p_.window.start(first - BLOCK) : 0;
+    c.state.folded = at_least(run_.kv ? at_least(run_.folded, sink) : sink, end);
+    c.state.empty = !run_.kv && c.state.folded == sink;
+    stored_ = run_.final_kv && first > run_.past && end >= run_.fold;
   }
 
   // Blocks fold further than the final state may hold when some of it must stay revocable: it is
@@ -63,6 +77,96 @@ class Pass {
   Chunkwise c;
 };
 
+// Rows of a state.
+void copy(const State& to, const State& from, int64_t ld, Features part) {
+  const int64_t rows = part.end - part.begin;
+  memcpy(to.kv + part.begin * ld, from.kv + part.begin * ld, sizeof(float) * rows * ld);
+  memcpy(to.ksum + part.begin, from.ksum + part.begin, sizeof(float) * rows);
+}
+State take_state(const Problem& p, Arena& arena) {
+  return {arena.take(p.F() * padded(p.V())), arena.take(p.F()), 0, true};
+}
+
+// One thread of a team, at one stretch of queries after the other.
+class Member {
+ public:
+  static int64_t floats(const Problem& p) {
+    return Chunkwise::floats(p) + tiles(p) * (KeyTiles::tile_floats(p) + 64) +
+           BLOCKS * (State::floats(p.F(), p.V()) + 32) +
+           (int64_t)((tiles(p) * sizeof(KeyTile) + BLOCKS * sizeof(State)) / sizeof(float)) + 1024;
+  }
+
+  Member(const Problem& p, const Run& run, const Outputs& out, Arena arena)
+      : p_(p), run_(run), ld_(padded(p.V())), pass_(p, run, out, arena), state_(pass_.c.state) {
+    tiles_ = (KeyTile*)arena.take(tiles(p) * sizeof(KeyTile) / sizeof(float));
+    before_ = (State*)arena.take(BLOCKS * sizeof(State) / sizeof(float));
+    for (int64_t i = 0; i < tiles(p); i++) tiles_[i] = KeyTiles::make_tile(p, arena);
+    for (int64_t j = 0; j < BLOCKS; j++) before_[j] = take_state(p, arena);
+  }
+
+  // Turns to the queries [first, end), and loads keys with their features.
+  void begin(int64_t first, int64_t end) {
+    first_ = first;
+    end_ = end;
+    blocks_ = (end - first + BLOCK - 1) / BLOCK;
+    if (first == run_.past) pass_.load_state();
+    pass_.resume(first);
+    // Tiles start where the later blocks will ask for them.
+    const int64_t folded = state_.folded, last = position(blocks_ - 1);
+    const int64_t base = folded + (at_least(p_.window.start(last), folded) - folded) % BLOCK;
+    const int64_t count = at_most(tiles(p_), (end - base + BLOCK - 1) / BLOCK);
+    KeyTiles& keys = pass_.c.tiles;
+    keys.hold(nullptr, 0, 0);
+    for (int64_t i = 0; i < count; i++) {
+      keys.load(tiles_[i], base + i * BLOCK, run_.total);
+      if (base + i * BLOCK < p_.window.start(end - 1)) keys.phi(tiles_[i]);
+    }
+    keys.hold(tiles_, base, count);
+  }
+
+  // Takes part of the state from `handed`, which the stretch before has left there, through the
+  // stretch, to the next one or, after the last one, into the final state.
+  void fold(Features part, const State& handed) {
+    if (first_ != run_.past) copy(state_, handed, ld_, part);
+    pass_.resume(first_);
+    for (int64_t j = 0; j < blocks_; j++) {
+      pass_.fold(p_.window.start(position(j)), part);
+      copy(before_[j], state_, ld_, part);
+      before_[j].folded = state_.folded;
+      before_[j].empty = state_.empty;
+    }
+    if (end_ < run_.total) {
+      copy(handed, state_, ld_, part);
+    } else {
+      pass_.finish(part);
+    }
+  }
+
+  void attend() {
+    const int64_t group = p_.group(), h0 = run_.state_head * group;
+    const State own = state_;
+    for (int64_t j = 0; j < blocks_; j++) {
+      state_ = before_[j];
+      for (int64_t h = h0; h < h0 + group; h++) pass_.attend(h, position(j));
+    }
+    state_ = own;
+  }
+
+ private:
+  // That a stretch holds.
+  static int64_t tiles(const Problem& p) { return BLOCKS + KeyTiles::for_window(p); }
+  int64_t position(int64_t block) const { return first_ + block * BLOCK; }
+
+  const Problem& p_;
+  const Run& run_;
+  const int64_t ld_;
+  Pass pass_;
+  State& state_;
+  KeyTile* tiles_;
+  State* before_;  // each block of the stretch
+  int64_t first_, end_, blocks_;
+};
+
 }  // namespace
 
 void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den) {
@@ -96,77 +200,41 @@ int Team::threads_for(const Problem& p, const Batch& batch) {
 Team::Team(const Problem& p, int threads)
     : p_(p),
       threads_(threads),
-      blocks_(BLOCKS * threads),
-      tiles_(blocks_ + KeyTiles::for_window(p)),
-      own_((Chunkwise::floats(p) + 1023) / 1024 * 1024 + 1024),
-      memory_(threads * own_ + tiles_ * (KeyTiles::tile_floats(p) + 64) +
-              blocks_ * (State::floats(p.F(), p.V()) + 32) +
-              (tiles_ * sizeof(KeyTile) + blocks_ * sizeof(State)) / sizeof(float) +
-              2 * Shares::floats(threads) + 64) {}
+      member_((Member::floats(p) + 1023) / 1024 * 1024),
+      memory_(threads * member_ + State::floats(p.F(), p.V()) + 32) {}
 
 void Team::forward(const Run& run, const Outputs& out) {
-  Arena shared{memory_.data + threads_ * own_};
-  KeyTile* tiles = (KeyTile*)shared.take(tiles_ * sizeof(KeyTile) / sizeof(float));
-  State* states = (State*)shared.take(blocks_ * sizeof(State) / sizeof(float));
-  for (int64_t i = 0; i < tiles_; i++) tiles[i] = KeyTiles::make_tile(p_, shared);
-  for (int64_t j = 0; j < blocks_; j++)
-    states[j] = {shared.take(p_.F() * padded(p_.V())), shared.take(p_.F()), 0, true};
-  const int64_t group = p_.group(), h0 = run.state_head * group, F = p_.F(), ld = padded(p_.V());
-  Meeting meeting;
-  Shares tile_shares(threads_, shared.take(Shares::floats(threads_)));
-  Shares task_shares(threads_, shared.take(Shares::floats(threads_)));
+  // Stretches of the same length, as many for each thread.
+  const int64_t blocks = (run.total - run.past + BLOCK - 1) / BLOCK;
+  const int64_t rounds = (blocks + threads_ * BLOCKS - 1) / (threads_ * BLOCKS);
+  const int64_t length = (blocks + threads_ * rounds - 1) / (threads_ * rounds) * BLOCK;
+  const int64_t F = p_.F();
+  Arena shared{memory_.data + threads_ * member_};
+  const State handed = take_state(p_, shared);
+  const int parts = parts_for(threads_);
+  const auto row = [&](int64_t part) {
+    return part == parts ? F : F * part / parts / ROW_GROUP * ROW_GROUP;
+  };
+  Turns turns[MOST_PARTS];
+  int64_t begun = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads_)
 #endif
   {
     const MatrixUnit unit{};
-    const int64_t t = thread_index();
-    Arena arena{memory_.data + t * own_};
-    Pass pass(p_, run, out, arena);
-    pass.load_state();
-    const int threads = team_size();
-    const auto row = [&](int64_t i) {
-      return i == threads ? F : F * i / threads / ROW_GROUP * ROW_GROUP;
-    };
-    const Features part = {row(t), row(t + 1)};
-    for (int64_t begin = run.past; begin < run.total; begin += blocks_ * BLOCK) {
-      const int64_t blocks = at_most(blocks_, (run.total - begin + BLOCK - 1) / BLOCK);
-      const int64_t last = begin + (blocks - 1) * BLOCK;
-      // Tiles start where the later blocks will ask for them.
-      const int64_t folded = pass.c.state.folded;
-      const int64_t base = folded + (at_least(p_.window.start(last), folded) - folded) % BLOCK;
-      const int64_t end = at_most(last + BLOCK, run.total);
-      const int64_t count = at_most(tiles_, (end - base + BLOCK - 1) / BLOCK);
-      const int64_t linear_end = p_.window.start(end - 1);
-      pass.c.tiles.share(nullptr, 0, 0);
-      for (int64_t i; (i = tile_shares.next(t, count)) >= 0;) {
-        pass.c.tiles.load(tiles[i], base + i * BLOCK, run.total);
-        if (base + i * BLOCK < linear_end) pass.c.tiles.phi(tiles[i]);
+    Member member(p_, run, out, Arena{memory_.data + thread_index() * member_});
+    for (;;) {
+      const int64_t stretch = __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED);
+      const int64_t first = run.past + stretch * length;
+      if (first >= run.total) break;
+      member.begin(first, at_most(first + length, run.total));
+      for (int i = 0; i < parts; i++) {
+        turns[i].wait_for(stretch);
+        member.fold({row(i), row(i + 1)}, handed);
+        turns[i].pass_on();
       }
-      meeting.wait();
-      pass.c.tiles.share(tiles, base, count);
-      if (t == 0) task_shares.restart();
-      for (int64_t j = 0; j < blocks; j++) {
-        pass.fold(p_.window.start(begin + j * BLOCK), part);
-        const State& now = pass.c.state;
-        memcpy(states[j].kv + part.begin * ld, now.kv + part.begin * ld,
-               sizeof(float) * (part.end - part.begin) * ld);
-        memcpy(states[j].ksum + part.begin, now.ksum + part.begin,
-               sizeof(float) * (part.end - part.begin));
-        if (t == 0) states[j].folded = now.folded, states[j].empty = now.empty;
-      }
-      const State mine = pass.c.state;
-      meeting.wait();
-      if (t == 0) tile_shares.restart();
-      for (int64_t task; (task = task_shares.next(t, blocks * group)) >= 0;) {
-        pass.c.state = states[task / group];
-        pass.attend(h0 + task % group, begin + task / group * BLOCK);
-      }
-      pass.c.state = mine;
-      meeting.wait();
+      member.attend();
     }
-    pass.c.tiles.share(nullptr, 0, 0);
-    pass.finish(part);
   }
 }
 

@@ -30,10 +30,11 @@ void clear_padding(const Batch& batch, const lol_tensor& o, float* m, float* den
 // One run in one thread.
 void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena);
 
-// Several threads on one run, a stretch of blocks of queries at a time: together they load its keys
-// with their features, then each folds all of them into its rows of the state, leaving a copy for
-// every block, then they share out the blocks. No product is computed twice, and each sum is taken
-// in the order in which one thread takes it: results are the same to the bit.
+// Several threads on one run, each on a stretch of blocks of queries at a time. A stretch loads its
+// keys with their features, takes the state over from the stretch before it, folds its own keys,
+// leaving a copy for every block, and hands the state on; then it attends. So the threads work at
+// different stretches, of which only the folding, a quarter, has to wait for one another. Each sum
+// is taken in the order in which one thread takes it: results are the same to the bit.
 class Team {
  public:
   // Threads that would idle if every run had one; 0 where a team would not pay.
@@ -45,7 +46,7 @@ class Team {
  private:
   const Problem& p_;
   int threads_;
-  int64_t blocks_, tiles_, own_;  // blocks of a stretch, its shared tiles, floats of one thread
+  int64_t member_;  // floats of one thread
   Buffer memory_;
 };
 

@@ -31,64 +31,21 @@ static inline int thread_index() {
 #endif
 }
 
-// Threads of the region at hand: fewer than were asked for where that is one of another's threads,
-// or OMP_THREAD_LIMIT says so.
-static inline int team_size() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
-// Where the threads of a region wait for each other. They spin while the others are likely to be at
-// work, for some microseconds, then let them: where another process has a core, two of them share
-// one, and OpenMP's barrier spins whole time slices away, 4 ms each.
-class Meeting {
+// What threads do one after the other, in order. They spin while the one before is likely to be at
+// work, for some microseconds, then give way: where another process has a core, two of them share
+// one, and spinning would take whole time slices, 4 ms each.
+class Turns {
  public:
-  void wait() {
-    const int64_t meeting = __atomic_load_n(&meetings_, __ATOMIC_ACQUIRE);
-    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == team_size()) {
-      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
-      __atomic_store_n(&meetings_, meeting + 1, __ATOMIC_RELEASE);
-      return;
-    }
-    for (int i = 0; __atomic_load_n(&meetings_, __ATOMIC_ACQUIRE) == meeting; i++) {
+  void wait_for(int64_t turn) const {
+    for (int i = 0; __atomic_load_n(&turn_, __ATOMIC_ACQUIRE) != turn; i++) {
       if (i >= SPINS) sched_yield();
     }
   }
+  void pass_on() { __atomic_store_n(&turn_, turn_ + 1, __ATOMIC_RELEASE); }
 
  private:
   static constexpr int SPINS = 1 << 14;
-  int64_t meetings_ = 0;
-  int arrived_ = 0;
-};
-
-// The numbers [0, count), each for one thread of a region: first those of its own share, which are
-// neighbours and so use data that it has in its caches, then what others have not come to.
-class Shares {
- public:
-  static int64_t floats(int threads) { return threads * (int64_t)(sizeof(Line) / sizeof(float)); }
-  Shares(int threads, float* memory) : threads_(threads), next_((Line*)memory) { restart(); }
-  void restart() {
-    for (int t = 0; t < threads_; t++) __atomic_store_n(&next_[t].taken, 0, __ATOMIC_RELAXED);
-  }
-  // The next number for thread t, or -1.
-  int64_t next(int64_t t, int64_t count) {
-    for (int i = 0; i < threads_; i++) {
-      const int64_t of = (t + i) % threads_, first = count * of / threads_;
-      const int64_t number = first + __atomic_fetch_add(&next_[of].taken, 1, __ATOMIC_RELAXED);
-      if (number < count * (of + 1) / threads_) return number;
-    }
-    return -1;
-  }
-
- private:
-  struct Line {  // of the cache
-    int64_t taken, unused[7];
-  };
-  int threads_;
-  Line* next_;
+  alignas(64) int64_t turn_ = 0;
 };
 
 // Memory that is freed with the call. `ok` is false if some was asked for and there was none.
