@@ -1,6 +1,5 @@
 """Every operator, forward and backward, on every backend, against the fp64 reference (SPEC 9)."""
 
-import lolcats_ops as lo
 import pytest
 import torch
 from helpers.cases import FACTORS, Case, cases
@@ -17,6 +16,8 @@ from helpers.operators import (
     hybrid_attention,
     linear_attention,
 )
+
+import lolcats_ops as lo
 
 
 def matrix(*factors: str, **others: tuple) -> pytest.MarkDecorator:
