@@ -198,7 +198,7 @@ inline void exponentials_of_token(float* z, Row to, int f, bool two_sided, bool 
   }
   float upper[MAX_FEATURES];
   Vec sum = {}, upper_sum = {}, e = {}, u = {};
-  if (two_sided && normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
+  if (normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
     for (int i = 0; i <= last; i += LANES) {
       e = exp_within(load(z + i));
       u = reciprocal(e);
