@@ -158,6 +158,7 @@ class Checker {
     if (f.two_sided && f.activation > LOL_EXP) {
       return fail("%s: %s.two_sided needs the activation softmax or exp", op_, name);
     }
+    if (!(f.eps >= 0)) return fail("%s: %s.eps is %g, needs >= 0", op_, name, (double)f.eps);
     if (f.skip && width != D) {
       return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name,
                   (long long)width, (long long)D);

@@ -232,9 +232,10 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
   Pieces pieces(tiles, window, block, from);
   WeightTile piece[MOST_TILES];
   Band bands[MOST_TILES];
-  Term terms[MOST_TILES + 1];
+  static_assert(MOST_TILES + 1 <= MOST_TERMS, "all tiles and the state are terms of one product");
+  Term terms[MOST_TERMS];
   Into into = Into::set;
-  do {  // once at least: all keys may be in the state
+  do {  // once at least: all keys may be in the state, which is then there
     const int count = pieces.next(piece, weights, (int)p.D());
     float rescale[BLOCK];
     if (tiles.format() == Format::f32) {

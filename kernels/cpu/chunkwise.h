@@ -167,8 +167,8 @@ struct Sums {
   float m[BLOCK], den[BLOCK];
 };
 // Sums over the keys of Pieces(tiles, window, block, from): softmax weights are g e^{s - m}, linear
-// ones phi_k phi_q. Products of those that share y with them, the state's, come as `state` or null.
-// `weights` is scratch of WEIGHTS floats.
+// ones phi_k phi_q. `state`, if not null, is one more product that y takes in; its share of den is
+// the caller's. Rows of y past the block's are left alone. `weights` is scratch of WEIGHTS floats.
 constexpr int WEIGHTS = (MOST_TILES + 1) * BLOCK * BLOCK;
 void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
             const Problem& p, float g, float* weights, const Term* state, Sums& out);

@@ -19,8 +19,8 @@ Sequence whole(const lol_tensor& x, int64_t batch) {
   return {batch, x.shape[2], 0, nullptr, batch};
 }
 
-// Features of more bytes than this are written past the caches: whoever reads them would not find
-// them there anyway.
+// Features of more bytes than this are written past the caches: a core's own cannot hold them, and
+// what is left of a shared one is better used for x and the weights.
 constexpr int64_t STREAMED = 1 << 24;
 
 }  // namespace
@@ -31,7 +31,7 @@ int feature_map(const lol_feature_map_args& a) {
   const int64_t f = has_map(a.features) ? a.features.weight.shape[2] : 0;
   const Tiles tiles(a.x);
   const int64_t scratch = features_of_tokens_scratch(D, f);
-  const int64_t floats = rows_size(D) + rows_size(F) + scratch;
+  const int64_t floats = (a.x.dtype == LOL_F32 ? 0 : rows_size(D) + rows_size(F)) + scratch;
   const bool streamed = tiles.count * BLOCK * F * (int64_t)sizeof(float) > STREAMED;
   return run_workers(tiles.count, floats, tiles.count * BLOCK * D * F, [&](int64_t w, Arena arena) {
     const int64_t bh = w / tiles.per_head, first = w % tiles.per_head * BLOCK,
@@ -39,13 +39,13 @@ int feature_map(const lol_feature_map_args& a) {
     const Sequence s = whole(a.x, bh / H);
     const Tokens from = tokens_of(a.x, s, bh % H), to = tokens_of(a.y, s, bh % H);
     const FeatureMap map = map_of(a.features, bh % H, H, D);
-    float *x = arena.take(rows_size(D)), *y = arena.take(rows_size(F));
     if (from.dtype == LOL_F32) {
       features_of_tokens(map,
                          {(int)n, (const float*)from.row(first), from.stride / 4,
                           (float*)to.row(first), to.stride / 4, streamed},
                          arena.take(scratch));
     } else {
+      float *x = arena.take(rows_size(D)), *y = arena.take(rows_size(F));
       load_rows(x, from, first, n);
       features_of_tokens(map, {(int)n, x, padded(D), y, padded(F), false}, arena.take(scratch));
       store_rows(to, first, n, y);

@@ -125,10 +125,10 @@ FeatureMap with_paired_weight(FeatureMap map, float* to) {
 
 namespace {
 
-// What activations that are no exponentials of all of z make of some of it.
+// What activations make of z, one entry at a time; favor's need |x|^2 / 2 for it.
 inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
   if (map.activation == LOL_IDENTITY) return z;
-  Vec y = z;
+  Vec y = z;  // relu's: eps is no less than 0
   if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp(min(z, Vec{})));
   if (map.activation == LOL_FAVOR) y = exp(z - half_norm) * (1.0f / sqrtf((float)map.f));
   return max(y, splat(map.eps));
@@ -146,7 +146,6 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
   float* z = phi;
   gemm(map.format, map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK,
        Into::set);
-  const Vec eps = splat(map.eps);
   const bool exponential = is_exponential(map.activation),
              normalize = map.activation == LOL_SOFTMAX;
   for (int t = 0; t < BLOCK; t += LANES) {
@@ -177,17 +176,17 @@ inline void store_first(float* to, Vec v, int count) {
   memcpy(to, &v, sizeof(float) * (size_t)count);
 }
 
-// One token's row of features, and whether it goes past the caches.
+// One token's row of features, and whether exponentials go past the caches.
 struct Row {
   float* phi;
   bool streamed;
 };
 
-// As exponentials(), lanes along the f features of one token; z is lost. Up to 40, which is where z
-// mostly is, neither side needs a shift, and so no reduction to the maximum: e^40 times
+// As exponentials(), lanes along the f features of one token; z is lost. A softmax of z that stay
+// within 40, as they mostly do, needs no shift, and so no maximum of all lanes: e^40 times
 // MAX_FEATURES is finite, and so is its reciprocal.
-inline void exponentials_of_token(float* z, Row to, int f, bool two_sided, bool normalize,
-                                  float eps) {
+template <bool two_sided>
+inline void exponentials_of_token(float* z, Row to, int f, bool normalize, float eps) {
   const int last = (f - 1) / LANES * LANES;
   const VecI in_last = lane_index() < splat_int(f - last);
   store(z + last, select(in_last, load(z + last), splat(z[0])));
@@ -197,30 +196,25 @@ inline void exponentials_of_token(float* z, Row to, int f, bool two_sided, bool 
     bottom = min(bottom, load(z + i));
   }
   float upper[MAX_FEATURES];
-  Vec sum = {}, upper_sum = {}, e = {}, u = {};
-  if (normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
+  Vec sum = {}, upper_sum = {};
+  const auto exponentials_by = [&](auto exp_of, auto upper_of) {
     for (int i = 0; i <= last; i += LANES) {
-      e = exp_within(load(z + i));
-      u = reciprocal(e);
-      sum += e;
-      upper_sum += u;
+      const Vec x = load(z + i), e = exp_of(x);
+      sum += i < last ? e : select(in_last, e, Vec{});
       store(z + i, e);
+      if (!two_sided) continue;
+      const Vec u = upper_of(x, e);
+      upper_sum += i < last ? u : select(in_last, u, Vec{});
       store(upper + i, u);
     }
+  };
+  if (normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
+    exponentials_by([](Vec x) { return exp_within(x); }, [](Vec, Vec e) { return reciprocal(e); });
   } else {
     const Vec most = splat(horizontal_max(top)), least = splat(-horizontal_max(-bottom));
-    for (int i = 0; i <= last; i += LANES) {
-      const Vec x = load(z + i);
-      e = exp(x - most);
-      u = exp(least - x);
-      sum += e;
-      upper_sum += u;
-      store(z + i, e);
-      store(upper + i, u);
-    }
+    exponentials_by([&](Vec x) { return exp(x - most); },
+                    [&](Vec x, Vec) { return exp(least - x); });
   }
-  sum -= select(in_last, Vec{}, e);
-  upper_sum -= select(in_last, Vec{}, u);
   const auto write = [&](float* to_side, const float* from, Vec side_sum) {
     const float factor = normalize ? 1.0f / horizontal_sum(side_sum) : 1.0f;
     const auto scaled = [&](int i) { return max(load(from + i) * factor, splat(eps)); };
@@ -240,12 +234,20 @@ inline void activate_token(const FeatureMap& map, const float* x, float* z, Row 
   const int f = map.f;
   for (int j = 0; map.bias && j < f; j++) z[j] += map.bias[j];
   for (int j = 0; map.skip && j < f; j++) z[j] += x[j];
-  if (is_exponential(map.activation))
-    return exponentials_of_token(z, to, f, map.two_sided, map.activation == LOL_SOFTMAX, map.eps);
+  if (is_exponential(map.activation)) {
+    const auto run = map.two_sided ? exponentials_of_token<true> : exponentials_of_token<false>;
+    return run(z, to, f, map.activation == LOL_SOFTMAX, map.eps);
+  }
   float half_norm = 0.0f;
-  for (int d = 0; map.activation == LOL_FAVOR && d < map.D; d++) half_norm += 0.5f * x[d] * x[d];
+  if (map.activation == LOL_FAVOR) {
+    Vec squares = {};
+    int d = 0;
+    for (; d + LANES <= map.D; d += LANES) squares += load(x + d) * load(x + d);
+    half_norm = horizontal_sum(squares);
+    for (; d < map.D; d++) half_norm += x[d] * x[d];
+  }
   for (int j = 0; j < f; j += LANES)
-    store_first(to.phi + j, activated(map, load(z + j), splat(half_norm)), f - j);
+    store_first(to.phi + j, activated(map, load(z + j), splat(0.5f * half_norm)), f - j);
 }
 
 }  // namespace

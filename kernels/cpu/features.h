@@ -61,7 +61,7 @@ struct TokenRows {
   int64_t x_stride;
   float* phi;  // [n x F]
   int64_t phi_stride;
-  bool streamed;  // phi is not worth keeping in the caches
+  bool streamed;  // exponentials, if phi is aligned, go past the caches
 };
 void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch);
 static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {

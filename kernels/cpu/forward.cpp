@@ -12,7 +12,8 @@ constexpr double IDLE = 0.15;
 constexpr int64_t BLOCKS = 16;
 
 // The rows of a state in parts, each of which goes from stretch to stretch on its own. Folding is a
-// quarter of a stretch's work, so half as many parts as threads do not let the next one wait.
+// quarter of a stretch's work: once all threads are at work, none waits with a part for every four
+// of them, and half as many as threads let them come to that soon. Threads beyond 64 wait.
 constexpr int MOST_PARTS = 16;
 int parts_for(int threads) { return (int)at_most(at_least(threads / 2, 1), MOST_PARTS); }
 
@@ -25,7 +26,8 @@ class Pass {
     if (run_.kv) c.load_state(run_.kv, run_.ksum, run_.folded);
   }
 
-  // Where the blocks before `first` leave the state, which is its holder's to fill in.
+  // To where the blocks before `first` have folded and stored; kv and ksum are the caller's to
+  // bring.
   void resume(int64_t first) {
     const int64_t sink = p_.window.sink;
     const int64_t end = first > run_.past ? p_.window.start(first - BLOCK) : 0;
@@ -116,7 +118,6 @@ class Member {
     const int64_t base = folded + (at_least(p_.window.start(last), folded) - folded) % BLOCK;
     const int64_t count = at_most(tiles(p_), (end - base + BLOCK - 1) / BLOCK);
     KeyTiles& keys = pass_.c.tiles;
-    keys.hold(nullptr, 0, 0);
     for (int64_t i = 0; i < count; i++) {
       keys.load(tiles_[i], base + i * BLOCK, run_.total);
       if (base + i * BLOCK < p_.window.start(end - 1)) keys.phi(tiles_[i]);
@@ -128,7 +129,7 @@ class Member {
   // stretch, to the next one or, after the last one, into the final state.
   void fold(Features part, const State& handed) {
     if (first_ != run_.past) copy(state_, handed, ld_, part);
-    pass_.resume(first_);
+    pass_.resume(first_);  // each part folds the same keys
     for (int64_t j = 0; j < blocks_; j++) {
       pass_.fold(p_.window.start(position(j)), part);
       copy(before_[j], state_, ld_, part);
@@ -163,7 +164,7 @@ class Member {
   Pass pass_;
   State& state_;
   KeyTile* tiles_;
-  State* before_;  // each block of the stretch
+  State* before_;  // the state before each block of the stretch
   int64_t first_, end_, blocks_;
 };
 
@@ -204,8 +205,10 @@ Team::Team(const Problem& p, int threads)
       memory_(threads * member_ + State::floats(p.F(), p.V()) + 32) {}
 
 void Team::forward(const Run& run, const Outputs& out) {
-  // Stretches of the same length, as many for each thread.
   const int64_t blocks = (run.total - run.past + BLOCK - 1) / BLOCK;
+  // A sequence without tokens still has a final state.
+  if (blocks == 0) return LOL_ISA::forward(p_, run, out, Arena{memory_.data});
+  // Stretches of the same length, as many for each thread.
   const int64_t rounds = (blocks + threads_ * BLOCKS - 1) / (threads_ * BLOCKS);
   const int64_t length = (blocks + threads_ * rounds - 1) / (threads_ * rounds) * BLOCK;
   const int64_t F = p_.F();

@@ -1,4 +1,5 @@
-// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N] on small tiles in cache.
+// The one matrix product of the library: C[M x N] (+)= A[M x K] B[K x N], or a sum of such
+// products, on small tiles in cache.
 //
 // A is read one broadcast element at a time, so it may be transposed at no cost (row stride rs,
 // depth stride ks). B and C are row-major with lanes along N; N is padded to a multiple of LANES.
@@ -59,16 +60,16 @@ static inline Vec reciprocal_for(Vec x) {
 }
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
 
-// How a row of C is computed depends on its place in a group of this many: rows that threads share
-// out come in whole groups, for the same results.
+// How a row of C is computed depends on its place in a group of this many: parts of a state that go
+// from thread to thread come in whole groups, for the same results.
 #ifdef LOL_MATRIX_UNIT
 constexpr int ROW_GROUP = TILE;
 #else
 constexpr int ROW_GROUP = 4;
 #endif
 
-// One of the products that add up to C. All have the same a.row, and skip along the same of M and N
-// if they skip.
+// One of the products that add up to C, of which there is one at least. All have the same a.row,
+// and skip along the same of M and N if they skip.
 struct Term {
   int K;
   Operand a;

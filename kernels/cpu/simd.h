@@ -1,6 +1,7 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
 // file is compiled with the flags of each one, and the compiler picks the instructions. Builtins
-// stand only where it does not: min, max, AVX-512's reciprocal and its bf16. Other CPUs, aarch64
+// stand only where it does not: min, max, stores past the caches, inserts and tests of masks,
+// AVX-512's reciprocal and its bf16. Other CPUs, aarch64
 // among them, get the set named scalar: vectors of four floats.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the

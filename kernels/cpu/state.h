@@ -13,7 +13,7 @@ struct State {
 
   static int64_t floats(int64_t F, int64_t V) { return F * padded(V) + F + 16; }
 };
-// Rows [begin, end) of a state, which threads can share among them.
+// Rows [begin, end) of a state.
 struct Features {
   int64_t begin, end;
 };

@@ -45,7 +45,7 @@ struct Tokens {
     const int64_t i = position - past;
     return base + (index ? index[i] : first + i) * stride;
   }
-  // Whether the n rows from `position` on are `stride` apart.
+  // Whether the n rows from `position` on are `stride` apart. Indices ascend.
   bool evenly_spaced(int64_t position, int64_t n) const {
     const int64_t i = position - past;
     return i >= 0 && (!index || index[i + n - 1] - index[i] == n - 1);

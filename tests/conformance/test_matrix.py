@@ -55,11 +55,18 @@ def test_attention_transfer_equals_the_reference(case, backend, device):
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("f", [5, 16, 24, 64])
-def test_features_are_exact_however_far_apart_they_are(backend, device, activation, two_sided, f):
-    """Each token spreads its ``z`` over another range, up to where exponentials leave fp32."""
+def test_feature_map_is_exact_however_far_apart_its_features_are(
+    backend, device, activation, two_sided, f
+):
+    """Each token spreads its ``z`` over another range, up to where exponentials leave fp32; one
+    entry, another one in each token, is at its end."""
     rng = torch.Generator().manual_seed(f)
-    ranges = torch.tensor([1.0, 39.9, 40.1, 79.0, 87.0, 161.0, 1000.0]).repeat(6)
-    z = (2 * torch.rand(1, 1, len(ranges), f, generator=rng) - 1) * ranges[:, None]
+    ranges = torch.tensor([1.0, 40.0, 40.1, 79.0, 87.0, 161.0, 1000.0]).repeat(2 * f)
+    ranges[::2] *= -1
+    z = (2 * torch.rand(len(ranges), f, generator=rng) - 1) * ranges[:, None]
+    tokens = torch.arange(len(ranges))
+    z[tokens, tokens // 7 % f] = ranges
+    z = z[None, None]
     weight = torch.eye(f)[None]  # z is x, without a rounding
     got, want = (
         ops.feature_map(
@@ -71,6 +78,18 @@ def test_features_are_exact_however_far_apart_they_are(backend, device, activati
         )
     )
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("f", [24, 64])  # of which the first one does not fill vectors
+def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, device, f):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 2**24 // (16 * f) + 40, 8, generator=rng)
+    features = lo.Features(torch.randn(2, 8, f, generator=rng))
+    large = lo.feature_map(x, features, backend=backend)
+    assert large.nbytes > 2**24
+    halves = [lo.feature_map(h, features, backend=backend) for h in x.split(x.shape[2] // 2, 2)]
+    assert large.equal(torch.cat(halves, 2))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,20 @@ from helpers.cases import Case, make_inputs
 from helpers.kernels import CPU
 
 import lolcats_ops as lo
+
+
+def same_with_threads(call: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What ``call`` returns with one thread, once it has returned the same with two and four."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        want = call()
+        for threads in (2, 4):
+            torch.set_num_threads(threads)
+            assert all(map(torch.equal, call(), want)), f"{threads} threads"
+        return want
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
@@ -25,8 +40,7 @@ def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv
     maps = [lo.Features(x.leaves[n].detach()) for n in ("weight_q", "weight_k")]
     windows = {"window": window, "window_kind": kind, "sink": sink, "backend": backend}
 
-    def run(threads: int) -> list[torch.Tensor]:
-        torch.set_num_threads(threads)
+    def call() -> list[torch.Tensor]:
         out = lo.hybrid_attention(q, k, v, *maps, gate, **windows)
         stateful, state = lo.hybrid_attention(q, k, v, *maps, gate, **windows, return_state=True)
         options = {"feature_q": maps[0], "feature_k": maps[1], "return_state": True}
@@ -37,13 +51,67 @@ def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv
         gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
         return [out, stateful, state.kv, state.ksum, linear, sums.kv, sums.ksum, *gradients]
 
-    before = torch.get_num_threads()
-    try:
-        want = run(1)
-        for threads in (2, 4):
-            assert all(map(torch.equal, run(threads), want)), f"{threads} threads"
-    finally:
-        torch.set_num_threads(before)
+    same_with_threads(call)
+
+
+def one_head(length: int, dtype: torch.dtype, batch: int = 1) -> tuple:
+    rng = torch.Generator().manual_seed(length)
+    q, k, v = torch.randn(3, batch, 1, length, 16, generator=rng).to(dtype)
+    weight = torch.randn(1, 16, 12, generator=rng)
+    return q, k, v, lo.Features(weight), lo.Features(weight.flip(2)), torch.zeros(1)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_team_takes_sequences_without_tokens_and_ends_within_a_block(backend, dtype, packed):
+    length = 3 * 2048 + 45
+    if packed:
+        *qkv, feature_q, feature_k, gate = one_head(length, dtype)
+        layout = {"cu_seqlens": torch.tensor([0, 0, 2900, length], dtype=torch.int32)}
+    else:
+        *qkv, feature_q, feature_k, gate = one_head(2090, dtype, batch=3)
+        real = torch.tensor([[0], [2090], [2077]])
+        layout = {"key_padding_mask": torch.arange(2090) < real}
+    options = {**layout, "return_state": True, "backend": backend}
+
+    def call() -> list[torch.Tensor]:
+        out, state = lo.hybrid_attention(*qkv, feature_q, feature_k, gate, window=40, **options)
+        linear, sums = lo.linear_attention(
+            *qkv, feature_q=feature_q, feature_k=feature_k, **options
+        )
+        return [out, state.kv, state.ksum, linear, sums.kv, sums.ksum]
+
+    results = same_with_threads(call)
+    assert all(x.isfinite().all() for x in results)
+    _, kv, ksum, _, linear_kv, linear_ksum = results
+    assert not any(x[0].any() for x in (kv, ksum, linear_kv, linear_ksum))
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "slack"), [("sliding", 0), ("sliding", 70), ("terrace", 20)])
+def test_a_team_goes_on_from_a_state(backend, dtype, kind, slack):
+    q, k, v, feature_q, feature_k, gate = one_head(5000, dtype)
+
+    def call() -> list[torch.Tensor]:
+        state = lo.HybridState.empty(
+            1, 1, 1, 16, 16, 24, window=40, window_kind=kind, sink=3, slack=slack, dtype=dtype
+        )
+        parts = [
+            lo.hybrid_attention_step_(
+                *(x[:, :, at] for x in (q, k, v)),
+                feature_q,
+                feature_k,
+                gate,
+                state,
+                backend=backend,
+            )
+            for at in (slice(2100), slice(2100, 2111), slice(2111, None))
+        ]
+        return [*parts, state.kv, state.ksum, state.k_ring, state.v_ring]
+
+    assert all(x.isfinite().all() for x in same_with_threads(call))
 
 
 def test_a_call_that_gets_fewer_threads_than_it_asks_for_is_right():

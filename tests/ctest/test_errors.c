@@ -50,6 +50,10 @@ int main(void) {
   refuses(args, "activation");
 
   args = feature_map_args();
+  args.features.eps = -1.0;
+  refuses(args, "eps");
+
+  args = feature_map_args();
   args.y.shape[3] = F;
   refuses(args, "y");
 
