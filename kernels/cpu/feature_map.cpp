@@ -28,9 +28,8 @@ constexpr int64_t STREAMED = 1 << 24;
 int feature_map(const lol_feature_map_args& a) {
   const int64_t H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3],
                 F = feature_dim(a.features, D);
-  const int64_t f = has_map(a.features) ? a.features.weight.shape[2] : 0;
   const Tiles tiles(a.x);
-  const int64_t scratch = features_of_tokens_scratch(D, f);
+  const int64_t scratch = features_of_tokens_scratch(D, a.features.weight.shape[2]);
   const int64_t floats = (a.x.dtype == LOL_F32 ? 0 : rows_size(D) + rows_size(F)) + scratch;
   const bool streamed = tiles.count * BLOCK * F * (int64_t)sizeof(float) > STREAMED;
   return run_workers(tiles.count, floats, tiles.count * BLOCK * D * F, [&](int64_t w, Arena arena) {

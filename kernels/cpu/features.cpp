@@ -284,11 +284,6 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
 }
 
 void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch) {
-  if (!map.weight) {
-    for (int i = 0; i < at.n; i++)
-      memcpy(at.phi + i * at.phi_stride, at.x + i * at.x_stride, sizeof(float) * map.D);
-    return;
-  }
   const int ld = padded(map.f);
   float *z = scratch, *whole_rows = z + BLOCK * ld;
   const float* weight = map.weight;

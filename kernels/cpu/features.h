@@ -54,7 +54,7 @@ void features_forward(const FeatureMap& map, const float* x, float* phi);
 constexpr int MAX_FEATURES = 512;
 // Lanes along features, for tokens that are rows: of one, for the decode step,
 void features_of_token(const FeatureMap& map, const float* x, float* phi);
-// and of up to BLOCK of them.
+// and of up to BLOCK of them, by a map.
 struct TokenRows {
   int n;
   const float* x;  // [n x D], rows x_stride apart

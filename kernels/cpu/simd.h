@@ -80,11 +80,12 @@ static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
 static inline bool all(VecI mask) {
 #ifdef __AVX512F__
   return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
-#endif
+#else
   for (int i = 0; i < LANES; i++) {
     if (!mask[i]) return false;
   }
   return true;
+#endif
 }
 // 1 / x, to 14 bits where an instruction estimates that: enough for what is then rounded to bf16. x
 // is normal and so is 1 / x.
