@@ -7,23 +7,28 @@ namespace {
 // to[i] (+)= the sum of the lanes of row(i), for four i at a time.
 template <class Row>
 void sum_lanes(float* to, int F, Into into, Row row) {
-  for (int i = 0; i < F; i += 4) {
+  const auto sums_from = [&](int i) {
     Vec lanes[4];
     for (int r = 0; r < 4; r++) lanes[r] = row(i + r < F ? i + r : F - 1);
-    const Vec4 sums = sums_of_4(lanes);
-    for (int r = 0; r < 4 && i + r < F; r++)
-      to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
+    return sums_of_4(lanes);
+  };
+  int i = 0;
+  for (; i + 4 <= F; i += 4) {
+    Vec4 sums = sums_from(i);
+    if (into == Into::add) sums += load_as<Vec4>(to + i);
+    memcpy(to + i, &sums, sizeof(sums));
   }
+  if (i == F) return;
+  const Vec4 sums = sums_from(i);
+  for (int r = 0; i + r < F; r++) to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
 }
 
 // to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
 void sum_rows(float* to, const float* tile, int F, int n, Into into) {
   sum_lanes(to, F, into, [&](int i) {
-    const float* row = tile + i * BLOCK;
     Vec sum = {};
-    int j = 0;
-    for (; j + LANES <= n; j += LANES) sum += load(row + j);
-    for (; j < n; j++) sum[0] += row[j];
+    for (int j = 0; j < BLOCK; j += LANES)
+      sum += select(lane_index() < splat_int(n - j), load(tile + i * BLOCK + j), Vec{});
     return sum;
   });
 }
