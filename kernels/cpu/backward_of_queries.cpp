@@ -9,8 +9,7 @@ class QueryGradients {
  public:
   static int64_t floats(const Problem& p) {
     return Chunkwise::floats(p) + QueryBlock::floats(p) + rows_size(p.D()) + lanes_size(p.F()) +
-           (MOST_TILES + 1) * BLOCK * BLOCK + p.F() * padded(p.V()) / 2 +
-           MapBackward::scratch_size(p.D(), p.f()) + 64;
+           (MOST_TILES + 1) * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) + 64;
   }
   QueryGradients(const BackwardRun& run, Arena& arena)
       : run_(run),
@@ -19,13 +18,12 @@ class QueryGradients {
         D_((int)run.p.D()),
         V_((int)run.p.V()),
         F_((int)run.p.F()),
-        c_(p_, run.state_head, run.s.tokens, run.keys(), run.values(), arena),
+        c_(p_, run.state_head, run.s.tokens, run.keys(), run.values(), arena, Along::values),
         block_(run, run.new_delta, arena) {
     dq_ = arena.take(rows_size(D_));
     dphi_ = arena.take(lanes_size(F_));
     dp_ = arena.take(MOST_TILES * BLOCK * BLOCK);
     by_query_ = arena.take(BLOCK * BLOCK);
-    kv_ = arena.take(F_ * padded(V_) / 2);
     scratch_ = arena.take(MapBackward::scratch_size(D_, p_.f()));
   }
 
@@ -34,7 +32,6 @@ class QueryGradients {
     if (before.kv) c_.load_state(before.kv, before.ksum, folded_before(p_, run_.segment));
     for (int64_t first = run_.segment.begin; first < run_.segment.end; first += BLOCK) {
       c_.fold(p_.window.start(first));
-      if (format_ != Format::f32 && !c_.state.empty) pair_columns(kv_, c_.state.kv, F_, padded(V_));
       for (int64_t h = h0; h < h0 + p_.group(); h++) {
         block_.load(h, first);
         block_.prefetch(h, first + BLOCK);
@@ -83,7 +80,6 @@ class QueryGradients {
   QueryBlock block_;
   float m_[BLOCK];
   float *dq_, *dphi_, *dp_;  // [BLOCK x padded(D)], [F x BLOCK], [MOST_TILES][BLOCK x BLOCK]
-  float* kv_;                // pairs along V
   float *by_query_, *scratch_;
 };
 
@@ -211,9 +207,9 @@ void QueryGradients::feature_gradients() {
   if (c_.state.empty) {
     memset(dphi_, 0, sizeof(float) * F_ * BLOCK);
   } else {
-    const Operand kv =
-        format_ == Format::f32 ? rows(c_.state.kv, padded(V_)) : rows(kv_, padded(V_) / 2);
-    gemm(format_, F_, BLOCK, V_, kv, block_.dy, BLOCK, dphi_, BLOCK, Into::set);
+    const int ldv = format_ == Format::f32 ? padded(V_) : padded(V_) / 2;
+    gemm(format_, F_, BLOCK, V_, rows(c_.state.readable, ldv), block_.dy, BLOCK, dphi_, BLOCK,
+         Into::set);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec times = load(factor + c), less = load(shift + c);
       for (int i = 0; i < F_; i++) {

@@ -114,8 +114,8 @@ const float* KeyTiles::phi(KeyTile& tile) {
   if (format_ == Format::f32) {
     features_forward(map_, tile.keys, tile.phi);
   } else {
-    features_forward(map_, tile.keys, phi_);
-    pair_both_ways(tile.phi, tile.phi + words(format_, map_.F) * BLOCK, phi_, map_.F, BLOCK);
+    float* along_tokens = tile.phi + words(format_, map_.F) * BLOCK;
+    features_in_pairs(map_, tile.keys, 1.0f, phi_, {tile.phi, along_tokens});
   }
   return tile.phi;
 }
@@ -276,15 +276,16 @@ void normalize(Sums& sums, int64_t n, int V) {
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
-         rows_size(p.V()) + p.group() * p.D() * p.f() + (p.F() + 1) * padded(p.V()) + 64;
+         rows_size(p.V()) + p.group() * p.D() * p.f() + (p.F() + 1) * padded(p.V()) / 2 + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
-                     const Tokens& v, Arena& arena)
+                     const Tokens& v, Arena& arena, Along readable)
     : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena),
       p_(p),
-      state_head_(state_head) {
-  state.kv = arena.take(p.F() * padded(p.V()));
+      state_head_(state_head),
+      readable_(readable) {
+  state.kv = state.readable = arena.take(p.F() * padded(p.V()));
   state.ksum = arena.take(p.F());
   state.folded = p.window.sink;
   state.empty = true;
@@ -297,7 +298,7 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
   weights_q_ = arena.take(p.group() * p.D() * p.f());
   for (int64_t g = 0; g < p.group(); g++)
     with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.D() * p.f());
-  kv_pairs_ = arena.take((p.F() + 1) * padded(p.V()));
+  state.readable = arena.take((p.F() + 1) * padded(p.V()) / 2);
 }
 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
@@ -309,6 +310,7 @@ void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t
   memcpy(state.ksum, from_ksum, sizeof(float) * F);
   state.folded = at_least(folded, state.folded);
   state.empty = false;
+  keep_readable({0, F});
 }
 
 void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
@@ -323,19 +325,41 @@ void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
   }
 }
 
+// Rows of kv that are folded before they are made readable, while they still are in L1: 12 KiB for
+// V = 64, and whole groups of the products' rows.
+#ifdef LOL_MATRIX_UNIT
+constexpr int64_t HOT_ROWS = 2 * TILE;
+#else
+constexpr int64_t HOT_ROWS = 48;
+#endif
+
 void Chunkwise::fold(int64_t end, Features part) {
   end = at_most(end, tiles.total());
-  const int F = (int)(part.end - part.begin), ld = padded(p_.V());
-  float *kv = state.kv + part.begin * ld, *ksum = state.ksum + part.begin;
+  const int ld = padded(p_.V());
   while (state.folded < end) {
     KeyTile& tile = tiles.at(state.folded);
     const int n = (int)at_most(tile.n, end - state.folded);
-    Operand phi = tiles.phi_by_keys(tile);
-    phi.data += part.begin * phi.row;
+    const Operand phi = tiles.phi_by_keys(tile);
     const Into into = state.empty ? Into::set : Into::add;
-    fold_tile(p_.format, phi, tile.v, n, F, ld, kv, ksum, into);
+    for (int64_t i = part.begin; i < part.end; i += HOT_ROWS) {
+      const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
+      fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
+                (int)(rows.end - i), ld, state.kv + i * ld, state.ksum + i, into);
+      keep_readable(rows);
+    }
     state.empty = false;
     state.folded += n;
+  }
+}
+
+void Chunkwise::keep_readable(Features part) {
+  const int ld = padded(p_.V()), rows = (int)(part.end - part.begin);
+  if (p_.format == Format::f32 || readable_ == Along::nothing) return;
+  const int64_t at = part.begin * ld;
+  if (readable_ == Along::features) {
+    pair_rows(state.readable + at / 2, state.kv + at, rows, ld);
+  } else {
+    pair_columns(state.readable + at / 2, state.kv + at, rows, ld);
   }
 }
 
@@ -353,26 +377,19 @@ Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Token
   load_lanes(q_, q, first, n, p_.format, row_tile);
   const FeatureMap map = map_q(h);
   if (!map.weight && factor == 1.0f) return {first, n, q_, q_};
-  features_forward(map, q_, phi_);
-  for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
-    store(phi_ + i, factor * load(phi_ + i));
-  if (p_.format != Format::f32) pair_rows(phi_, phi_, map.F, BLOCK);
+  if (p_.format == Format::f32) {
+    features_forward(map, q_, phi_);
+    for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
+      store(phi_ + i, factor * load(phi_ + i));
+  } else {
+    features_in_pairs(map, q_, factor, phi_, {phi_, nullptr});
+  }
   return {first, n, q_, phi_};
-}
-
-// kv as the right side of a product.
-const float* Chunkwise::readable_kv() {
-  if (p_.format == Format::f32) return state.kv;
-  if (kv_pairs_folded_ != state.folded) pair_rows(kv_pairs_, state.kv, (int)p_.F(), padded(p_.V()));
-  kv_pairs_folded_ = state.folded;
-  return kv_pairs_;
 }
 
 Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   const int ld = padded(p_.V()), F = (int)p_.F();
-  const Term of_state = {
-      F,      transposed(block.phi, BLOCK), state.empty ? nullptr : readable_kv(), ld, Skip::none,
-      nullptr};
+  const Term of_state = {F, transposed(block.phi, BLOCK), state.readable, ld, Skip::none, nullptr};
   gather(tiles, p_.window, block, state.folded, p_, p_.g(h), scores,
          state.empty ? nullptr : &of_state, sums_);
   if (!state.empty) add_products(p_.format, sums_.den, state.ksum, block.phi, F);

@@ -178,13 +178,14 @@ void normalize(Sums& sums, int64_t n, int V);
 class Chunkwise {
  public:
   static int64_t floats(const Problem& p);
-  // The state starts empty, or with what load_state gives it.
+  // The state starts empty, or with what load_state gives it. attend() reads it along features.
   Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v,
-            Arena& arena);
+            Arena& arena, Along readable = Along::features);
   void load_state(const float* kv, const float* ksum, int64_t folded);
   void store_state(float* kv, float* ksum, Features part) const;
   void fold(int64_t end, Features part);  // takes the keys before `end` into the state
   void fold(int64_t end) { fold(end, {0, p_.F()}); }
+  void keep_readable(Features part);  // after kv has been changed from outside
   FeatureMap map_q(int64_t h) const;  // in the problem's format
   // q and factor * phi_q.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
@@ -197,15 +198,12 @@ class Chunkwise {
   float* row_tile;  // [BLOCK x padded(max(D, V))], scratch
 
  private:
-  const float* readable_kv();
-
   const Problem& p_;
   int64_t state_head_;
   float *q_, *phi_;
   Sums sums_;
   float* weights_q_;  // pairs of the maps of this state's query heads
-  float* kv_pairs_;   // [ceil(F / 2) x padded(V)], kv up to kv_pairs_folded_
-  int64_t kv_pairs_folded_ = -1;
+  Along readable_;
 };
 
 }  // namespace LOL_ISA

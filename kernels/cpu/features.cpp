@@ -6,14 +6,17 @@ namespace {
 
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
-// upper = exp(-(z - min z)) and z = exp(z - max z), clamped, divided by their sums if `normalize`;
-// only the latter unless `two_sided`.
+// Writes exp(z - max z) and, if two-sided, exp(-(z - min z)) behind it, divided by their sums if
+// the map is a softmax, and clamped. z [F x LANES], of which f rows are given, is lost.
 //
 // One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range,
 // the other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is
 // so wide that e could leave the normal floats, each side takes its own exponential.
-template <Format format>
-inline void exponentials(float* z, float* upper, int f, bool two_sided, bool normalize, float eps) {
+template <Format format, class Write>
+inline void exponentials(const FeatureMap& map, float* z, Write write) {
+  const int f = map.f;
+  const bool two_sided = map.two_sided, normalize = map.activation == LOL_SOFTMAX;
+  float* upper = z + f * BLOCK;
   // Two chains each, which wait for one another half as long.
   const Vec first = load(z), last = load(z + (f - 1) * BLOCK);
   Vec tops[2] = {first, last}, bottoms[2] = {first, last};
@@ -27,26 +30,62 @@ inline void exponentials(float* z, float* upper, int f, bool two_sided, bool nor
   const Vec top = max(tops[0], tops[1]), bottom = min(bottoms[0], bottoms[1]);
   constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
   const Vec half = 0.5f * (top - bottom);
-  const bool shared = two_sided && normalize && all(half <= splat(0.5f * WIDE));
-  const Vec shift = shared ? bottom + half : top;
   Vec sum = {}, upper_sum = {};
-  for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK);
-    const Vec e = shared ? exp_within_for<format>(x - shift) : exp_for<format>(x - shift);
-    sum += e;
-    store(z + i * BLOCK, e);
-    if (!two_sided) continue;
-    const Vec u = shared ? reciprocal_for<format>(e) : exp_for<format>(bottom - x);
-    upper_sum += u;
-    store(upper + i * BLOCK, u);
+  if (two_sided && normalize && all(half <= splat(0.5f * WIDE))) {
+    const Vec middle = bottom + half;
+    for (int i = 0; i < f; i++) {
+      const Vec e = exp_within_for<format>(load(z + i * BLOCK) - middle);
+      const Vec u = reciprocal_for<format>(e);
+      sum += e;
+      upper_sum += u;
+      store(z + i * BLOCK, e);
+      store(upper + i * BLOCK, u);
+    }
+  } else {
+    for (int i = 0; i < f; i++) {
+      const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - top);
+      sum += e;
+      store(z + i * BLOCK, e);
+      if (!two_sided) continue;
+      const Vec u = exp_for<format>(bottom - x);
+      upper_sum += u;
+      store(upper + i * BLOCK, u);
+    }
   }
-  const Vec factor = normalize ? 1.0f / sum : splat(1.0f), floor = splat(eps);
-  for (int i = 0; i < f; i++) store(z + i * BLOCK, max(load(z + i * BLOCK) * factor, floor));
-  if (!two_sided) return;
-  const Vec upper_factor = normalize ? 1.0f / upper_sum : splat(1.0f);
-  for (int i = 0; i < f; i++)
-    store(upper + i * BLOCK, max(load(upper + i * BLOCK) * upper_factor, floor));
+  const auto write_side = [&](int begin, Vec side_sum) {
+    const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f), floor = splat(map.eps);
+    const auto feature = [&](int i) { return max(load(z + i * BLOCK) * factor, floor); };
+    int i = begin;
+    for (; i + 2 <= begin + f; i += 2) write.two(i, feature(i), feature(i + 1));
+    if (i < begin + f) write.one(i, feature(i));
+  };
+  write_side(0, sum);
+  if (two_sided) write_side(f, upper_sum);
 }
+
+// Features of LANES tokens, in fp32 [F x BLOCK],
+struct InFloats {
+  float* phi;
+  void one(int i, Vec a) const { store(phi + i * BLOCK, a); }
+  void two(int i, Vec a, Vec b) const {
+    one(i, a);
+    one(i + 1, b);
+  }
+};
+#ifdef LOL_PAIRS
+// or in pairs along F and, unless null, along tokens. f is even, so there is no odd one.
+struct InPairs {
+  float* along_features;
+  uint16_t* along_tokens;
+  void one(int, Vec) const {}
+  void two(int i, Vec a, Vec b) const {
+    store(along_features + i / 2 * BLOCK, pair(a, b));
+    if (!along_tokens) return;
+    to_bf16(along_tokens + i * BLOCK, a);
+    to_bf16(along_tokens + (i + 1) * BLOCK, b);
+  }
+};
+#endif
 
 // The gradient passes a clamp where the value was not raised; eps itself stands for a raised value.
 inline Vec through_clamp(Vec dphi, Vec phi, float eps) {
@@ -92,6 +131,31 @@ inline bool is_exponential(int activation) {
   return activation == LOL_SOFTMAX || activation == LOL_EXP;
 }
 
+// The first `count` lanes, where a row may end within a vector.
+inline Vec load_first(const float* from, int count) {
+  if (count >= LANES) return load(from);
+  Vec v = {};
+  memcpy(&v, from, sizeof(float) * (size_t)count);
+  return v;
+}
+inline void store_first(float* to, Vec v, int count) {
+  if (count >= LANES) return store(to, v);
+  memcpy(to, &v, sizeof(float) * (size_t)count);
+}
+
+// Where weights in pairs have a row of words for each feature, not a column: only as rows does the
+// matrix unit take left operands without a copy.
+#ifdef LOL_MATRIX_UNIT
+constexpr bool PAIRS_BY_FEATURE = true;
+#else
+constexpr bool PAIRS_BY_FEATURE = false;
+#endif
+inline Operand by_feature(const FeatureMap& map) {
+  if (PAIRS_BY_FEATURE && map.format != Format::f32)
+    return rows(map.weight, words(map.format, map.D));
+  return transposed(map.weight, map.f);
+}
+
 }  // namespace
 
 bool takes_pairs(const lol_features& features) {
@@ -105,16 +169,19 @@ bool takes_pairs(const lol_features& features) {
 
 FeatureMap with_paired_weight(FeatureMap map, float* to) {
 #ifdef LOL_PAIRS
+  const int ld = words(Format::bf16_pairs, map.D);
+  const auto keep = [&](int pair_of, int first, Vec word) {
+    if (PAIRS_BY_FEATURE) {
+      for (int l = 0; l < LANES && first + l < map.f; l++) to[(first + l) * ld + pair_of] = word[l];
+    } else {
+      store_first(to + pair_of * map.f + first, word, map.f - first);
+    }
+  };
   for (int d = 0; d < map.D; d += 2) {
-    const float *a = map.weight + d * map.f, *b = a + map.f;
-    const bool both = d + 1 < map.D;
-    float* row = to + d / 2 * map.f;
-    int j = 0;
-    for (; j + LANES <= map.f; j += LANES)
-      store(row + j, pair(load(a + j), both ? load(b + j) : Vec{}));
-    for (; j < map.f; j++) {
-      const Vec word = pair(splat(a[j]), splat(both ? b[j] : 0.0f));
-      row[j] = word[0];
+    const float* row = map.weight + d * map.f;
+    for (int j = 0; j < map.f; j += LANES) {
+      const Vec next = d + 1 < map.D ? load_first(row + map.f + j, map.f - j) : Vec{};
+      keep(d / 2, j, pair(load_first(row + j, map.f - j), next));
     }
   }
   map.weight = to;
@@ -134,6 +201,24 @@ inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
   return max(y, splat(map.eps));
 }
 
+// z = x W + b (+ x) [f x BLOCK].
+void project(const FeatureMap& map, const float* x, float* z) {
+  gemm(map.format, map.f, BLOCK, map.D, by_feature(map), x, BLOCK, z, BLOCK, Into::set);
+  for (int i = 0; map.bias && i < map.f; i++) {
+    for (int t = i * BLOCK; t < (i + 1) * BLOCK; t += LANES)
+      store(z + t, load(z + t) + map.bias[i]);
+  }
+  for (int t = 0; map.skip && t < map.f * BLOCK; t += LANES)
+    store(z + t, load(z + t) + load(x + t));
+}
+
+template <class Write>
+inline void exponentials_in(const FeatureMap& map, float* z, Write write) {
+  const auto run = map.format == Format::f32 ? exponentials<Format::f32, Write>
+                                             : exponentials<Format::bf16_pairs, Write>;
+  run(map, z, write);
+}
+
 }  // namespace
 
 void features_forward(const FeatureMap& map, const float* x, float* phi) {
@@ -141,40 +226,46 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
     memcpy(phi, x, sizeof(float) * map.D * BLOCK);
     return;
   }
-  // The upper half of a two-sided map is computed from z in the lower half, then z gives way to its
-  // own features.
-  float* z = phi;
-  gemm(map.format, map.f, BLOCK, map.D, transposed(map.weight, map.f), x, BLOCK, z, BLOCK,
-       Into::set);
-  const bool exponential = is_exponential(map.activation),
-             normalize = map.activation == LOL_SOFTMAX;
+  project(map, x, phi);
   for (int t = 0; t < BLOCK; t += LANES) {
-    float* zt = z + t;
-    for (int i = 0; map.bias && i < map.f; i++)
-      store(zt + i * BLOCK, load(zt + i * BLOCK) + map.bias[i]);
-    for (int i = 0; map.skip && i < map.f; i++)
-      store(zt + i * BLOCK, load(zt + i * BLOCK) + load(x + i * BLOCK + t));
-    if (exponential) {
-      const auto run =
-          map.format == Format::f32 ? exponentials<Format::f32> : exponentials<Format::bf16_pairs>;
-      run(zt, zt + map.f * BLOCK, map.f, map.two_sided, normalize, map.eps);
+    float* z = phi + t;
+    if (is_exponential(map.activation)) {
+      exponentials_in(map, z, InFloats{z});
       continue;
     }
     Vec half_norm = {};
     for (int i = 0; map.activation == LOL_FAVOR && i < map.D; i++)
       half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);
     for (int i = 0; i < map.f; i++)
-      store(zt + i * BLOCK, activated(map, load(zt + i * BLOCK), half_norm));
+      store(z + i * BLOCK, activated(map, load(z + i * BLOCK), half_norm));
   }
 }
 
-namespace {
-
-// The first `count` lanes, where a row may end within a vector.
-inline void store_first(float* to, Vec v, int count) {
-  if (count >= LANES) return store(to, v);
-  memcpy(to, &v, sizeof(float) * (size_t)count);
+void features_in_pairs(const FeatureMap& map, const float* x, float factor, float* scratch,
+                       FeaturePairs to) {
+#ifdef LOL_PAIRS
+  if (is_exponential(map.activation) && map.f % 2 == 0 && factor == 1.0f) {
+    project(map, x, scratch);
+    for (int t = 0; t < BLOCK; t += LANES) {
+      uint16_t* along_tokens = to.along_tokens ? (uint16_t*)to.along_tokens + t : nullptr;
+      exponentials_in(map, scratch + t, InPairs{to.along_features + t, along_tokens});
+    }
+    return;
+  }
+  features_forward(map, x, scratch);
+  for (int i = 0; factor != 1.0f && i < map.F * BLOCK; i += LANES)
+    store(scratch + i, factor * load(scratch + i));
+  if (to.along_tokens) {
+    pair_both_ways(to.along_features, to.along_tokens, scratch, map.F, BLOCK);
+  } else {
+    pair_rows(to.along_features, scratch, map.F, BLOCK);
+  }
+#else
+  (void)map, (void)x, (void)factor, (void)scratch, (void)to;
+#endif
 }
+
+namespace {
 
 // One token's row of features, and whether exponentials go past the caches.
 struct Row {

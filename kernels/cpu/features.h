@@ -8,7 +8,7 @@ namespace lol {
 namespace LOL_ISA {
 
 struct FeatureMap {
-  const float* weight;  // [D x f] of one head; null: phi(x) = x
+  const float* weight;  // [D x f] of one head, or pairs; null: phi(x) = x
   Format format;        // of weight and of x
   const float* bias;    // [f] or null
   int D, f, F;
@@ -45,11 +45,19 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
 
 // Whether a map can read pairs of bf16: skip and favor need x in fp32.
 bool takes_pairs(const lol_features& features);
-// The map with pairs of bf16 for weights, in `to` [ceil(D / 2) x f]: rounded no worse than x was.
+// The map with pairs of bf16 along D for weights, in `to` [ceil(D / 2) * f]: rounded no worse than
+// x was.
 FeatureMap with_paired_weight(FeatureMap map, float* to);
 
 // phi[F x BLOCK] of x[D x BLOCK].
 void features_forward(const FeatureMap& map, const float* x, float* phi);
+// factor * phi in pairs of bf16; scratch [F x BLOCK], which may be where those along features go.
+struct FeaturePairs {
+  float* along_features;  // [ceil(F / 2) x BLOCK]
+  float* along_tokens;    // [F x BLOCK / 2], or null
+};
+void features_in_pairs(const FeatureMap& map, const float* x, float factor, float* scratch,
+                       FeaturePairs to);
 
 constexpr int MAX_FEATURES = 512;
 // Lanes along features, for tokens that are rows: of one, for the decode step,

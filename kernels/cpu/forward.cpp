@@ -79,14 +79,23 @@ class Pass {
   Chunkwise c;
 };
 
-// Rows of a state.
+void copy_rows(float* to, const float* from, int64_t width, Features part) {
+  const int64_t at = part.begin * width;
+  memcpy(to + at, from + at, sizeof(float) * (size_t)((part.end - part.begin) * width));
+}
+// Part of the sums themselves, or of what is read of them.
 void copy(const State& to, const State& from, int64_t ld, Features part) {
-  const int64_t rows = part.end - part.begin;
-  memcpy(to.kv + part.begin * ld, from.kv + part.begin * ld, sizeof(float) * rows * ld);
-  memcpy(to.ksum + part.begin, from.ksum + part.begin, sizeof(float) * rows);
+  copy_rows(to.kv, from.kv, ld, part);
+  copy_rows(to.ksum, from.ksum, 1, part);
+}
+void copy_readable(const State& to, const State& from, const Problem& p, Features part) {
+  const Features in_words = {words(p.format, (int)part.begin), words(p.format, (int)part.end)};
+  copy_rows(to.readable, from.readable, padded(p.V()), in_words);
+  copy_rows(to.ksum, from.ksum, 1, part);
 }
 State take_state(const Problem& p, Arena& arena) {
-  return {arena.take(p.F() * padded(p.V())), arena.take(p.F()), 0, true};
+  float* kv = arena.take(p.F() * padded(p.V()));
+  return {kv, arena.take(p.F()), kv, 0, true};
 }
 
 // One thread of a team, at one stretch of queries after the other.
@@ -128,11 +137,14 @@ class Member {
   // Takes part of the state from `handed`, which the stretch before has left there, through the
   // stretch, to the next one or, after the last one, into the final state.
   void fold(Features part, const State& handed) {
-    if (first_ != run_.past) copy(state_, handed, ld_, part);
+    if (first_ != run_.past) {
+      copy(state_, handed, ld_, part);
+      pass_.c.keep_readable(part);
+    }
     pass_.resume(first_);  // each part folds the same keys
     for (int64_t j = 0; j < blocks_; j++) {
       pass_.fold(p_.window.start(position(j)), part);
-      copy(before_[j], state_, ld_, part);
+      copy_readable(before_[j], state_, p_, part);
       before_[j].folded = state_.folded;
       before_[j].empty = state_.empty;
     }
@@ -164,7 +176,7 @@ class Member {
   Pass pass_;
   State& state_;
   KeyTile* tiles_;
-  State* before_;  // the state before each block of the stretch
+  State* before_;  // before each block of the stretch, to be read
   int64_t first_, end_, blocks_;
 };
 

@@ -46,7 +46,7 @@ void states_before(const Problem& p, const Segments& segments, const Sequence& s
   keys_once.both_ways = false;
   const int64_t head = p.kv_head_of(state_head);
   Chunkwise c(keys_once, state_head, s.tokens, tokens_of(p.k, s, head), tokens_of(p.v, s, head),
-              arena);
+              arena, Along::nothing);
   if (initial.kv) c.load_state(initial.kv, initial.ksum, 0);
   for (int64_t j = 1; j < segments.count(s); j++) {
     const Segment before = segments.at(s, j - 1);

@@ -8,11 +8,14 @@ namespace LOL_ISA {
 // The sums over the keys [sinks, folded).
 struct State {
   float *kv, *ksum;  // [F x padded(V)], [F]; without meaning while `empty`
+  float* readable;   // kv as products read it: in pairs, or itself
   int64_t folded;
   bool empty;
 
   static int64_t floats(int64_t F, int64_t V) { return F * padded(V) + F + 16; }
 };
+// What products sum over when they read kv, if any do, and so along what it is kept in pairs.
+enum class Along { nothing, features, values };
 // Rows [begin, end) of a state.
 struct Features {
   int64_t begin, end;
