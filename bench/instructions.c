@@ -1,4 +1,4 @@
-/* One call of an operator, between callgrind's marks: the driver of instructions.py.
+/* One call of an operator, between two marks: the driver of instructions.py and ports.py.
  *
  *     instructions OP BACKWARD DTYPE B H Hk T D V f window
  *
@@ -8,9 +8,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <valgrind/callgrind.h>
 
 #include "lolcats_ops/lolcats_ops.h"
+#ifdef TRACED /* by trace.c */
+#define MARK __asm__ volatile("int3")
+#else
+#include <valgrind/callgrind.h>
+#define MARK CALLGRIND_TOGGLE_COLLECT
+#endif
 
 /* The library's calls find these before the C library's. */
 static int allocations;
@@ -71,9 +76,9 @@ static void check(int status) {
   do {                           \
     check(call);                 \
     allocations = 0;             \
-    CALLGRIND_TOGGLE_COLLECT;    \
+    MARK;                        \
     const int status = call;     \
-    CALLGRIND_TOGGLE_COLLECT;    \
+    MARK;                        \
     check(status);               \
     printf("%d\n", allocations); \
     return 0;                    \

@@ -88,12 +88,12 @@ def count_all(cases: Sequence[Case] = CASES) -> dict[str, Count]:
 
 
 @contextmanager
-def driver() -> Iterator[Path]:
+def driver(*flags: str) -> Iterator[Path]:
     """The program that makes one call, compiled against the installed library."""
     with TemporaryDirectory() as folder:
         program = Path(folder, "instructions")
         library = Path(lo.get_library())
-        command = [str(compiler()), "-O1", "-std=c11", str(SOURCE), "-o", str(program)]
+        command = [str(compiler()), "-O1", "-std=c11", *flags, str(SOURCE), "-o", str(program)]
         command += [f"-I{lo.get_include()}", str(library), f"-Wl,-rpath,{library.parent}"]
         subprocess.run(command, check=True)
         yield program
@@ -101,14 +101,10 @@ def driver() -> Iterator[Path]:
 
 def count(program: Path, case: Case) -> Count:
     """Instructions of one call per useful FLOP, by one thread, and its heap allocations."""
-    step = case.pass_ == "step"
-    op, backward = "step" if step else case.op, int(case.pass_ == "backward")
-    sizes = (case.B, case.H, case.Hk, 1 if step else case.T, case.D, case.V, case.f, case.window)
     profile = program.with_name(f"{case}.out")
     valgrind = ["valgrind", "--tool=callgrind", "--collect-atstart=no"]
-    call = [op, str(backward), case.dtype, *map(str, sizes)]
     done = subprocess.run(
-        [*valgrind, f"--callgrind-out-file={profile}", str(program), *call],
+        [*valgrind, f"--callgrind-out-file={profile}", str(program), *arguments(case)],
         env={**os.environ, "LOLCATS_ISA": ISA, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -119,6 +115,14 @@ def count(program: Path, case: Case) -> Count:
     total = re.search(r"^(?:summary|totals): (\d+)", profile.read_text(), re.MULTILINE)
     assert total is not None
     return Count(round(int(total[1]) / case.flops, 5), int(done.stdout))
+
+
+def arguments(case: Case) -> list[str]:
+    """The call of a case, for the driver."""
+    step = case.pass_ == "step"
+    op, backward = "step" if step else case.op, int(case.pass_ == "backward")
+    sizes = (case.B, case.H, case.Hk, 1 if step else case.T, case.D, case.V, case.f, case.window)
+    return [op, str(backward), case.dtype, *map(str, sizes)]
 
 
 def load_budget() -> tuple[str, dict[str, Count]]:

@@ -1,0 +1,207 @@
+"""What the instructions of a call occupy, by function, on any instruction set of this x86-64 CPU.
+
+    python -m bench.ports [--isa NAME] [--case PATTERN]
+
+The call runs one instruction at a time (trace.c), every address is looked up in the library's
+disassembly, and two lengths are subtracted, so that what is left is one token and head far from
+both ends. Vector operations are what competes for the vector units with the multiply-adds of the
+products: where two of them start per cycle (512 bits on Intel, 256 on most), half their number is
+the least time, and useful multiply-adds over all of them the largest share of the FMA rate. Loads
+and stores have units of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import lolcats_ops as lo
+from lolcats_ops import _C
+
+from .cases import Case
+from .instructions import arguments, driver
+from .sequential import compiler
+
+TRACER = Path(__file__).with_name("trace.c")
+# Windows are full and the state is not empty from T on; blocks have 32 tokens.
+_HYBRID = Case("hybrid_attention", H=1, Hk=1, T=192)
+MORE = 64
+CASES: tuple[Case, ...] = (
+    _HYBRID,
+    replace(_HYBRID, D=128, V=128),
+    replace(_HYBRID, dtype="bfloat16"),
+    replace(_HYBRID, D=128, V=128, dtype="bfloat16"),
+    replace(_HYBRID, pass_="backward"),
+    replace(_HYBRID, pass_="backward", dtype="bfloat16"),
+    replace(_HYBRID, op="feature_map"),
+    replace(_HYBRID, op="linear_attention", D=128, f=0, window=0),
+)
+
+# Moves between registers are renamed away; moves from memory and broadcasts of it are loads.
+_MOVES = ("vmovup", "vmovap", "vmovdq", "vmovs", "vmovd", "vmovq", "vmovnt", "vbroadcast")
+_MOVES += ("vpbroadcast",)
+# Operations of more than one micro-operation, in 512 bits on Intel.
+_SEVERAL = {"vrcp14ps": 3, "vdivps": 3}
+
+
+@dataclass
+class Work:
+    """Per token and head."""
+
+    instructions: float = 0.0
+    vector: float = 0.0  # operations of the vector units, multiply-adds included
+    multiply_adds: float = 0.0  # whole vectors of them, or of products of pairs
+    tiles: float = 0.0  # products of the matrix unit
+    loads: float = 0.0
+    stores: float = 0.0
+
+    def add(self, instruction: str, times: float) -> None:
+        """Counts an instruction of the disassembly (AT&T syntax)."""
+        name, _, operands = instruction.partition(" ")
+        operands = operands.strip()
+        memory = "(" in operands and not name.startswith(("lea", "prefetch", "nop", "j", "call"))
+        self.instructions += times
+        self.vector += vector_operations(name, operands) * times
+        self.multiply_adds += times * name.startswith(("vfm", "vfnm", "vdpbf16"))
+        self.tiles += times * name.startswith("tdp")
+        to_memory = operands.endswith(")") and not name.startswith(("cmp", "test"))
+        self.loads += times * (memory and not to_memory)
+        self.stores += times * (memory and to_memory)
+
+
+def vector_operations(name: str, operands: str) -> int:
+    """How often an instruction occupies one of the vector units."""
+    registers = re.findall(r"%([xyz]mm\d+|k\d)", operands)
+    if not registers:
+        return 0
+    if name.startswith(_MOVES):
+        masked = "{%k" in operands
+        between = "(" not in operands
+        spread = name.startswith(("vbroadcast", "vpbroadcast"))
+        to_vector = between and (spread or "%r" in operands or "%e" in operands)
+        return int(masked or to_vector)
+    if "xor" in name and len(registers) == 3 and registers[0] == registers[1]:
+        return 0  # a zero
+    return _SEVERAL.get(name, 1) if "%zmm" in operands else 1
+
+
+def why_not() -> str | None:
+    """Why calls cannot be traced here, or None."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return "needs Linux on x86-64"
+    if shutil.which("objdump") is None:
+        return "needs objdump"
+    return None if compiler() else "needs a C compiler"
+
+
+def disassembly(isa: str) -> dict[int, tuple[str, str]]:
+    """Function and instruction at every address of the installed library."""
+    command = ["objdump", "-d", "-C", "-w", "--no-show-raw-insn", str(lo.get_library())]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    of: dict[int, tuple[str, str]] = {}
+    function = ""
+    for line in listing.splitlines():
+        if start := re.match(r"^[0-9a-f]+ <(.*)>:$", line):
+            function = start[1].replace("(anonymous namespace)::", "")
+            function = function.removeprefix("void ").replace("lol::", "").replace(f"{isa}::", "")
+            function = re.sub(r" \[clone .*|\(Format\)|\(Into\)", "", function)
+            function = re.sub(r"\(.*", "", function)
+        elif code := re.match(r"^ *([0-9a-f]+):\t(.*)$", line):
+            of[int(code[1], 16)] = (function, code[2])
+    return of
+
+
+@contextmanager
+def tracer() -> Iterator[Path]:
+    """The program of trace.c."""
+    with TemporaryDirectory() as folder:
+        program = Path(folder, "trace")
+        subprocess.run([str(compiler()), "-O2", str(TRACER), "-o", str(program)], check=True)
+        yield program
+
+
+def executed(trace: Path, program: Path, isa: str, case: Case) -> Counter[int]:
+    """How often one call runs the instruction at each of the library's addresses, by one thread."""
+    done = subprocess.run(
+        [str(trace), str(program), *arguments(case)],
+        env={**os.environ, "LOLCATS_ISA": isa, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{case}: {done.stderr}")
+    mapped, counts = done.stdout.split("\n\n")
+    ours = [line for line in mapped.splitlines() if line.endswith(Path(lo.get_library()).name)]
+    begin = int(ours[0].split("-")[0], 16)
+    end = int(ours[-1].split()[0].split("-")[1], 16)
+    times: Counter[int] = Counter()
+    for line in counts.splitlines():
+        address, count = line.split()
+        if begin <= int(address, 16) < end:
+            times[int(address, 16) - begin] = int(count)
+    return times
+
+
+def per_token(trace: Path, program: Path, isa: str, case: Case) -> dict[str, Work]:
+    """The work of one token and head in the middle of a sequence, by function."""
+    longer = replace(case, T=case.T + MORE)
+    times = executed(trace, program, isa, longer)
+    times.subtract(executed(trace, program, isa, case))
+    tokens = longer.tokens - case.tokens
+    work: dict[str, Work] = {}
+    for address, (function, instruction) in disassembly(isa).items():
+        if times[address]:
+            work.setdefault(function, Work()).add(instruction, times[address] / tokens)
+    return work
+
+
+def total(work: dict[str, Work]) -> Work:
+    """The sum over all functions."""
+    sums = {f.name: sum(getattr(w, f.name) for w in work.values()) for f in fields(Work)}
+    return Work(**sums)
+
+
+def main() -> None:
+    """Prints the work of every case."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.ports",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sets = _C.cpu_isas()
+    parser.add_argument("--isa", choices=sets, default=sets[0], help="default: %(default)s")
+    parser.add_argument("--case", default="*", help="of these alone: " + ", ".join(map(str, CASES)))
+    options = parser.parse_args()
+    if reason := why_not():
+        sys.exit(f"bench.ports: {reason}")
+    cases = [case for case in CASES if fnmatchcase(str(case), options.case)]
+    if not cases:
+        parser.error(f"no case is like {options.case}")
+    names = [f.name.replace("_", " ") for f in fields(Work)]
+    with tracer() as trace, driver("-DTRACED") as program:
+        for case in cases:
+            work = per_token(trace, program, options.isa, case)
+            print(f"\n{case}, {options.isa}, per token and head")
+            print(" " * 44 + "".join(f"{name:>15}" for name in names))
+            rows = sorted(work.items(), key=lambda item: -item[1].instructions)
+            shown = [row for row in rows if row[1].instructions >= 0.01 * total(work).instructions]
+            for function, of_it in [*shown, ("total", total(work))]:
+                values = (getattr(of_it, f.name) for f in fields(Work))
+                print(f"{function[-43:]:44}" + "".join(f"{value:15.1f}" for value in values))
+
+
+if __name__ == "__main__":
+    main()

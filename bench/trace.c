@@ -1,0 +1,100 @@
+/* How often each instruction of a program runs between its two marks: the tracer of ports.py.
+ *
+ *     trace PROGRAM ARGUMENT...
+ *
+ * prints the program's memory map at the first mark, an empty line, and then an address and a count
+ * per line. A mark is a breakpoint (int3). The program runs one instruction at a time, some 50 000
+ * a second, so the call has to be short; unlike valgrind, every instruction set of the machine will
+ * do. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/ptrace.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static void fail(const char* what) {
+  perror(what);
+  exit(1);
+}
+
+/* Open addressing; a call touches some ten thousand addresses. */
+enum { PLACES = 1 << 20 };
+static struct {
+  uintptr_t address;
+  long times;
+} place[PLACES];
+
+static void count(uintptr_t address) {
+  size_t i = address * 0x9e3779b97f4a7c15u >> 44;
+  while (place[i].times && place[i].address != address) i = (i + 1) % PLACES;
+  place[i].address = address;
+  place[i].times++;
+}
+
+static uintptr_t instruction_pointer(pid_t pid) {
+  struct user_regs_struct registers;
+  if (ptrace(PTRACE_GETREGS, pid, NULL, &registers)) fail("PTRACE_GETREGS");
+  return registers.rip;
+}
+
+static void print_map(pid_t pid) {
+  char name[64], line[1024];
+  snprintf(name, sizeof name, "/proc/%d/maps", pid);
+  FILE* map = fopen(name, "r");
+  if (!map) fail(name);
+  while (fgets(line, sizeof line, map)) fputs(line, stdout);
+  fclose(map);
+  putchar('\n');
+}
+
+static int wait_for(pid_t pid) {
+  int status;
+  if (waitpid(pid, &status, 0) != pid) fail("waitpid");
+  return status;
+}
+
+/* Lets the program run to its next mark. */
+static void run_to_mark(pid_t pid) {
+  if (ptrace(PTRACE_CONT, pid, NULL, NULL)) fail("PTRACE_CONT");
+  const int status = wait_for(pid);
+  if (!WIFSTOPPED(status) || WSTOPSIG(status) != SIGTRAP) {
+    fprintf(stderr, "the program ended before its mark\n");
+    exit(1);
+  }
+}
+
+int main(int argc, char** argv) {
+  if (argc < 2) return 2;
+  const pid_t pid = fork();
+  if (pid == 0) {
+    if (ptrace(PTRACE_TRACEME, 0, NULL, NULL)) fail("PTRACE_TRACEME");
+    execv(argv[1], argv + 1);
+    fail(argv[1]);
+  }
+  wait_for(pid); /* at its first instruction */
+  run_to_mark(pid);
+  print_map(pid);
+  for (;;) {
+    const uintptr_t address = instruction_pointer(pid);
+    errno = 0;
+    const long code = ptrace(PTRACE_PEEKTEXT, pid, (void*)address, NULL);
+    if (errno) fail("PTRACE_PEEKTEXT");
+    if ((code & 0xff) == 0xcc) break; /* the second mark */
+    count(address);
+    if (ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL)) fail("PTRACE_SINGLESTEP");
+    const int status = wait_for(pid);
+    if (!WIFSTOPPED(status)) {
+      fprintf(stderr, "the program ended before its second mark\n");
+      return 1;
+    }
+  }
+  kill(pid, SIGKILL);
+  for (size_t i = 0; i < PLACES; i++)
+    if (place[i].times) printf("%lx %ld\n", (unsigned long)place[i].address, place[i].times);
+  return 0;
+}

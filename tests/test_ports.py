@@ -1,0 +1,53 @@
+"""`python -m bench.ports` counts what instructions occupy."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench import ports
+from lolcats_ops import _C
+
+
+@pytest.mark.parametrize(
+    ("instruction", "occupied"),
+    [
+        ("vfmadd231ps %zmm1,%zmm2,%zmm3", 1),
+        ("vfmadd231ps (%rax),%zmm2,%zmm3", 1),
+        ("vrcp14ps %zmm0,%zmm1", 3),
+        ("vmovups (%rax),%zmm1", 0),
+        ("vmovaps %zmm1,%zmm2", 0),
+        ("vmovups %zmm1,(%rax){%k1}", 1),
+        ("vbroadcastss (%rax),%zmm1", 0),
+        ("vbroadcastss %xmm0,%zmm1", 1),
+        ("vpxor %xmm1,%xmm1,%xmm1", 0),
+        ("kortestw %k1,%k1", 1),
+        ("add $0x40,%rax", 0),
+        ("tdpbf16ps %tmm6,%tmm4,%tmm0", 0),
+    ],
+)
+def test_vector_operations(instruction, occupied):
+    name, _, operands = instruction.partition(" ")
+    assert ports.vector_operations(name, operands) == occupied
+
+
+def test_loads_and_stores():
+    work = ports.Work()
+    work.add("vfmadd231ps (%rax),%zmm2,%zmm3", 2.0)
+    work.add("vmovups %zmm1,(%rax)", 3.0)
+    work.add("lea (%rax,%rbx,1),%rcx", 5.0)
+    work.add("cmp %rax,(%rbx)", 7.0)
+    assert (work.loads, work.stores, work.multiply_adds) == (9.0, 3.0, 2.0)
+
+
+def test_products_take_the_useful_multiply_adds_and_few_more():
+    if reason := ports.why_not():
+        pytest.skip(reason)
+    if "avx2" not in _C.cpu_isas():
+        pytest.skip("needs avx2")
+    case = replace(ports.CASES[0], T=96, D=16, V=16, f=8, window=32)
+    with ports.tracer() as trace, ports.driver("-DTRACED") as program:
+        work = ports.total(ports.per_token(trace, program, "avx2", case))
+    useful = case.flops / case.tokens / 2 / 8
+    assert useful < work.multiply_adds < 1.5 * useful
+    assert work.multiply_adds < work.vector < work.instructions
+    assert work.tiles == 0
