@@ -4,10 +4,12 @@
 
 The call runs one instruction at a time (trace.c), every address is looked up in the library's
 disassembly, and two lengths are subtracted, so that what is left is one token and head far from
-both ends. Vector operations are what competes for the vector units with the multiply-adds of the
-products: where two of them start per cycle (512 bits on Intel, 256 on most), half their number is
-the least time, and useful multiply-adds over all of them the largest share of the FMA rate. Loads
-and stores have units of their own.
+both ends. What the C library copies is not in it; a repeated string instruction counts each time.
+
+Vector operations are what competes for the vector units with the multiply-adds of the products:
+where two of them start per cycle (512 bits on Intel, 256 on most), half their number is the least
+time, and useful multiply-adds over all of them the largest share of the FMA rate. Loads and stores
+have units of their own.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import lolcats_ops as lo
 from lolcats_ops import _C
 
-from .cases import Case
+from .cases import Case, select
 from .instructions import arguments, driver
 from .sequential import compiler
 
@@ -50,8 +52,9 @@ CASES: tuple[Case, ...] = (
 )
 
 # Moves between registers are renamed away; moves from memory and broadcasts of it are loads.
-_MOVES = ("vmovup", "vmovap", "vmovdq", "vmovs", "vmovd", "vmovq", "vmovnt", "vbroadcast")
-_MOVES += ("vpbroadcast",)
+_MOVES = re.compile(r"vmov(u|a)p.|vmovdq.*|vmovs[sd]|vmov[dq]|vmovnt.*|vp?broadcast.*")
+_STORE = re.compile(r"\)(\{.*\})?$")  # AT&T syntax names the destination last, and masks behind it
+_NO_ACCESS = ("lea", "prefetch", "j", "call")
 # Operations of more than one micro-operation, in 512 bits on Intel.
 _SEVERAL = {"vrcp14ps": 3, "vdivps": 3}
 
@@ -69,14 +72,16 @@ class Work:
 
     def add(self, instruction: str, times: float) -> None:
         """Counts an instruction of the disassembly (AT&T syntax)."""
-        name, _, operands = instruction.partition(" ")
-        operands = operands.strip()
-        memory = "(" in operands and not name.startswith(("lea", "prefetch", "nop", "j", "call"))
         self.instructions += times
+        if "nop" in instruction:
+            return
+        name, _, operands = re.sub(r"\s*(#|<).*", "", instruction).partition(" ")
+        operands = operands.strip()
+        memory = "(" in operands and not name.startswith(_NO_ACCESS)
         self.vector += vector_operations(name, operands) * times
         self.multiply_adds += times * name.startswith(("vfm", "vfnm", "vdpbf16"))
         self.tiles += times * name.startswith("tdp")
-        to_memory = operands.endswith(")") and not name.startswith(("cmp", "test"))
+        to_memory = _STORE.search(operands) is not None and not name.startswith(("cmp", "test"))
         self.loads += times * (memory and not to_memory)
         self.stores += times * (memory and to_memory)
 
@@ -86,12 +91,11 @@ def vector_operations(name: str, operands: str) -> int:
     registers = re.findall(r"%([xyz]mm\d+|k\d)", operands)
     if not registers:
         return 0
-    if name.startswith(_MOVES):
+    if _MOVES.fullmatch(name):
         masked = "{%k" in operands
         between = "(" not in operands
-        spread = name.startswith(("vbroadcast", "vpbroadcast"))
-        to_vector = between and (spread or "%r" in operands or "%e" in operands)
-        return int(masked or to_vector)
+        across = "broadcast" in name or "%r" in operands or "%e" in operands
+        return int(masked or (between and across))
     if "xor" in name and len(registers) == 3 and registers[0] == registers[1]:
         return 0  # a zero
     return _SEVERAL.get(name, 1) if "%zmm" in operands else 1
@@ -106,6 +110,7 @@ def why_not() -> str | None:
     return None if compiler() else "needs a C compiler"
 
 
+@cache
 def disassembly(isa: str) -> dict[int, tuple[str, str]]:
     """Function and instruction at every address of the installed library."""
     command = ["objdump", "-d", "-C", "-w", "--no-show-raw-insn", str(lo.get_library())]
@@ -181,15 +186,22 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sets = _C.cpu_isas()
+    sets = [isa for isa in _C.cpu_isas() if isa != "scalar"]  # whose SSE it does not know
     parser.add_argument("--isa", choices=sets, default=sets[0], help="default: %(default)s")
-    parser.add_argument("--case", default="*", help="of these alone: " + ", ".join(map(str, CASES)))
+    parser.add_argument(
+        "--case",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="those that contain it: " + ", ".join(map(str, CASES)),
+    )
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"bench.ports: {reason}")
-    cases = [case for case in CASES if fnmatchcase(str(case), options.case)]
-    if not cases:
-        parser.error(f"no case is like {options.case}")
+    try:
+        cases = select(options.case, CASES)
+    except ValueError as error:
+        parser.error(str(error))
     names = [f.name.replace("_", " ") for f in fields(Work)]
     with tracer() as trace, driver("-DTRACED") as program:
         for case in cases:

@@ -52,32 +52,31 @@ static void print_map(pid_t pid) {
   putchar('\n');
 }
 
-static int wait_for(pid_t pid) {
+/* Waits for the next trap: of a mark, or after an instruction. */
+static void wait_for_trap(pid_t pid) {
   int status;
   if (waitpid(pid, &status, 0) != pid) fail("waitpid");
-  return status;
-}
-
-/* Lets the program run to its next mark. */
-static void run_to_mark(pid_t pid) {
-  if (ptrace(PTRACE_CONT, pid, NULL, NULL)) fail("PTRACE_CONT");
-  const int status = wait_for(pid);
-  if (!WIFSTOPPED(status) || WSTOPSIG(status) != SIGTRAP) {
-    fprintf(stderr, "the program ended before its mark\n");
-    exit(1);
-  }
+  if (WIFSTOPPED(status) && WSTOPSIG(status) == SIGTRAP) return;
+  if (WIFSTOPPED(status))
+    fprintf(stderr, "signal %d between the marks\n", WSTOPSIG(status));
+  else
+    fprintf(stderr, "the program ended before its second mark\n");
+  exit(1);
 }
 
 int main(int argc, char** argv) {
   if (argc < 2) return 2;
   const pid_t pid = fork();
+  if (pid < 0) fail("fork");
   if (pid == 0) {
     if (ptrace(PTRACE_TRACEME, 0, NULL, NULL)) fail("PTRACE_TRACEME");
     execv(argv[1], argv + 1);
     fail(argv[1]);
   }
-  wait_for(pid); /* at its first instruction */
-  run_to_mark(pid);
+  wait_for_trap(pid); /* at its first instruction */
+  ptrace(PTRACE_SETOPTIONS, pid, NULL, PTRACE_O_EXITKILL);
+  if (ptrace(PTRACE_CONT, pid, NULL, NULL)) fail("PTRACE_CONT");
+  wait_for_trap(pid); /* at its first mark */
   print_map(pid);
   for (;;) {
     const uintptr_t address = instruction_pointer(pid);
@@ -87,11 +86,7 @@ int main(int argc, char** argv) {
     if ((code & 0xff) == 0xcc) break; /* the second mark */
     count(address);
     if (ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL)) fail("PTRACE_SINGLESTEP");
-    const int status = wait_for(pid);
-    if (!WIFSTOPPED(status)) {
-      fprintf(stderr, "the program ended before its second mark\n");
-      return 1;
-    }
+    wait_for_trap(pid);
   }
   kill(pid, SIGKILL);
   for (size_t i = 0; i < PLACES; i++)

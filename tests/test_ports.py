@@ -17,6 +17,8 @@ from lolcats_ops import _C
         ("vmovups (%rax),%zmm1", 0),
         ("vmovaps %zmm1,%zmm2", 0),
         ("vmovups %zmm1,(%rax){%k1}", 1),
+        ("vmovshdup %xmm0,%xmm1", 1),
+        ("vmovd %eax,%xmm1", 1),
         ("vbroadcastss (%rax),%zmm1", 0),
         ("vbroadcastss %xmm0,%zmm1", 1),
         ("vpxor %xmm1,%xmm1,%xmm1", 0),
@@ -33,9 +35,11 @@ def test_vector_operations(instruction, occupied):
 def test_loads_and_stores():
     work = ports.Work()
     work.add("vfmadd231ps (%rax),%zmm2,%zmm3", 2.0)
-    work.add("vmovups %zmm1,(%rax)", 3.0)
+    work.add("vmovups %zmm1,(%rax)", 1.0)
+    work.add("vmovups %zmm1,(%rax){%k1}", 2.0)
     work.add("lea (%rax,%rbx,1),%rcx", 5.0)
     work.add("cmp %rax,(%rbx)", 7.0)
+    work.add("data16 cs nopw 0x0(%rax,%rax,1)", 11.0)
     assert (work.loads, work.stores, work.multiply_adds) == (9.0, 3.0, 2.0)
 
 
@@ -44,10 +48,22 @@ def test_products_take_the_useful_multiply_adds_and_few_more():
         pytest.skip(reason)
     if "avx2" not in _C.cpu_isas():
         pytest.skip("needs avx2")
-    case = replace(ports.CASES[0], T=96, D=16, V=16, f=8, window=32)
+    case = replace(ports.CASES[0], T=64, D=32, V=32, f=32, window=32)
     with ports.tracer() as trace, ports.driver("-DTRACED") as program:
-        work = ports.total(ports.per_token(trace, program, "avx2", case))
+        try:
+            work = ports.total(ports.per_token(trace, program, "avx2", case))
+        except RuntimeError as refused:
+            if "PTRACE_TRACEME: Operation not permitted" in str(refused):
+                pytest.skip("tracing is not permitted here")
+            raise
     useful = case.flops / case.tokens / 2 / 8
     assert useful < work.multiply_adds < 1.5 * useful
-    assert work.multiply_adds < work.vector < work.instructions
-    assert work.tiles == 0
+    assert work.vector < work.instructions
+
+
+def test_the_set_and_the_case_have_to_exist(monkeypatch, capsys):
+    for arguments in (["--isa", "scalar"], ["--case", "no_such"]):
+        monkeypatch.setattr("sys.argv", ["ports", *arguments])
+        with pytest.raises(SystemExit):
+            ports.main()
+    assert "no case matches 'no_such'" in capsys.readouterr().err

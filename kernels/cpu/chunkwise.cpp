@@ -280,11 +280,11 @@ int64_t Chunkwise::floats(const Problem& p) {
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
-                     const Tokens& v, Arena& arena, Along readable)
+                     const Tokens& v, Arena& arena, Along along)
     : tiles(p, KeyTiles::for_window(p), k, v, p.map_k(state_head), total, arena),
       p_(p),
       state_head_(state_head),
-      readable_(readable) {
+      along_(along) {
   state.kv = state.readable = arena.take(p.F() * padded(p.V()));
   state.ksum = arena.take(p.F());
   state.folded = p.window.sink;
@@ -325,8 +325,8 @@ void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
   }
 }
 
-// Rows of kv that are folded before they are made readable, while they still are in L1: 12 KiB for
-// V = 64, and whole groups of the products' rows.
+// Rows of kv that are folded before they are made readable, while they still are in L1: 8 or 12 KiB
+// for V = 64, and whole groups of the products' rows.
 #ifdef LOL_MATRIX_UNIT
 constexpr int64_t HOT_ROWS = 2 * TILE;
 #else
@@ -345,7 +345,7 @@ void Chunkwise::fold(int64_t end, Features part) {
       const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
       fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
                 (int)(rows.end - i), ld, state.kv + i * ld, state.ksum + i, into);
-      keep_readable(rows);
+      if (state.folded + n >= end) keep_readable(rows);
     }
     state.empty = false;
     state.folded += n;
@@ -354,9 +354,9 @@ void Chunkwise::fold(int64_t end, Features part) {
 
 void Chunkwise::keep_readable(Features part) {
   const int ld = padded(p_.V()), rows = (int)(part.end - part.begin);
-  if (p_.format == Format::f32 || readable_ == Along::nothing) return;
+  if (p_.format == Format::f32 || along_ == Along::nothing) return;
   const int64_t at = part.begin * ld;
-  if (readable_ == Along::features) {
+  if (along_ == Along::features) {
     pair_rows(state.readable + at / 2, state.kv + at, rows, ld);
   } else {
     pair_columns(state.readable + at / 2, state.kv + at, rows, ld);

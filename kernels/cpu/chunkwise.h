@@ -180,12 +180,12 @@ class Chunkwise {
   static int64_t floats(const Problem& p);
   // The state starts empty, or with what load_state gives it. attend() reads it along features.
   Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k, const Tokens& v,
-            Arena& arena, Along readable = Along::features);
+            Arena& arena, Along along = Along::features);
   void load_state(const float* kv, const float* ksum, int64_t folded);
   void store_state(float* kv, float* ksum, Features part) const;
   void fold(int64_t end, Features part);  // takes the keys before `end` into the state
   void fold(int64_t end) { fold(end, {0, p_.F()}); }
-  void keep_readable(Features part);  // after kv has been changed from outside
+  void keep_readable(Features part);  // after these rows of kv have changed
   FeatureMap map_q(int64_t h) const;  // in the problem's format
   // q and factor * phi_q.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
@@ -203,7 +203,7 @@ class Chunkwise {
   float *q_, *phi_;
   Sums sums_;
   float* weights_q_;  // pairs of the maps of this state's query heads
-  Along readable_;
+  Along along_;       // what its pairs are kept
 };
 
 }  // namespace LOL_ISA

@@ -7,7 +7,7 @@ namespace {
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
 // Writes exp(z - max z) and, if two-sided, exp(-(z - min z)) behind it, divided by their sums if
-// the map is a softmax, and clamped. z [F x LANES], of which f rows are given, is lost.
+// the map is a softmax, and clamped. z [F x BLOCK], of which f rows of LANES are given, is lost.
 //
 // One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range,
 // the other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is

@@ -93,6 +93,7 @@ void copy_readable(const State& to, const State& from, const Problem& p, Feature
   copy_rows(to.readable, from.readable, padded(p.V()), in_words);
   copy_rows(to.ksum, from.ksum, 1, part);
 }
+// A place for sums, or for what is read of them: one buffer, whichever it holds.
 State take_state(const Problem& p, Arena& arena) {
   float* kv = arena.take(p.F() * padded(p.V()));
   return {kv, arena.take(p.F()), kv, 0, true};

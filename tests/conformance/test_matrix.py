@@ -52,6 +52,24 @@ def test_attention_transfer_equals_the_reference(case, backend, device):
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("call", "activation", "two_sided"),
+    [
+        (linear_attention, "softmax", True),
+        (linear_attention, "softmax", False),
+        (hybrid_attention, "softmax", True),
+        (hybrid_attention, "exp", False),
+        (attention_transfer, "exp", False),
+    ],
+)
+def test_widths_are_odd(call, backend, device, dtype, activation, two_sided):
+    widths = {"D": 15, "V": 17, "f": 9}
+    maps = {"activation": activation, "two_sided": two_sided, "bias": True}
+    check(call, Case("3w+7", **widths, **maps, G=2, dtype=dtype), backend, device)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("f", [5, 16, 24, 64])

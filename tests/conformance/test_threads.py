@@ -32,9 +32,11 @@ def same_with_threads(call: Callable[[], list[torch.Tensor]]) -> list[torch.Tens
 @pytest.mark.parametrize(
     ("window", "kind", "sink"), [(64, "sliding", 1), (50, "terrace", 0), (0, "sliding", 3)]
 )
-@pytest.mark.parametrize("kv_heads", [1, 3])  # fewer than threads; and one more than two threads
-def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads):
-    case = Case("2048", D=20, f=12, G=2, batch=(1, kv_heads), window=window, shared="k")
+# Fewer heads than threads, and one more than two threads; states of few rows, and of several groups
+# that go from thread to thread and are folded at a time.
+@pytest.mark.parametrize(("kv_heads", "f"), [(1, 12), (3, 12), (1, 40)])
+def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads, f):
+    case = Case("2048", D=20, f=f, G=2, batch=(1, kv_heads), window=window, shared="k")
     x = make_inputs(case).as_dtype(dtype, "plain")
     q, k, v, gate = (x.leaves[n].detach() for n in ("q", "k", "v", "gate"))
     maps = [lo.Features(x.leaves[n].detach()) for n in ("weight_q", "weight_k")]
