@@ -103,26 +103,31 @@ def count(program: Path, case: Case) -> Count:
     """Instructions of one call per useful FLOP, by one thread, and its heap allocations."""
     profile = program.with_name(f"{case}.out")
     valgrind = ["valgrind", "--tool=callgrind", "--collect-atstart=no"]
+    printed = call([*valgrind, f"--callgrind-out-file={profile}", str(program)], case, ISA)
+    total = re.search(r"^(?:summary|totals): (\d+)", profile.read_text(), re.MULTILINE)
+    assert total is not None
+    return Count(round(int(total[1]) / case.flops, 5), int(printed))
+
+
+def call(command: Sequence[str], case: Case, isa: str) -> str:
+    """What the driver, at the end of ``command``, prints of a case, on one thread.
+
+    Raises:
+        RuntimeError: it failed; with what it wrote to stderr.
+    """
+    step = case.pass_ == "step"
+    op, backward = "step" if step else case.op, int(case.pass_ == "backward")
+    sizes = (case.B, case.H, case.Hk, 1 if step else case.T, case.D, case.V, case.f, case.window)
     done = subprocess.run(
-        [*valgrind, f"--callgrind-out-file={profile}", str(program), *arguments(case)],
-        env={**os.environ, "LOLCATS_ISA": ISA, "OMP_NUM_THREADS": "1"},
+        [*command, op, str(backward), case.dtype, *map(str, sizes)],
+        env={**os.environ, "LOLCATS_ISA": isa, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{case}: {done.stderr}")
-    total = re.search(r"^(?:summary|totals): (\d+)", profile.read_text(), re.MULTILINE)
-    assert total is not None
-    return Count(round(int(total[1]) / case.flops, 5), int(done.stdout))
-
-
-def arguments(case: Case) -> list[str]:
-    """The call of a case, for the driver."""
-    step = case.pass_ == "step"
-    op, backward = "step" if step else case.op, int(case.pass_ == "backward")
-    sizes = (case.B, case.H, case.Hk, 1 if step else case.T, case.D, case.V, case.f, case.window)
-    return [op, str(backward), case.dtype, *map(str, sizes)]
+    return done.stdout
 
 
 def load_budget() -> tuple[str, dict[str, Count]]:

@@ -15,7 +15,6 @@ have units of their own.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import re
 import shutil
@@ -33,7 +32,7 @@ import lolcats_ops as lo
 from lolcats_ops import _C
 
 from .cases import Case, select
-from .instructions import arguments, driver
+from .instructions import call, driver
 from .sequential import compiler
 
 TRACER = Path(__file__).with_name("trace.c")
@@ -139,16 +138,7 @@ def tracer() -> Iterator[Path]:
 
 def executed(trace: Path, program: Path, isa: str, case: Case) -> Counter[int]:
     """How often one call runs the instruction at each of the library's addresses, by one thread."""
-    done = subprocess.run(
-        [str(trace), str(program), *arguments(case)],
-        env={**os.environ, "LOLCATS_ISA": isa, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{case}: {done.stderr}")
-    mapped, counts = done.stdout.split("\n\n")
+    mapped, counts = call([str(trace), str(program)], case, isa).split("\n\n")
     ours = [line for line in mapped.splitlines() if line.endswith(Path(lo.get_library()).name)]
     begin = int(ours[0].split("-")[0], 16)
     end = int(ours[-1].split()[0].split("-")[1], 16)
