@@ -19,6 +19,10 @@ struct FeatureMap {
 
 static inline bool has_map(const lol_features& features) { return features.weight.data != nullptr; }
 
+static inline bool is_exponential(int activation) {
+  return activation == LOL_SOFTMAX || activation == LOL_EXP;
+}
+
 static inline int64_t feature_dim(const lol_features& features, int64_t D) {
   if (!has_map(features)) return D;
   return features.weight.shape[2] * (features.two_sided ? 2 : 1);
