@@ -8,11 +8,17 @@ namespace LOL_ISA {
 namespace {
 
 // A feature map has no sequence structure: every [B, H] pair is one run of T tokens, cut into
-// tiles.
-struct Tiles {
-  int64_t per_head, count;
-  explicit Tiles(const lol_tensor& x)
-      : per_head((x.shape[2] + BLOCK - 1) / BLOCK), count(x.shape[0] * x.shape[1] * per_head) {}
+// stretches of up to 8 tiles, 4 for each thread if there are as many. The hardware foresees the
+// rows of a stretch, not those of single tiles that threads take from one another.
+struct Stretches {
+  int64_t tokens, per_head, count;
+  Stretches(const lol_tensor& x, int64_t work) {
+    const int64_t T = x.shape[2], heads = x.shape[0] * x.shape[1];
+    const int64_t tiles = heads * ((T + BLOCK - 1) / BLOCK);
+    tokens = BLOCK * at_least(1, at_most(8, tiles / (4 * thread_count(tiles, work))));
+    per_head = (T + tokens - 1) / tokens;
+    count = heads * per_head;
+  }
 };
 
 Sequence whole(const lol_tensor& x, int64_t batch) {
@@ -28,25 +34,33 @@ constexpr int64_t STREAMED = 1 << 24;
 int feature_map(const lol_feature_map_args& a) {
   const int64_t H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3],
                 F = feature_dim(a.features, D);
-  const Tiles tiles(a.x);
+  const int64_t tokens = a.x.shape[0] * H * T, work = tokens * D * F;
+  const Stretches stretches(a.x, work);
   const int64_t scratch = features_of_tokens_scratch(D, a.features.weight.shape[2]);
   const int64_t floats = (a.x.dtype == LOL_F32 ? 0 : rows_size(D) + rows_size(F)) + scratch;
-  const bool streamed = tiles.count * BLOCK * F * (int64_t)sizeof(float) > STREAMED;
-  return run_workers(tiles.count, floats, tiles.count * BLOCK * D * F, [&](int64_t w, Arena arena) {
-    const int64_t bh = w / tiles.per_head, first = w % tiles.per_head * BLOCK,
-                  n = at_most(BLOCK, T - first);
+  const bool streamed = tokens * F * (int64_t)sizeof(float) > STREAMED;
+  return run_workers(stretches.count, floats, work, [&](int64_t w, Arena arena) {
+    const int64_t bh = w / stretches.per_head;
+    const int64_t begin = w % stretches.per_head * stretches.tokens,
+                  end = at_most(T, begin + stretches.tokens);
     const Sequence s = whole(a.x, bh / H);
     const Tokens from = tokens_of(a.x, s, bh % H), to = tokens_of(a.y, s, bh % H);
     const FeatureMap map = map_of(a.features, bh % H, H, D);
-    if (from.dtype == LOL_F32) {
-      features_of_tokens(map,
-                         {(int)n, (const float*)from.row(first), from.stride / 4,
-                          (float*)to.row(first), to.stride / 4, streamed},
-                         arena.take(scratch));
-    } else {
-      float *x = arena.take(rows_size(D)), *y = arena.take(rows_size(F));
+    const bool as_it_is = from.dtype == LOL_F32;
+    float *x = nullptr, *y = nullptr, *z = arena.take(scratch);
+    if (!as_it_is) x = arena.take(rows_size(D)), y = arena.take(rows_size(F));
+    for (int64_t first = begin; first < end; first += BLOCK) {
+      const int n = (int)at_most(BLOCK, end - first), next = (int)at_most(BLOCK, end - first - n);
+      if (as_it_is) {
+        features_of_tokens(map,
+                           {n, (const float*)from.row(first), from.stride / 4, next,
+                            (float*)to.row(first), to.stride / 4, streamed},
+                           z);
+        continue;
+      }
+      prefetch_rows(from, first + n, next);
       load_rows(x, from, first, n);
-      features_of_tokens(map, {(int)n, x, padded(D), y, padded(F), false}, arena.take(scratch));
+      features_of_tokens(map, {n, x, padded(D), 0, y, padded(F), false}, z);
       store_rows(to, first, n, y);
     }
   });

@@ -342,8 +342,13 @@ void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scrat
   gemm(at.n, ld, map.D, rows(at.x, at.x_stride), weight, ld, z, ld, Into::set);
   const bool streamed = at.streamed && ld == map.f && (uintptr_t)at.phi % sizeof(Vec) == 0 &&
                         at.phi_stride % LANES == 0;
-  for (int i = 0; i < at.n; i++)
-    activate_token(map, at.x + i * at.x_stride, z + i * ld, {at.phi + i * at.phi_stride, streamed});
+  for (int i = 0; i < at.n; i++) {
+    const float* x = at.x + i * at.x_stride;
+    // One row at a time: what is asked for at once has to wait for line buffers.
+    const float* next = x + at.n * at.x_stride;
+    for (int d = 0; i < at.next && d < map.D; d += 16) __builtin_prefetch(next + d);
+    activate_token(map, x, z + i * ld, {at.phi + i * at.phi_stride, streamed});
+  }
   if (streamed) end_of_stream();
 }
 

@@ -71,6 +71,7 @@ struct TokenRows {
   int n;
   const float* x;  // [n x D], rows x_stride apart
   int64_t x_stride;
+  int next;    // rows behind these n that are wanted soon, as many at most
   float* phi;  // [n x F]
   int64_t phi_stride;
   bool streamed;  // exponentials, if phi is aligned, go past the caches
