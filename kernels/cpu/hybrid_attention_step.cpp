@@ -89,6 +89,15 @@ const float* row_in_fp32(float* copy, const char* row, int width, int dtype) {
   return copy;
 }
 
+float dot(const float* a, const float* b, int n) {
+  Vec products = {};
+  int i = 0;
+  for (; i + LANES <= n; i += LANES) products += load(a + i) * load(b + i);
+  float sum = horizontal_sum(products);
+  for (; i < n; i++) sum += a[i] * b[i];
+  return sum;
+}
+
 void add_scaled(float* to, float factor, const float* x, int n) {
   for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
 }
@@ -190,13 +199,7 @@ class OneToken {
     int i = 0;
     for (; i + LANES <= F_; i += LANES) store(ksum + i, load(ksum + i) + load(phi_k_ + i));
     for (; i < F_; i++) ksum[i] += phi_k_[i];
-    for (int g = 0; g < G_; g++) {
-      const float* phi_q = phi_q_ + g * F_;
-      Vec sum = {};
-      for (i = 0; i + LANES <= F_; i += LANES) sum += load(phi_q + i) * load(ksum + i);
-      linear_[g] += horizontal_sum(sum);
-      for (; i < F_; i++) linear_[g] += phi_q[i] * ksum[i];
-    }
+    for (int g = 0; g < G_; g++) linear_[g] += dot(phi_q_ + g * F_, ksum, F_);
   }
 
   template <int P>
@@ -225,8 +228,7 @@ class OneToken {
   void read_token(int64_t position) {
     load_token(position);
     for (int g = 0; g < G_; g++) {
-      float score = 0.0f;
-      for (int i = 0; i < F_; i++) score += phi_q_[g * F_ + i] * phi_k_[i];
+      const float score = dot(phi_q_ + g * F_, phi_k_, F_);
       linear_[g] += score;
       add_scaled(o_ + g * padded(V_), score, v_, padded(V_));
     }
@@ -349,9 +351,10 @@ int hybrid_attention_step(const lol_hybrid_attention_step_args& a, const Batch& 
   const Outputs out = {a.o, nullptr, nullptr};
   const int status =
       a.q.shape[2] == 1
-          ? run_workers(batch.count * p.state_heads(), OneToken::floats(p, step.ring),
-                        p.work(batch.real_tokens), one_token,
-                        [&] { clear_padding(batch, a.o, nullptr, nullptr); })
+          ? run_workers<Threads::same>(batch.count * p.state_heads(),
+                                       OneToken::floats(p, step.ring), p.work(batch.real_tokens),
+                                       one_token,
+                                       [&] { clear_padding(batch, a.o, nullptr, nullptr); })
           : forward(step.chunks, batch, out, [&](const Sequence& s, int64_t state_head) {
               return many_tokens(step, s, state_head);
             });

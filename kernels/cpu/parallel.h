@@ -70,9 +70,13 @@ class Buffer {
 // the heap.
 constexpr int64_t ON_STACK = 4096;
 
+// Who runs a worker: a thread that has nothing to do, or the same one in every call, so that what a
+// worker writes is in that core's caches when the next call comes.
+enum class Threads { any, same };
+
 // First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from
 // its arena.
-template <class Body, class Prepare>
+template <Threads who = Threads::any, class Body, class Prepare>
 static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body,
                               Prepare prepare) {
   const int threads = thread_count(workers, work);
@@ -89,10 +93,17 @@ static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Bod
     const MatrixUnit unit{};
     alignas(64) float own[ON_STACK];
     float* scratch = on_stack ? own : memory.data + shared * thread_index();
+    if constexpr (who == Threads::same) {
+#ifdef _OPENMP
+#pragma omp for schedule(static) nowait
+#endif
+      for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
+    } else {
 #ifdef _OPENMP
 #pragma omp for schedule(dynamic, 1) nowait
 #endif
-    for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
+      for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
+    }
   }
   return LOL_OK;
 }
