@@ -22,7 +22,10 @@ namespace lol {
 namespace LOL_ISA {
 
 struct BackwardProblem {
-  explicit BackwardProblem(const Problem& problem) : p(problem) { p.both_ways = true; }
+  explicit BackwardProblem(const Problem& problem) : p(problem) {
+    p.both_ways = true;
+    p.weight_parts = weight_parts_for(p.feature_k.activation, true);
+  }
   Problem p;
   lol_tensor dy = {};            // [B, H, T, V]
   float dy_factor = 1.0f;        // multiplies dy

@@ -39,7 +39,7 @@ class QueryGradients {
         RowSums sums = {};
         if (p_.gate) softmax_part(sums);
         feature_gradients();
-        if (p_.gate) gate_gradient(sums);
+        if (p_.normalize) correct_delta(sums);
         map_part();
         if (run_.wants_inputs()) store_rows(tokens_of(run_.b.dq, run_.s, h), first, block_.n, dq_);
       }
@@ -66,7 +66,7 @@ class QueryGradients {
   void score_gradients(WeightTile* piece, int count, float g, RowSums& sums);
   void apply_score_gradients(WeightTile* piece, int count, float g, const RowSums& sums);
   void feature_gradients();
-  void gate_gradient(const RowSums& sums);
+  void correct_delta(const RowSums& sums);
   void map_part();
   void value_products(const KeyTile& tile, const Band& band, float* dp) const;
   Operand by_query(const float* tile, int n, float* scratch) const;
@@ -239,20 +239,28 @@ void QueryGradients::feature_gradients() {
   }
 }
 
-// The gate's gradient is a multiple of R. With L = dphi_q . phi_q, R + L = 0, if delta is exact;
-// but y has been rounded, and in sums over all queries that shows. What delta was off by is R + L,
-// of which R has the window's share of the weights.
-void QueryGradients::gate_gradient(const RowSums& sums) {
-  Vec total = {};
+// With L = dphi_q . phi_q, R + L is delta times eps' share of den if delta is exact; but y has been
+// rounded, and the difference is what delta is off by. Where much of a gradient cancels, that
+// shows: in the gate's, a multiple of R summed over all queries, where R has the window's share of
+// it; and in dphi_q where features have much in common, by the keys in the state.
+void QueryGradients::correct_delta(const RowSums& sums) {
+  const float g = p_.g(block_.h), lambda = p_.lambda(block_.h);
+  Vec of_gate = {};
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec l = {};
     for (int i = 0; i < F_; i++)
       l += load(block_.phi + i * BLOCK + c) * load(dphi_ + i * BLOCK + c);
-    const Vec r = load(sums.r + c), share = load(sums.u + c) / load(block_.den + c);
-    total += r - share * (r + l);
+    const Vec r = load(sums.r + c), by_den = 1.0f / load(block_.den + c);
+    const Vec off = r + l - p_.eps * load(block_.by_den + c) * load(block_.delta + c);
+    of_gate += r - load(sums.u + c) * by_den * off;
+    for (int i = 0; !c_.state.empty && i < F_; i++) {
+      float* d = dphi_ + i * BLOCK + c;
+      store(d, load(d) - c_.state.ksum[i] * (lambda * by_den * off));
+    }
   }
-  const float g = p_.g(block_.h);
-  run_.partials.gate(run_.slot, block_.h) += horizontal_sum(total) * (p_.affine ? 1.0f : 1.0f - g);
+  if (!p_.gate) return;
+  run_.partials.gate(run_.slot, block_.h) +=
+      horizontal_sum(of_gate) * (p_.affine ? 1.0f : 1.0f - g);
 }
 
 void QueryGradients::map_part() {

@@ -26,7 +26,8 @@ BackwardMap BackwardMap::of(const Problem& p, const FeatureMap& map, Arena& aren
   float* weight_t = arena.take(transposed_weight_size(p.D(), p.f()));
   transpose_weight(map, p.format, weight_t);
   if (p.format == Format::f32) return {map, weight_t};
-  return {with_paired_weight(map, arena.take(p.D() * p.f())), weight_t};
+  float* pairs = arena.take(p.paired_map_size());
+  return {with_paired_weight(map, pairs, p.weight_parts), weight_t};
 }
 
 int64_t QueryBlock::floats(const Problem& p) {

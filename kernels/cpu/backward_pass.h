@@ -37,7 +37,7 @@ struct BackwardMap {
   FeatureMap map;
   const float* weight_t;
   static int64_t floats(const Problem& p) {
-    return p.D() * p.f() + transposed_weight_size(p.D(), p.f()) + 32;
+    return p.paired_map_size() + transposed_weight_size(p.D(), p.f()) + 32;
   }
   static BackwardMap of(const Problem& p, const FeatureMap& map, Arena& arena);
 };

@@ -35,7 +35,7 @@ int KeyTiles::for_window(const Problem& p) {
 
 int64_t KeyTiles::floats(const Problem& p, int count) {
   return count * tile_floats(p) + at_least(rows_size(p.D()), rows_size(p.V())) +
-         lanes_size(p.F() + 1) + p.D() * p.f() + LANES;
+         lanes_size(p.F() + 1) + p.paired_map_size() + LANES;
 }
 
 int64_t KeyTiles::tile_floats(const Problem& p) {
@@ -67,7 +67,7 @@ KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v
   row_tile_ = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
   if (format_ == Format::f32) return;
   phi_ = arena.take(lanes_size(p.F() + 1));
-  map_ = with_paired_weight(map, arena.take(p.D() * p.f()));
+  map_ = with_paired_weight(map, arena.take(p.paired_map_size()), p.weight_parts);
 }
 
 KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {
@@ -276,7 +276,7 @@ void normalize(Sums& sums, int64_t n, int V) {
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
-         rows_size(p.V()) + p.group() * p.D() * p.f() + (p.F() + 1) * padded(p.V()) / 2 + 64;
+         rows_size(p.V()) + p.group() * p.paired_map_size() + (p.F() + 1) * padded(p.V()) / 2 + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
@@ -295,9 +295,10 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
   phi_ = arena.take(lanes_size(p.F() + 1));
   sums_.y = arena.take(rows_size(p.V()));
   if (p.format == Format::f32) return;
-  weights_q_ = arena.take(p.group() * p.D() * p.f());
+  weights_q_ = arena.take(p.group() * p.paired_map_size());
   for (int64_t g = 0; g < p.group(); g++)
-    with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.D() * p.f());
+    with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.paired_map_size(),
+                       p.weight_parts);
   state.readable = arena.take((p.F() + 1) * padded(p.V()) / 2);
 }
 
@@ -366,8 +367,9 @@ void Chunkwise::keep_readable(Features part) {
 FeatureMap Chunkwise::map_q(int64_t h) const {
   FeatureMap map = p_.map_q(h);
   if (p_.format != Format::f32) {
-    map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.D() * p_.f();
+    map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.paired_map_size();
     map.format = p_.format;
+    map.parts = p_.weight_parts;
   }
   return map;
 }

@@ -29,12 +29,14 @@ struct Problem {
   bool affine, normalize;
   float eps;                    // added to den
   Format format = Format::f32;  // of tiles
+  int weight_parts = 1;         // of maps
   bool both_ways = false;       // tiles have their keys as rows and can be summed over V as well
 
   // Products of bf16 by pairs, where the instruction set has them.
   Problem by_pairs() const {
     Problem p = *this;
     if (q.dtype == LOL_BF16 && takes_pairs(feature_k)) p.format = Format::bf16_pairs;
+    p.weight_parts = weight_parts_for(feature_k.activation, false);
     return p;
   }
 
@@ -49,6 +51,7 @@ struct Problem {
   int64_t V() const { return v.shape[3]; }
   int64_t F() const { return feature_dim(feature_k, D()); }
   int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
+  int64_t paired_map_size() const { return weight_parts * paired_weight_size(D(), f()); }
   FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());

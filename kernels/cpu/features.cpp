@@ -106,12 +106,10 @@ constexpr bool PAIRS_BY_FEATURE = true;
 #else
 constexpr bool PAIRS_BY_FEATURE = false;
 #endif
-inline Operand by_feature(const FeatureMap& map) {
-  if (PAIRS_BY_FEATURE && map.format != Format::f32)
-    return rows(map.weight, words(map.format, map.D));
-  return transposed(map.weight, map.f);
+inline Operand by_feature(const FeatureMap& map, const float* weight) {
+  if (PAIRS_BY_FEATURE && map.format != Format::f32) return rows(weight, words(map.format, map.D));
+  return transposed(weight, map.f);
 }
-
 }  // namespace
 
 bool takes_pairs(const lol_features& features) {
@@ -123,25 +121,35 @@ bool takes_pairs(const lol_features& features) {
 #endif
 }
 
-FeatureMap with_paired_weight(FeatureMap map, float* to) {
+FeatureMap with_paired_weight(FeatureMap map, float* to, int parts) {
 #ifdef LOL_PAIRS
   const int ld = words(Format::bf16_pairs, map.D);
-  const auto keep = [&](int pair_of, int first, Vec word) {
+  const auto keep = [&](float* part, int pair_of, int first, Vec word) {
     if (PAIRS_BY_FEATURE) {
-      for (int l = 0; l < LANES && first + l < map.f; l++) to[(first + l) * ld + pair_of] = word[l];
+      for (int l = 0; l < LANES && first + l < map.f; l++)
+        part[(first + l) * ld + pair_of] = word[l];
     } else {
-      store_first(to + pair_of * map.f + first, word, map.f - first);
+      store_first(part + pair_of * map.f + first, word, map.f - first);
     }
   };
   for (int d = 0; d < map.D; d += 2) {
     const float* row = map.weight + d * map.f;
     for (int j = 0; j < map.f; j += LANES) {
-      const Vec next = d + 1 < map.D ? load_first(row + map.f + j, map.f - j) : Vec{};
-      keep(d / 2, j, pair(load_first(row + j, map.f - j), next));
+      Vec first = load_first(row + j, map.f - j);
+      Vec second = d + 1 < map.D ? load_first(row + map.f + j, map.f - j) : Vec{};
+      for (int i = 0; i < parts; i++) {
+        const Vec word = pair(first, second);
+        keep(to + i * paired_weight_size(map.D, map.f), d / 2, j, word);
+        first -= first_of(word);
+        second -= second_of(word);
+      }
     }
   }
   map.weight = to;
   map.format = Format::bf16_pairs;
+  map.parts = parts;
+#else
+  (void)to, (void)parts;
 #endif
   return map;
 }
@@ -159,7 +167,12 @@ inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
 
 // z = x W + b (+ x) [f x BLOCK].
 void project(const FeatureMap& map, const float* x, float* z) {
-  gemm(map.format, map.f, BLOCK, map.D, by_feature(map), x, BLOCK, z, BLOCK, Into::set);
+  Term terms[MOST_WEIGHT_PARTS];
+  for (int i = 0; i < map.parts; i++) {
+    const float* part = map.weight + i * paired_weight_size(map.D, map.f);
+    terms[i] = {map.D, by_feature(map, part), x, BLOCK, Skip::none, nullptr};
+  }
+  gemm(map.format, map.f, BLOCK, terms, map.parts, z, BLOCK, Into::set);
   for (int i = 0; map.bias && i < map.f; i++) {
     for (int t = i * BLOCK; t < (i + 1) * BLOCK; t += LANES)
       store(z + t, load(z + t) + map.bias[i]);

@@ -10,6 +10,7 @@ namespace LOL_ISA {
 struct FeatureMap {
   const float* weight;  // [D x f] of one head, or pairs; null: phi(x) = x
   Format format;        // of weight and of x
+  int parts;            // that add up to the weight
   const float* bias;    // [f] or null
   int D, f, F;
   int activation;
@@ -31,12 +32,13 @@ static inline int64_t feature_dim(const lol_features& features, int64_t D) {
 // The map that head h of `heads` uses.
 static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads, int64_t D) {
   if (!has_map(p))
-    return {nullptr, Format::f32,  nullptr, (int)D, (int)D,
-            (int)D,  LOL_IDENTITY, false,   false,  0.0f};
+    return {nullptr, Format::f32,  1,     nullptr, (int)D, (int)D,
+            (int)D,  LOL_IDENTITY, false, false,   0.0f};
   const int64_t f = p.weight.shape[2];
   const int64_t own = h / (heads / p.weight.shape[0]);
   return {(const float*)p.weight.data + own * D * f,
           Format::f32,
+          1,
           p.bias.data ? (const float*)p.bias.data + own * f : nullptr,
           (int)D,
           (int)f,
@@ -49,9 +51,17 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
 
 // Whether a map can read pairs of bf16: skip and favor need x in fp32.
 bool takes_pairs(const lol_features& features);
-// The map with pairs of bf16 along D for weights, in `to` [ceil(D / 2) * f]: rounded no worse than
-// x was.
-FeatureMap with_paired_weight(FeatureMap map, float* to);
+// A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
+// than x was rounded. Gradients keep two, and three where they depend on which z is the largest, or
+// above zero: what rounding moves there, it moves whole.
+constexpr int MOST_WEIGHT_PARTS = 3;
+static inline int weight_parts_for(int activation, bool of_gradients) {
+  if (activation == LOL_EXP || activation == LOL_RELU) return MOST_WEIGHT_PARTS;
+  return of_gradients ? 2 : 1;
+}
+// The map with its weight in such parts, pairs along D, one after the other in `to`.
+FeatureMap with_paired_weight(FeatureMap map, float* to, int parts);
+static inline int64_t paired_weight_size(int64_t D, int64_t f) { return (D + 1) / 2 * f; }
 
 // phi[F x BLOCK] of x[D x BLOCK].
 void features_forward(const FeatureMap& map, const float* x, float* phi);

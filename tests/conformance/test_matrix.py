@@ -12,6 +12,7 @@ from helpers.operators import (
     attention_transfer,
     check,
     check_gate,
+    damped_linear_attention,
     feature_map,
     hybrid_attention,
     linear_attention,
@@ -70,6 +71,17 @@ def test_widths_are_odd(call, backend, device, dtype, activation, two_sided):
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp", "elu1", "relu"])
+@pytest.mark.parametrize("call", [linear_attention, hybrid_attention, attention_transfer])
+@pytest.mark.parametrize("D", [64, 15])
+def test_gradients_see_weights_that_bf16_does_not_hold(call, activation, D, backend, device):
+    """Rounded, another z would be the largest, or above zero, for some tokens."""
+    maps = {"activation": activation, "two_sided": activation == "softmax", "f": 64}
+    case = Case("500", D=D, batch=(1, 2), **maps, trained=True, dtype=torch.bfloat16)
+    check(call, case, backend, device)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("f", [5, 16, 24, 64])
@@ -108,6 +120,14 @@ def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, devic
     assert large.nbytes > 2**24
     halves = [lo.feature_map(h, features, backend=backend) for h in x.split(x.shape[2] // 2, 2)]
     assert large.equal(torch.cat(halves, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["softmax", "elu1"])
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_eps_counts_in_gradients(activation, dtype, backend, device):
+    case = Case("500", batch=(1, 2), activation=activation, dtype=dtype)
+    check(damped_linear_attention, case, backend, device)
 
 
 @pytest.mark.parametrize("seed", range(5))

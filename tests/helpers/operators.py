@@ -22,7 +22,9 @@ def feature_map(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.T
     return {"y": ops.feature_map(x.leaves["q"], x.features("q"), **options)}
 
 
-def linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
+def linear_attention(
+    ops: ModuleType, x: Inputs, eps: float = 1e-6, **options: str
+) -> dict[str, torch.Tensor]:
     state = None
     if x.case.initial:
         kv, ksum = x.leaves["kv0"], x.leaves["ksum0"]
@@ -32,9 +34,16 @@ def linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, to
     maps = {"feature_q": x.features("q"), "feature_k": x.features("k")}
     # Without the denominator, results grow with T: keep them within fp16.
     scale = 0.5 if x.case.normalize else 0.5 / (1 + x.case.T)
-    settings = {"scale": scale, "normalize": x.case.normalize, "eps": 1e-6, **maps, **x.sequences}
+    settings = {"scale": scale, "normalize": x.case.normalize, "eps": eps, **maps, **x.sequences}
     out, state = ops.linear_attention(*x.qkv, **settings, state=state, return_state=True, **options)
     return {"out": out, "kv": state.kv, "ksum": state.ksum}
+
+
+def damped_linear_attention(
+    ops: ModuleType, x: Inputs, **options: str
+) -> dict[str, torch.Tensor]:
+    """linear_attention with an eps of about the weights' sum."""
+    return linear_attention(ops, x, eps=10.0, **options)
 
 
 def hybrid_attention(
