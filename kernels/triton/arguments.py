@@ -13,7 +13,9 @@ from torch import Tensor
 from . import launch
 from .launch import next_power_of_2
 from .problem import (
+    EXP,
     IDENTITY,
+    RELU,
     SLIDING,
     Arithmetic,
     Map,
@@ -94,9 +96,15 @@ def feature_map_of(
     head_dim: int,
     codes: tuple[int, bool, bool, float],
     tiles: launch.Tiles,
+    dtype: torch.dtype,
 ) -> Map:
-    """The map of ``heads`` query heads; without a weight, the identity."""
+    """The map of ``heads`` query heads, for activations of ``dtype``. Without a weight, the identity.
+
+    Where gradients depend on which z is the largest, or above zero, the weights are not rounded:
+    what rounding moves there, it moves whole. In fp32 they are too large to stay with a program.
+    """
     activation, two_sided, skip, eps = codes
+    whole = dtype == torch.bfloat16 and activation in (EXP.value, RELU.value)
     width = head_dim if weight is None else weight.shape[2]
     return Map(
         None if weight is None else weight.contiguous(),
@@ -109,8 +117,9 @@ def feature_map_of(
         constant(head_dim),
         constant(width),
         constant(next_power_of_2(width)),
-        constant(tiles.resident),
+        constant(tiles.resident and not whole),
         constant(min(tiles.slice, next_power_of_2(head_dim))),
+        arithmetic_of(torch.float32 if whole else dtype),
     )
 
 
@@ -190,8 +199,8 @@ def plan(
         rows(q),
         rows(k),
         rows(v),
-        feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles),
-        feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
+        feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles, q.dtype),
+        feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles, q.dtype),
         None if gate is None else gate.contiguous(),
         scale,
         sequences_of(q, cu_seqlens, key_padding_mask),

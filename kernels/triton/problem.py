@@ -38,6 +38,13 @@ class Rows(NamedTuple):
     width: Any  # constant
 
 
+class Arithmetic(NamedTuple):
+    """Products of computed tiles (features, weights, states): their dtype and precision."""
+
+    dtype: Any
+    precision: Any
+
+
 class Map(NamedTuple):
     """A feature map (SPEC 1). Without a weight the input itself is the feature."""
 
@@ -53,6 +60,7 @@ class Map(NamedTuple):
     block: Any  # f, rounded up to a tile
     resident: Any  # whether the weight is one tile that stays with the program
     slice: Any  # else how many columns of x are projected at a time
+    arithmetic: Arithmetic  # of the projection
 
 
 class Sequences(NamedTuple):
@@ -78,13 +86,6 @@ class Window(NamedTuple):
     lag: Any  # c - first_tile(c) where that is the same for all c and at most 1, else 2
     near_linear: Any  # whether tile c can hold keys that are weighed by features
     far_linear: Any  # whether an older tile can
-
-
-class Arithmetic(NamedTuple):
-    """Products of computed tiles (features, weights, states): their dtype and precision."""
-
-    dtype: Any
-    precision: Any
 
 
 class Problem(NamedTuple):

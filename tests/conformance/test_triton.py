@@ -84,6 +84,21 @@ def test_wide_heads_and_features_equal_the_reference(case):
     check(hybrid_attention, case, "triton")
 
 
+@pytest.mark.parametrize(
+    ("call", "activation"),
+    [
+        (linear_attention, "relu"),
+        (hybrid_attention, "relu"),
+        (attention_transfer, "relu"),
+        (attention_transfer, "exp"),
+    ],
+)
+def test_gradients_see_weights_that_bf16_does_not_hold(call, activation):
+    maps = {"activation": activation, "two_sided": False, "f": 64}
+    case = Case("3w+7", D=64, batch=(1, 2), **maps, trained=True, dtype=torch.bfloat16)
+    check(call, case, "triton")
+
+
 SEGMENTED = [
     Case("1000", window=16, batch=(1, 1), sink=1),
     Case("1000", window=16, batch=(1, 1), window_kind="terrace", affine=True),

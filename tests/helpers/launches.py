@@ -20,7 +20,7 @@ from typing import Any
 
 from gpu_on_cpu.ahead_of_time import CACHE, Build, BuildError, Job
 
-CODES = (0, True, False, 1e-12)  # two-sided softmax
+SOFTMAX, EXP = (0, True, False, 1e-12), (1, True, False, 1e-12)  # two-sided maps
 WINDOWS = {"sliding": (64, 0, 0), "terrace": (64, 1, 0), "sinks": (64, 0, 4), "none": (0, 0, 0)}
 H, HK = 8, 2
 
@@ -35,6 +35,7 @@ class Case:
     sizes: tuple[int, int, int] = (64, 64, 64)  # D, f (0: q and k are the features), V
     window: str = "sliding"
     segmented: bool = False
+    codes: tuple[int, bool, bool, float] = SOFTMAX
 
 
 HYBRID = ("hybrid",)
@@ -46,6 +47,8 @@ CASES = {
         Case("bf16 64 terrace", HYBRID, window="terrace"),
         Case("bf16 64 segments", HYBRID, segmented=True),
         Case("bf16 128x64", ALL, sizes=(128, 64, 128)),
+        Case("bf16 64 exp", ("feature_map", *HYBRID, "step", "xent"), codes=EXP),
+        Case("bf16 128x64 exp", HYBRID, sizes=(128, 64, 128), codes=EXP),
         Case("bf16 64x128", ("feature_map", *HYBRID, "xent"), sizes=(64, 128, 64)),
         Case("bf16 64x256", HYBRID, sizes=(64, 256, 64)),
         Case("bf16 128 plain", ("linear",), sizes=(128, 0, 128)),
@@ -76,19 +79,20 @@ class Inputs:
         weight = self.fp32(H, d, f) if f else None
         self.maps = (weight, None, weight, None)
         self.window = WINDOWS[case.window]
-        self.settings = (*self.window, d**-0.5, False, *CODES)
+        self.codes = case.codes
+        self.settings = (*self.window, d**-0.5, False, *self.codes)
         self.hybrid = (self.q, self.k, self.v, *self.maps, self.fp32(H), None, None)
 
 
 def feature_map(kernels: Any, x: Inputs) -> None:
     weight = x.maps[0]
-    kernels.feature_map(x.q, weight, None, *CODES)
+    kernels.feature_map(x.q, weight, None, *x.codes)
     dy = x.zeros(*x.q.shape[:3], 2 * weight.shape[2])
-    kernels.feature_map_backward(dy, x.q, weight, None, *CODES)
+    kernels.feature_map_backward(dy, x.q, weight, None, *x.codes)
 
 
 def linear(kernels: Any, x: Inputs) -> None:
-    inputs, settings = (x.q, x.k, x.v, *x.maps, None, None, None, None), (1.0, True, 0.0, *CODES)
+    inputs, settings = (x.q, x.k, x.v, *x.maps, None, None, None, None), (1.0, True, 0.0, *x.codes)
     kernels.linear_attention(*inputs, *settings)
     kernels.linear_attention_backward(x.y, None, None, *inputs, x.y, x.row, *settings)
 

@@ -39,9 +39,7 @@ def linear_attention(
     return {"out": out, "kv": state.kv, "ksum": state.ksum}
 
 
-def damped_linear_attention(
-    ops: ModuleType, x: Inputs, **options: str
-) -> dict[str, torch.Tensor]:
+def damped_linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
     """linear_attention with an eps of about the weights' sum."""
     return linear_attention(ops, x, eps=10.0, **options)
 
