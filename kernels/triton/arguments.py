@@ -98,7 +98,7 @@ def feature_map_of(
     tiles: launch.Tiles,
     dtype: torch.dtype,
 ) -> Map:
-    """The map of ``heads`` query heads, for activations of ``dtype``. Without a weight, the identity.
+    """The map of ``heads`` heads, for activations of ``dtype``; without a weight, the identity.
 
     Where gradients depend on which z is the largest, or above zero, the weights are not rounded:
     what rounding moves there, it moves whole. In fp32 they are too large to stay with a program.
