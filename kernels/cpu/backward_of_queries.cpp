@@ -242,20 +242,22 @@ void QueryGradients::feature_gradients() {
 // With L = dphi_q . phi_q, R + L is delta times eps' share of den if delta is exact; but y has been
 // rounded, and the difference is what delta is off by. Where much of a gradient cancels, that
 // shows: in the gate's, a multiple of R summed over all queries, where R has the window's share of
-// it; and in dphi_q where features have much in common, by the keys in the state.
+// it; and in dphi_q where features have much in common, by the keys in the state. In fp32 it is
+// noise.
 void QueryGradients::correct_delta(const RowSums& sums) {
   const float g = p_.g(block_.h), lambda = p_.lambda(block_.h);
+  const bool in_features = p_.q.dtype != LOL_F32 && !c_.state.empty;
   Vec of_gate = {};
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec l = {};
     for (int i = 0; i < F_; i++)
       l += load(block_.phi + i * BLOCK + c) * load(dphi_ + i * BLOCK + c);
-    const Vec r = load(sums.r + c), by_den = 1.0f / load(block_.den + c);
+    const Vec r = load(sums.r + c), inverse = 1.0f / load(block_.den + c);
     const Vec off = r + l - p_.eps * load(block_.by_den + c) * load(block_.delta + c);
-    of_gate += r - load(sums.u + c) * by_den * off;
-    for (int i = 0; !c_.state.empty && i < F_; i++) {
+    of_gate += r - load(sums.u + c) * inverse * off;
+    for (int i = 0; in_features && i < F_; i++) {
       float* d = dphi_ + i * BLOCK + c;
-      store(d, load(d) - c_.state.ksum[i] * (lambda * by_den * off));
+      store(d, load(d) - c_.state.ksum[i] * (lambda * inverse * off));
     }
   }
   if (!p_.gate) return;

@@ -51,7 +51,9 @@ struct Problem {
   int64_t V() const { return v.shape[3]; }
   int64_t F() const { return feature_dim(feature_k, D()); }
   int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
-  int64_t paired_map_size() const { return weight_parts * paired_weight_size(D(), f()); }
+  int64_t paired_map_size() const {
+    return format == Format::f32 ? 0 : weight_parts * paired_weight_size(D(), f());
+  }
   FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());

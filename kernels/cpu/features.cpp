@@ -110,6 +110,7 @@ inline Operand by_feature(const FeatureMap& map, const float* weight) {
   if (PAIRS_BY_FEATURE && map.format != Format::f32) return rows(weight, words(map.format, map.D));
   return transposed(weight, map.f);
 }
+
 }  // namespace
 
 bool takes_pairs(const lol_features& features) {
@@ -358,8 +359,8 @@ void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scrat
   for (int i = 0; i < at.n; i++) {
     const float* x = at.x + i * at.x_stride;
     // One row at a time: what is asked for at once has to wait for line buffers.
-    const float* next = x + at.n * at.x_stride;
-    for (int d = 0; i < at.next && d < map.D; d += 16) __builtin_prefetch(next + d);
+    for (int d = 0; i < at.next && d < map.D; d += 16)
+      __builtin_prefetch(x + at.n * at.x_stride + d);
     activate_token(map, x, z + i * ld, {at.phi + i * at.phi_stride, streamed});
   }
   if (streamed) end_of_stream();

@@ -70,8 +70,8 @@ class Buffer {
 // the heap.
 constexpr int64_t ON_STACK = 4096;
 
-// Who runs a worker: a thread that has nothing to do, or the same one in every call, so that what a
-// worker writes is in that core's caches when the next call comes.
+// Who runs a worker: a thread that has nothing to do, or the same one in every call of as many
+// threads, so that what a worker writes is near when the next call comes.
 enum class Threads { any, same };
 
 // First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from

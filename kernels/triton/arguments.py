@@ -60,6 +60,8 @@ class Plan:
 FARTHEST = 2**31 // 128
 # Windows of more tokens are as large as can be: sums of two positions stay within 32 bits.
 WIDEST = 2**29
+# Entries of an fp32 weight that are multiplied at a time: 8 KB of gfx942's 64 for a block.
+WHOLE_SLICE = 2048
 
 
 def contiguous(name: str, x: Tensor) -> Tensor:
@@ -100,12 +102,15 @@ def feature_map_of(
 ) -> Map:
     """The map of ``heads`` heads, for activations of ``dtype``; without a weight, the identity.
 
-    Where gradients depend on which z is the largest, or above zero, the weights are not rounded:
-    what rounding moves there, it moves whole. In fp32 they are too large to stay with a program.
+    Where gradients depend on which z is the largest, or above zero, z comes from weights that are
+    not rounded: what rounding moves there, it moves whole.
     """
     activation, two_sided, skip, eps = codes
-    whole = dtype == torch.bfloat16 and activation in (EXP.value, RELU.value)
     width = head_dim if weight is None else weight.shape[2]
+    columns, projection = tiles.slice, None
+    if dtype == torch.bfloat16 and activation in (EXP.value, RELU.value):
+        columns = min(columns, max(16, WHOLE_SLICE // next_power_of_2(width)))
+        projection = arithmetic_of(torch.float32)
     return Map(
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -117,9 +122,9 @@ def feature_map_of(
         constant(head_dim),
         constant(width),
         constant(next_power_of_2(width)),
-        constant(tiles.resident and not whole),
-        constant(min(tiles.slice, next_power_of_2(head_dim))),
-        arithmetic_of(torch.float32 if whole else dtype),
+        constant(tiles.resident),
+        constant(min(columns, next_power_of_2(head_dim))),
+        projection,
     )
 
 

@@ -85,8 +85,8 @@ def compare(
     program = tl.program_id(0)
     weight_q, weight_k = None, None
     if entropy is not None:
-        weight_q = load_weight(p.map_q, at.head, p.block_d)
-        weight_k = load_weight(p.map_k, at.head, p.block_d)
+        weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+        weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     total_square = tl.zeros((p.chunk,), tl.float32)
     total_cross = tl.zeros((p.chunk,), tl.float32)
     chunks = tl.cdiv(at.length, p.chunk)

@@ -163,8 +163,8 @@ def entropy_queries(
     """
     at = place_of(p)
     program = tl.program_id(0).to(tl.int64)
-    weight_q = load_weight(p.map_q, at.head, p.block_d)
-    weight_k = load_weight(p.map_k, at.head, p.block_d)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     c_entropy = -tl.load(coefficient)
     total_dm = tl.zeros((p.chunk,), tl.float32)
     chunks = tl.cdiv(at.length, p.chunk)
@@ -224,8 +224,8 @@ def entropy_keys(
     """The first terms' share in the gradients of map_k, of every program; as entropy_queries."""
     at = place_of(p)
     program = tl.program_id(0).to(tl.int64)
-    weight_q = load_weight(p.map_q, at.head, p.block_d)
-    weight_k = load_weight(p.map_k, at.head, p.block_d)
+    weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     c_entropy = -tl.load(coefficient)
     chunks = tl.cdiv(at.length, p.chunk)
     end = tl.cdiv(at.length, TILE)

@@ -73,7 +73,7 @@ def projected(p, batch, head, tokens, weight):
 def feature_map_forward(p, y):
     """y = phi(x)."""
     head, batch, start = program_rows(p)
-    weight = load_weight(p.map, head, p.block_d)
+    weight = load_weight(p.map, head, p.arithmetic, p.block_d)
     for step in range(p.steps):
         tokens = tokens_of(p, start, step)
         valid = tokens.valid
@@ -90,7 +90,7 @@ def feature_map_gradients(p, dy, dx, d_weight, d_bias):
     """dx, and every program's share of the parameters' gradients."""
     head, batch, start = program_rows(p)
     program = tl.program_id(0).to(tl.int64)
-    weight = load_weight(p.map, head, p.block_d)
+    weight = load_weight(p.map, head, p.arithmetic, p.block_d)
     own = share_of(p.map, d_weight, program)
     dw, db = zero_weight(p, p.map, d_weight), zero_bias(p.map, d_bias)
     for step in range(p.steps):

@@ -65,12 +65,12 @@ def load_weight_slice(f, head, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_weight(f, head, BLOCK_D: tl.constexpr):
+def load_weight(f, head, arithmetic, BLOCK_D: tl.constexpr):
     """The weight of a resident map, to be kept; None for others."""
     if f.weight is None:
         return None
     elif f.resident:
-        return load_weight_slice(f, head, 0, BLOCK_D).to(f.arithmetic.dtype)
+        return load_weight_slice(f, head, 0, BLOCK_D).to(arithmetic.dtype)
     else:
         return None
 
@@ -85,22 +85,32 @@ def in_width(f, y, other):
 
 
 @triton.jit
-def project(x, rows, valid, weight, f, head):
+def project_slices(rows, valid, f, head, arithmetic):
+    """x W, f.slice columns of x and rows of W at a time."""
+    z = tl.zeros((rows.shape[0], f.block), tl.float32)
+    for first in range(0, f.head_dim, f.slice):
+        column = first + tl.arange(0, f.slice)
+        mask = valid[:, None] & (column < f.head_dim)[None, :]
+        part = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+        z = product(part, load_weight_slice(f, head, first, f.slice), z, arithmetic)
+    return z
+
+
+@triton.jit
+def project(x, rows, valid, weight, f, head, arithmetic):
     """z = x W (+ b) (+ x), for favor x W - |x|^2 / 2, fp32 [tokens, f.block].
 
-    x: [tokens, BLOCK_D]. Where the weight is not resident, ``rows`` are read again in slices.
+    x: [tokens, BLOCK_D]. Where the weight is not resident, or must not be rounded, ``rows`` are
+    read again in slices.
     """
     if f.weight is None:
         z = x.to(tl.float32)
+    elif f.projection is not None:
+        z = project_slices(rows, valid, f, head, f.projection)
     elif f.resident:
-        z = product(x, weight, None, f.arithmetic)
+        z = product(x, weight, None, arithmetic)
     else:
-        z = tl.zeros((x.shape[0], f.block), tl.float32)
-        for first in range(0, f.head_dim, f.slice):
-            column = first + tl.arange(0, f.slice)
-            mask = valid[:, None] & (column < f.head_dim)[None, :]
-            part = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
-            z = product(part, load_weight_slice(f, head, first, f.slice), z, f.arithmetic)
+        z = project_slices(rows, valid, f, head, arithmetic)
     if f.bias is not None:
         column = tl.arange(0, f.block)
         bias = f.bias + (head // f.group) * f.width + column

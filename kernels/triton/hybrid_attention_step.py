@@ -108,7 +108,7 @@ def attend(p, pool, group, at, new, past, state, out, c, head, folded, weight_q,
     end = tl.minimum(first + p.chunk, past.total)
     begin = tl.maximum(folded, window_start(p.window, first))
     sums = softmax_sums(p, pool, group, at, new, past, q, i, log2_g, begin, end)
-    z = project(q, rows, queries.valid, weight_q, p.map_q, head)
+    z = project(q, rows, queries.valid, weight_q, p.map_q, head, p.arithmetic)
     phi_q = operand(z, p.map_q, factor, p.arithmetic)
     sums = read_state(p, state, phi_q, sums)
     if p.chunk > 1 or pool.slack > 0:  # else all keys that left the only query's window are folded
@@ -123,7 +123,7 @@ def attend(p, pool, group, at, new, past, state, out, c, head, folded, weight_q,
 def query_weight(p, group, weight_q, head):
     """The weight of a query head: weight_q where the heads of the group share it."""
     if group.heads > p.map_q.group:
-        return load_weight(p.map_q, head, p.block_d)
+        return load_weight(p.map_q, head, p.arithmetic, p.block_d)
     else:
         return weight_q
 
@@ -142,8 +142,8 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
     at = with_head(new, new.head, past.total)
     begin, end = chunk_range(p, new)
     first_head = at.head * group.heads
-    weight_q = load_weight(p.map_q, first_head, p.block_d)
-    weight_k = load_weight(p.map_k, at.head, p.block_d)
+    weight_q = load_weight(p.map_q, first_head, p.arithmetic, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     slot = past.slot * p.heads + at.head
     if kv0 is None:
         state = load_state(p, at, pool.kv, pool.ksum, slot, False)
@@ -194,7 +194,7 @@ def step_segment_sums(p, pool, group, kv, ksum):
     past = past_of(p, pool, new)
     at = with_head(new, new.head, past.total)
     begin, end = chunk_range(p, new)
-    weight_k = load_weight(p.map_k, at.head, p.block_d)
+    weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     start = tl.where(at.segment == 0, past.start, folded_before(p, past, begin))
     stop = folded_before(p, past, end)
     state = fold(p, pool, group, at, new, past, empty_state(p), start, stop, weight_k)
@@ -274,7 +274,10 @@ def hybrid_attention_step_(
     )  # fmt: skip
     if decoded:
         exact = Arithmetic(constant(tl.float32), constant(launch.precision(q.dtype)))
-        problem = replace(problem, problem=problem.problem._replace(arithmetic=exact))
+        maps = {
+            n: getattr(problem.problem, n)._replace(projection=None) for n in ("map_q", "map_k")
+        }
+        problem = replace(problem, problem=problem.problem._replace(arithmetic=exact, **maps))
     stores = [rows(x) if x.shape[2] else None for x in (k_ring, v_ring, k_sink, v_sink)]
     sums = {"kv": kv, "ksum": ksum, "length": length, "folded": folded}
     kv, ksum, length, folded = (contiguous(f"state.{name}", x) for name, x in sums.items())

@@ -24,7 +24,7 @@ class MapTile(NamedTuple):
 @triton.jit
 def map_tile(p, x, rows, valid, weight, f, head):
     """A tile of x, projected."""
-    return MapTile(x, rows, valid, project(x, rows, valid, weight, f, head), weight)
+    return MapTile(x, rows, valid, project(x, rows, valid, weight, f, head, p.arithmetic), weight)
 
 
 @triton.jit

@@ -60,7 +60,7 @@ class Map(NamedTuple):
     block: Any  # f, rounded up to a tile
     resident: Any  # whether the weight is one tile that stays with the program
     slice: Any  # else how many columns of x are projected at a time
-    arithmetic: Arithmetic  # of the projection
+    projection: Arithmetic | None  # of x W by slices, where the weight must not be rounded
 
 
 class Sequences(NamedTuple):

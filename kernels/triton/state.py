@@ -119,7 +119,7 @@ def key_features(p, at, tokens, k, weight_k):
 @triton.jit
 def features_at(p, at, k, rows, valid, weight_k):
     """The same, of keys at ``rows``."""
-    z = project(k, rows, valid, weight_k, p.map_k, at.head)
+    z = project(k, rows, valid, weight_k, p.map_k, at.head, p.arithmetic)
     return operand(z, p.map_k, None, p.arithmetic)
 
 
@@ -169,7 +169,7 @@ def absorb_tiles(p, at, state, begin, end, weight_k):
 def query_features(p, at, tokens, q, weight_q, factor):
     """factor * phi_q of a chunk as an operand of products, [C, f] for each side."""
     rows = rows_of(p.q, at.batch, at.head, tokens)
-    z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head)
+    z = project(q, rows, tokens.valid, weight_q, p.map_q, at.head, p.arithmetic)
     return operand(z, p.map_q, factor, p.arithmetic)
 
 
