@@ -52,9 +52,9 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
 // Whether a map can read pairs of bf16: skip and favor need x in fp32.
 bool takes_pairs(const lol_features& features);
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
-// than x was rounded: enough for outputs, but not of exp, which were off by 3.7e-3 (SPEC
-// 9: 3.3e-3). Gradients take two, and three where they depend on which z is the largest, or above
-// zero: what rounding moves there, it moves whole.
+// than x was rounded: enough for outputs, but for those of exp, which were off by 3.7e-3, where
+// SPEC 9 allows 3.3e-3. Gradients take two, and three where they depend on which z is the largest,
+// or above zero: what rounding moves there, it moves whole.
 constexpr int MOST_WEIGHT_PARTS = 3;
 static inline int weight_parts_for(int activation, bool of_gradients) {
   if (activation == LOL_EXP) return 3;
