@@ -2,26 +2,6 @@
 
 namespace lol {
 namespace LOL_ISA {
-namespace {
-
-// The sum of a b over a row.
-float dot(const char* a, const char* b, int width, int dtype) {
-  const int size = dtype_size(dtype);
-  Vec sum = {};
-  int j = 0;
-  for (; j + LANES <= width; j += LANES)
-    sum += load_converted(a + j * size, dtype) * load_converted(b + j * size, dtype);
-  if (j < width) {
-    float tail_a[LANES], tail_b[LANES];
-    load_row(tail_a, a + j * size, width - j, dtype);
-    load_row(tail_b, b + j * size, width - j, dtype);
-    sum += load(tail_a) * load(tail_b);
-  }
-  return horizontal_sum(sum);
-}
-
-}  // namespace
-
 BackwardMap BackwardMap::of(const Problem& p, const FeatureMap& map, Arena& arena) {
   float* weight_t = arena.take(transposed_weight_size(p.D(), p.f()));
   transpose_weight(map, p.format, weight_t);

@@ -299,16 +299,9 @@ inline void activate_token(const FeatureMap& map, const float* x, float* z, Row 
     const auto run = map.two_sided ? exponentials_of_token<true> : exponentials_of_token<false>;
     return run(z, to, f, map.activation == LOL_SOFTMAX, map.eps);
   }
-  float half_norm = 0.0f;
-  if (map.activation == LOL_FAVOR) {
-    Vec squares = {};
-    int d = 0;
-    for (; d + LANES <= map.D; d += LANES) squares += load(x + d) * load(x + d);
-    half_norm = horizontal_sum(squares);
-    for (; d < map.D; d++) half_norm += x[d] * x[d];
-  }
+  const float half_norm = map.activation == LOL_FAVOR ? 0.5f * dot(x, x, map.D) : 0.0f;
   for (int j = 0; j < f; j += LANES)
-    store_first(to.phi + j, activated(map, load(z + j), splat(0.5f * half_norm)), f - j);
+    store_first(to.phi + j, activated(map, load(z + j), splat(half_norm)), f - j);
 }
 
 }  // namespace

@@ -89,15 +89,6 @@ const float* row_in_fp32(float* copy, const char* row, int width, int dtype) {
   return copy;
 }
 
-float dot(const float* a, const float* b, int n) {
-  Vec products = {};
-  int i = 0;
-  for (; i + LANES <= n; i += LANES) products += load(a + i) * load(b + i);
-  float sum = horizontal_sum(products);
-  for (; i < n; i++) sum += a[i] * b[i];
-  return sum;
-}
-
 void add_scaled(float* to, float factor, const float* x, int n) {
   for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
 }

@@ -87,6 +87,25 @@ static inline void load_row(float* dst, const char* src, int width, int dtype) {
   store(dst + i, load_converted(tail, dtype));
 }
 
+// The sum of a b over a row.
+static inline float dot(const char* a, const char* b, int width, int dtype) {
+  const int size = dtype_size(dtype);
+  Vec sum = {};
+  int j = 0;
+  for (; j + LANES <= width; j += LANES)
+    sum += load_converted(a + j * size, dtype) * load_converted(b + j * size, dtype);
+  if (j < width) {
+    float tail_a[LANES], tail_b[LANES];
+    load_row(tail_a, a + j * size, width - j, dtype);
+    load_row(tail_b, b + j * size, width - j, dtype);
+    sum += load(tail_a) * load(tail_b);
+  }
+  return horizontal_sum(sum);
+}
+static inline float dot(const float* a, const float* b, int width) {
+  return dot((const char*)a, (const char*)b, width, LOL_F32);
+}
+
 static inline void store_row(char* dst, const float* src, int width, int dtype) {
   const int size = dtype_size(dtype);
   int i = 0;

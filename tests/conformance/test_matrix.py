@@ -126,9 +126,8 @@ def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, devic
 
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["softmax", "elu1"])
-def test_eps_counts_in_gradients(activation, dtype, backend, device):
-    case = Case("500", batch=(1, 2), activation=activation, dtype=dtype)
+def test_eps_counts_in_gradients(dtype, backend, device):
+    case = Case("500", batch=(1, 2), activation="elu1", dtype=dtype)
     check(damped_linear_attention, case, backend, device)
 
 

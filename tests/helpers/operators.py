@@ -40,10 +40,8 @@ def linear_attention(
 
 
 def damped_linear_attention(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
-    """linear_attention with an eps of about the sum of the weights of half of the keys."""
-    # Features of softmax add up to 1, those of elu1 are about 1.
-    weight = 0.5 / x.case.D if x.case.activation == "softmax" else 0.5 * x.case.D
-    return linear_attention(ops, x, eps=weight * x.case.T / 2, **options)
+    """linear_attention with an eps of a good part of the weights' sum, for features of about 1."""
+    return linear_attention(ops, x, eps=0.25 * x.case.D * x.case.T, **options)
 
 
 def hybrid_attention(
