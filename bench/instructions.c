@@ -144,7 +144,7 @@ int main(int argc, char** argv) {
     args.feature_q = feature_q, args.feature_k = feature_k, args.gate = gate;
     args.window = w, args.window_kind = LOL_SLIDING, args.scale = 0.125;
     args.state.kv = FLOATS(B, H, F, V), args.state.ksum = FLOATS(B, H, F);
-    args.state.k_ring = ROWS(B, Hk, w + 1, D), args.state.v_ring = ROWS(B, Hk, w + 1, V);
+    args.state.k_ring = ROWS(B, Hk, w, D), args.state.v_ring = ROWS(B, Hk, w, V);
     args.state.k_sink = ROWS(B, Hk, 0, D), args.state.v_sink = ROWS(B, Hk, 0, V);
     args.state.length = filled(LOL_I64, SHAPE(B)), args.state.folded = filled(LOL_I64, SHAPE(B));
     for (int64_t b = 0; b < B; b++) {

@@ -312,7 +312,7 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
     return;
   }
   const int f = map.f;
-  float z[MAX_FEATURES + LANES] = {};
+  float z[MAX_FEATURES + LANES];
   // Eight chains of sums in registers, two for each of four vectors of z: enough to hide the
   // latency of an FMA.
   int j = 0;
@@ -331,7 +331,8 @@ void features_of_token(const FeatureMap& map, const float* x, float* phi) {
       store(z + j + i * LANES, even[i] + odd[i]);
     }
   }
-  for (int d = 0; d < map.D; d++) {
+  fill(z + j, padded(f) - j, 0.0f);
+  for (int d = 0; j < f && d < map.D; d++) {
     for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
   }
   activate_token(map, x, z, {phi, false});

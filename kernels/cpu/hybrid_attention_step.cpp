@@ -82,13 +82,6 @@ Run many_tokens(const Step& step, const Sequence& s, int64_t state_head) {
           at_least(step.folded_after(s, total), folded)};
 }
 
-// The row itself where it can be read as it is, else a copy of it.
-const float* row_in_fp32(float* copy, const char* row, int width, int dtype) {
-  if (dtype == LOL_F32 && width % LANES == 0) return (const float*)row;
-  load_row(copy, row, width, dtype);
-  return copy;
-}
-
 void add_scaled(float* to, float factor, const float* x, int n) {
   for (int i = 0; i < n; i += LANES) store(to + i, load(to + i) + factor * load(x + i));
 }
@@ -195,23 +188,25 @@ class OneToken {
 
   template <int P>
   void read_slice(float* kv, int j) {
+    const int F = F_, V = V_;
+    const float* phi_k = phi_k_;
     Vec v[P];
     for (int p = 0; p < P; p++) v[p] = load(v_ + j + p * LANES);
     for (int g = 0; g < G_; g++) {
-      const float* phi_q = phi_q_ + g * F_;
+      const float* phi_q = phi_q_ + g * F;
       Vec sum[P] = {};
-      for (int i = 0; i < F_; i++) {
-        float* row = kv + (int64_t)i * V_;
+      for (int i = 0; i < F; i++) {
+        float* row = kv + (int64_t)i * V;
         for (int p = 0; p < P; p++) {
           Vec x = load(row + p * LANES);
           if (g == 0) {
-            x += phi_k_[i] * v[p];
+            x += phi_k[i] * v[p];
             store(row + p * LANES, x);
           }
           sum[p] += phi_q[i] * x;
         }
       }
-      for (int p = 0; p < P; p++) store(o_ + g * padded(V_) + j + p * LANES, sum[p]);
+      for (int p = 0; p < P; p++) store(o_ + g * padded(V) + j + p * LANES, sum[p]);
     }
   }
 
@@ -225,26 +220,29 @@ class OneToken {
     }
   }
 
-  // Where the keys and values of the sinks and of the window are.
+  // Where the keys and values of the sinks and of the window are: at most four stretches of rows
+  // that follow one another.
   void find_window() {
     const int64_t sinks = at_most(p_.window.sink, position_ + 1);
-    int64_t n = 0;
-    for (; n < sinks; n++) {
-      key_rows_[n] = keys_.sink_row(n);
-      value_rows_[n] = values_.sink_row(n);
-    }
-    const int64_t start = p_.window.start(position_);
-    int64_t slot = start % at_least(step_.ring, 1);  // one division for the whole ring
-    for (int64_t at = start; at < position_; at++, n++) {
-      key_rows_[n] = keys_.ring + slot * keys_.row_bytes();
-      value_rows_[n] = values_.ring + slot * values_.row_bytes();
-      if (++slot == step_.ring) slot = 0;
-    }
-    if (start <= position_) {
-      key_rows_[n] = keys_.row(position_);
-      value_rows_[n++] = values_.row(position_);
-    }
-    keys_in_window_ = n;
+    const int64_t start = p_.window.start(position_), slot = start % at_least(step_.ring, 1);
+    const int64_t to_end = at_most(position_ - start, step_.ring - slot);
+    keys_in_window_ = 0;
+    add_rows(keys_.sink, values_.sink, at_most(sinks, position_));
+    if (sinks > position_) add_rows(keys_.row(position_), values_.row(position_), 1);
+    add_rows(ring_slot(keys_, slot), ring_slot(values_, slot), to_end);
+    add_rows(keys_.ring, values_.ring, position_ - start - to_end);
+    if (start <= position_) add_rows(keys_.row(position_), values_.row(position_), 1);
+  }
+  static const char* ring_slot(const Tokens& t, int64_t slot) {
+    return t.ring + slot * t.row_bytes();
+  }
+  void add_rows(const char* keys, const char* values, int64_t count) {
+    const int64_t key_bytes = keys_.row_bytes(), value_bytes = values_.row_bytes();
+    const char **key_rows = key_rows_ + keys_in_window_,
+               **value_rows = value_rows_ + keys_in_window_;
+    for (int64_t i = 0; i < count; i++) key_rows[i] = keys + i * key_bytes;
+    for (int64_t i = 0; i < count; i++) value_rows[i] = values + i * value_bytes;
+    if (count > 0) keys_in_window_ += count;
   }
 
   // The softmax part: scores of the sinks and the window, their exponentials, then both parts over
@@ -252,16 +250,8 @@ class OneToken {
   void finish(int g) {
     load_row(q_, tokens_of(p_.q, s_, head(g)).row(0), D_, p_.q.dtype);
     const int64_t keys = keys_in_window_;
-    const int ld = padded(D_);
     for (int64_t i = 0; i < keys; i += 4) {
-      Vec dots[4];
-      for (int r = 0; r < 4; r++) {  // past the end the last key again
-        const char* row = key_rows_[at_most(i + r, keys - 1)];
-        const float* k = row_in_fp32(k_, row, D_, keys_.dtype);
-        dots[r] = Vec{};
-        for (int d = 0; d < ld; d += LANES) dots[r] += load(q_ + d) * load(k + d);
-      }
-      const Vec4 scores = p_.scale * sums_of_4(dots);
+      const Vec4 scores = p_.scale * scores_of_4(i);
       memcpy(scores_ + i, &scores, sizeof(scores));
     }
     for (int64_t i = keys; i % LANES; i++) scores_[i] = -INFINITY;
@@ -275,36 +265,56 @@ class OneToken {
     }
     const float sum = horizontal_sum(sums);
     const float gate = p_.g(head(g)), lambda = p_.lambda(head(g));
-    float* o = o_ + g * padded(V_);
-    for (int j = 0; j < V_; j++) o[j] *= lambda;
-    // Sums of up to four vectors of V stay in registers while the keys pass.
-    int j = 0;
-    for (; j + 4 * LANES <= V_; j += 4 * LANES) add_values<4>(o, j, gate);
-    for (; j < V_; j += LANES) add_values<1>(o, j, gate);
     const float den = gate * sum + lambda * linear_[g];
-    for (int j = 0; j < V_; j++) o[j] /= den;
+    float* o = o_ + g * padded(V_);
+    int j = 0;
+    for (; j + 4 * LANES <= V_; j += 4 * LANES) add_values<4>(o, j, {lambda, gate, den});
+    for (; j < V_; j += LANES) add_values<1>(o, j, {lambda, gate, den});
     store_row(tokens_of(step_.a.o, s_, head(g)).row(0), o, V_, step_.a.o.dtype);
   }
 
-  // o += gate sum scores v over the columns [j, j + P LANES) of the values.
+  // q k of four keys from the first one on, past the end of the last key again.
+  Vec4 scores_of_4(int64_t first) const {
+    const int dtype = keys_.dtype, size = dtype_size(dtype);
+    const char* rows[4];
+    for (int r = 0; r < 4; r++) rows[r] = key_rows_[at_most(first + r, keys_in_window_ - 1)];
+    Vec dots[4] = {};
+    int d = 0;
+    for (; d + LANES <= D_; d += LANES) {
+      const Vec q = load(q_ + d);
+      for (int r = 0; r < 4; r++) dots[r] += q * load_converted(rows[r] + d * size, dtype);
+    }
+    for (int r = 0; r < 4 && d < D_; r++) {
+      float tail[LANES];
+      load_row(tail, rows[r] + d * size, D_ - d, dtype);
+      dots[r] += load(q_ + d) * load(tail);
+    }
+    return sums_of_4(dots);
+  }
+
+  struct Blend {
+    float linear, softmax, den;
+  };
+  // o = (linear o + softmax sum scores v) / den over the columns [j, j + P LANES) of the values,
+  // whose sums stay in registers while the keys pass.
   template <int P>
-  void add_values(float* o, int j, float gate) {
-    const int size = dtype_size(values_.dtype), width = (int)at_most(P * LANES, V_ - j);
+  void add_values(float* o, int j, Blend by) {
+    const int dtype = values_.dtype, size = dtype_size(dtype);
     Vec sum[P] = {};
-    for (int64_t i = 0; i < keys_in_window_; i++) {
-      const char* row = value_rows_[i] + j * size;
-      const Vec weight = splat(scores_[i]);
-      if (width == P * LANES) {
+    if (j + P * LANES <= V_) {
+      for (int64_t i = 0; i < keys_in_window_; i++) {
         for (int p = 0; p < P; p++)
-          sum[p] += weight * load_converted(row + p * LANES * size, values_.dtype);
-      } else {
-        load_row(v_, row, width, values_.dtype);
-        for (int p = 0; p < P; p++) sum[p] += weight * load(v_ + p * LANES);
+          sum[p] += scores_[i] * load_converted(value_rows_[i] + (j + p * LANES) * size, dtype);
+      }
+    } else {
+      for (int64_t i = 0; i < keys_in_window_; i++) {
+        load_row(v_, value_rows_[i] + j * size, V_ - j, dtype);
+        sum[0] += scores_[i] * load(v_);
       }
     }
     for (int p = 0; p < P; p++) {
       float* to = o + j + p * LANES;
-      store(to, load(to) + gate * sum[p]);
+      store(to, (by.linear * load(to) + by.softmax * sum[p]) / by.den);
     }
   }
 

@@ -72,10 +72,10 @@ static inline void load_lanes(float* dst, const Tokens& t, int64_t position, int
 
 // LANES bf16, or the first `count` and zeros, as the lower halves of words.
 static inline VecU load_halves(const uint16_t* p, int64_t count) {
-  if (count >= LANES) return __builtin_convertvector(load_as<VecH>(p), VecU);
+  if (count >= LANES) return load_halves(p);
   uint16_t tail[LANES] = {};
   memcpy(tail, p, sizeof(uint16_t) * (size_t)count);
-  return __builtin_convertvector(load_as<VecH>(tail), VecU);
+  return load_halves(tail);
 }
 
 // The n tokens from `position` on as rows [BLOCK x padded(X)], or pairs of tokens [BLOCK / 2 x

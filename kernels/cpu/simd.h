@@ -1,8 +1,8 @@
 // Vectors of floats, written once for every instruction set in GCC/Clang vector extensions: this
 // file is compiled with the flags of each one, and the compiler picks the instructions. Builtins
-// stand only where it does not: min, max, stores past the caches, inserts and tests of masks,
-// AVX-512's reciprocal and its bf16. Other CPUs, aarch64
-// among them, get the set named scalar: vectors of four floats.
+// stand only where it does not: min, max, numbers of 16 bits, stores past the caches, inserts and
+// tests of masks, AVX-512's reciprocal and its bf16. Other CPUs, aarch64 among them, get the set
+// named scalar: vectors of four floats.
 //
 // ISA files include C headers only and live in namespace lol::LOL_ISA: an inline function of the
 // C++ library compiled with AVX-512 could otherwise win at link time and crash an older CPU.
@@ -181,10 +181,20 @@ static inline Vec log(Vec x) {
   return (e * 0.693359375f + f) + ((p * f - 0.5f) * f * f - e * 2.12194440e-4f);
 }
 
-// bf16 is the upper half of a float; rounding is to nearest, ties to even, and a NaN stays one.
-static inline Vec from_bf16(const uint16_t* p) {
-  return (Vec)(__builtin_convertvector(load_as<VecH>(p), VecU) << 16);
+// Numbers of 16 bits as words; GCC would split the vector.
+static inline VecU load_halves(const uint16_t* p) {
+  const VecH halves = load_as<VecH>(p);
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)halves);
+#elif defined(__AVX2__) && LOL_LANES == 8
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  return __builtin_convertvector(halves, VecU);
+#endif
 }
+
+// bf16 is the upper half of a float; rounding is to nearest, ties to even, and a NaN stays one.
+static inline Vec from_bf16(const uint16_t* p) { return (Vec)(load_halves(p) << 16); }
 static inline float bf16_value(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
   float value;
@@ -226,26 +236,36 @@ static inline Vec pair(Vec first, Vec second) {
   uint16_t a[LANES], b[LANES];
   to_bf16(a, first);
   to_bf16(b, second);
-  return (Vec)(__builtin_convertvector(load_as<VecH>(a), VecU) |
-               __builtin_convertvector(load_as<VecH>(b), VecU) << 16);
+  return (Vec)(load_halves(a) | load_halves(b) << 16);
 }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
   return sum + second_of(a) * second_of(b) + first_of(a) * first_of(b);
 }
 #endif
 
-// fp16: shifting exponent and mantissa into place leaves the bias wrong by 112, which one
-// multiplication mends, subnormals included. Infinity and NaN (exponent 31) get the float's
-// exponent 255.
+// fp16, by the instructions for it or with integers. Shifting exponent and mantissa into place
+// leaves the bias wrong by 112, which one multiplication mends, subnormals included. Infinity and
+// NaN (exponent 31) get the float's exponent 255.
 static inline Vec from_fp16(const uint16_t* p) {
-  const VecU h = __builtin_convertvector(load_as<VecH>(p), VecU);
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)load_as<VecH>(p));
+#elif defined(__F16C__) && LOL_LANES == 8
+  return (Vec)_mm256_cvtph_ps((__m128i)load_as<VecH>(p));
+#else
+  const VecU h = load_halves(p);
   const VecU magnitude = (h & 0x7fff) << 13;
   const Vec finite = (Vec)magnitude * 0x1p112f;
   const VecI special = (VecI)(magnitude | 0x7f800000);
   const VecI bits = (VecI)(magnitude >= 0x0f800000) ? special : (VecI)finite;
   return (Vec)(bits | (VecI)((h & 0x8000) << 16));
+#endif
 }
 static inline void to_fp16(uint16_t* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__) && LOL_LANES == 8
+  const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#else
   const VecU u = (VecU)v;
   const VecU sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   // Normal: rebias, round to nearest even on bit 13. Subnormal: adding 0.5 leaves the fp16 bits in
@@ -256,6 +276,7 @@ static inline void to_fp16(uint16_t* p, Vec v) {
   h = (VecU)(magnitude >= 0x477ff000) ? VecU{} + 0x7c00 : h;  // 65520 and above round to infinity
   h = (VecU)(magnitude > 0x7f800000) ? VecU{} + 0x7e00 : h;
   const VecH out = __builtin_convertvector(h | sign, VecH);
+#endif
   memcpy(p, &out, sizeof(out));
 }
 
