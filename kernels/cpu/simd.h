@@ -125,14 +125,17 @@ static inline float horizontal_max(Vec v) {
   return parts[0];
 }
 
-// Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer is in the
-// low bits of the result.
-constexpr float ROUND_MAGIC = 12582912.0f;  // 1.5 * 2^23
+// Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer, plus a
+// float's bias, is in the low bits of the result.
+constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;  // 1.5 * 2^23
+// p 2^n for `rounded` = n + ROUND_MAGIC, -126 <= n <= 127. A product, since adding to p's exponent
+// would make a number of a NaN with low bits.
+static inline Vec times_power_of_2(Vec p, Vec rounded) { return p * (Vec)((VecI)rounded << 23); }
 
 // e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r
-// - 1 - r) / r^2, 1e-8). Below -87.3 the result stays at 2^-126 instead of leaving the normal
-// range; above 88.3 it stays at e^88.3; NaN stays NaN.
-// exp_within is for x that are known to lie between.
+// - 1 - r) / r^2, 1e-8). Below -87.33 the result stays at 1.01 * 2^-126 instead of leaving the
+// normal range; above 88.37 it stays at e^88.37; NaN stays NaN. exp_within is for x that are known
+// to lie between.
 static inline Vec exp_within(Vec x) {
   const Vec t = x * 1.44269504f + ROUND_MAGIC;
   const Vec n = t - ROUND_MAGIC;
@@ -144,14 +147,14 @@ static inline Vec exp_within(Vec x) {
   p = p * r + 0.16666578f;
   p = p * r + 0.5f;
   p = (p * r) * r + (r + 1.0f);
-  return (Vec)((VecI)p + ((VecI)t << 23));
+  return times_power_of_2(p, t);
 }
 static inline Vec within_exp(Vec x) { return min(max(x, splat(-87.33f)), splat(88.37f)); }
 static inline Vec exp(Vec x) { return exp_within(within_exp(x)); }
 
-// e^x to 3e-6, for what is then rounded to bf16: 2^t = 2^n p(t - n), p of degree 4 (minimax with
-// p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by equality), half of exp's
-// multiplications. Ends like exp, at 2^-126 and e^88.3.
+// e^x to 7e-6, 3e-6 of it the polynomial's, for what is then rounded to bf16: 2^t = 2^n p(t - n), p
+// of degree 4 (minimax with p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by
+// equality), half of exp's multiplications. Ends like exp.
 static inline Vec exp_for_bf16_within(Vec x) {
   const Vec t = x * 1.44269504f;
   const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
@@ -160,7 +163,7 @@ static inline Vec exp_for_bf16_within(Vec x) {
   p = p * r + 0.24024099f;
   p = p * r + 0.69312418f;
   p = p * r + 1.0f;
-  return (Vec)((VecI)p + ((VecI)shifted << 23));
+  return times_power_of_2(p, shifted);
 }
 static inline Vec exp_for_bf16(Vec x) { return exp_for_bf16_within(within_exp(x)); }
 

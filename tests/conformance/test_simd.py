@@ -1,0 +1,96 @@
+"""What cpu/simd.h says of its functions, over the range of floats and of numbers of 16 bits."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.kernels import CPU
+
+import lolcats_ops as lo
+from lolcats_ops import _C
+
+SOURCE = Path(__file__).parents[1] / "simd" / "accuracy.cpp"
+KERNELS = Path(__file__).parents[2] / "kernels"
+# Of kernels/CMakeLists.txt, as far as they bear on results.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+ISA_FLAGS = {
+    "scalar": (),
+    "avx2": ("-march=x86-64-v3",),
+    "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
+    "emulated": ("-march=x86-64-v3", "-DLOL_LANES=16"),
+}
+STRIDE = 31  # of 2^32 bit patterns: 270 000 of every power of two, in seconds
+BOUNDS = {
+    "exp_ulp": 2,
+    "exp_within_ulp": 2,
+    "exp_below": 0.01,
+    "exp_above_ulp": 2,
+    "exp_for_bf16_relative": 7e-6,
+    "reciprocal_ulp": 2,
+    "reciprocal_for_bf16_relative": 2**-14,
+    "log_excess": 1,
+    "nan_lost": 0,
+}
+
+
+@pytest.mark.parametrize("isa", [isa for isa in ISA_FLAGS if isa in _C.cpu_isas()])
+def test_functions_keep_their_error_bounds_over_all_floats(isa, tmp_path):
+    program = tmp_path / "accuracy"
+    includes = (f"-I{KERNELS}", f"-I{KERNELS / 'include'}", f"-DLOL_ISA={isa}")
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *ISA_FLAGS[isa], "-fopenmp", "-Wno-psabi"]
+    subprocess.run([*command, *includes, str(SOURCE), "-o", str(program)], check=True)
+    said = subprocess.run(
+        [str(program), str(STRIDE)], check=True, text=True, stdout=subprocess.PIPE
+    )
+    errors = dict(line.split(" ", 1) for line in said.stdout.splitlines())
+    assert errors.keys() == BOUNDS.keys()
+    for name, bound in BOUNDS.items():
+        worst, at = errors[name].split()
+        assert float(worst) <= bound, f"{name}: {worst} at {at}"
+
+
+def every_number(dtype: torch.dtype, first: int = 0) -> torch.Tensor:
+    """[256, 1, 1, 256] of all numbers of 16 bits, in the order of their bits from ``first`` on."""
+    bits = torch.arange(first, first + 2**16).to(torch.int16)
+    return bits.view(dtype).view(256, 1, 1, 256)
+
+
+def means_so_far(v: torch.Tensor) -> torch.Tensor:
+    """Hybrid attention with equal weights on a token and those before it, all in the window."""
+    q = torch.zeros(*v.shape[:3], 16, dtype=v.dtype)
+    phi = lo.Features(torch.zeros(1, 16, 4))
+    return lo.hybrid_attention(q, q, v, phi, phi, torch.zeros(1), window=4, backend="cpu")
+
+
+def assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
+    if got.dtype is torch.bfloat16:  # vdpbf16ps takes subnormals for zeros
+        got, want = (torch.where(x.abs() < 2.0**-125, 0, x) for x in (got, want))
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits_is_read_and_rounded(backend, dtype):
+    numbers, next_ones = every_number(dtype), every_number(dtype, first=1)
+    assert_equal(means_so_far(numbers), numbers)
+    means = means_so_far(torch.cat([numbers, next_ones], dim=2))[:, :, 1:]
+    # Halfway between neighbours, a tie. Sums of two large bf16 are beyond fp32, or are not.
+    large = numbers.abs() > torch.finfo(torch.float32).max / 2
+    want = ((numbers.double() + next_ones.double()) / 2).to(dtype)
+    assert_equal(*(torch.where(large, 0, x) for x in (means, want)))
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_a_nan_stays_one_whatever_its_bits(backend, bits, name):
+    inputs = {n: torch.randn(1, 1, 4, 16) for n in ("q", "k", "v")}
+    inputs[name][..., 1, :] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    phi = lo.Features(torch.randn(1, 16, 4))
+    gate, windows = torch.zeros(1), {"window": 2, "backend": backend}
+    out = lo.hybrid_attention(*inputs.values(), phi, phi, gate, **windows)
+    assert out[:, :, 1].isnan().all()
+    features = lo.feature_map(inputs[name], phi, backend=backend)
+    assert features[:, :, 1].isnan().any()
