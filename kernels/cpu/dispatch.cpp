@@ -1,7 +1,9 @@
 // Which instruction set runs: the best that this CPU has, or the one that LOLCATS_ISA or
 // lol_set_cpu_isa names.
-#if defined(LOL_HAVE_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(LOL_HAVE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -62,6 +64,14 @@ bool has_matrix_unit() {
 }
 #endif
 
+#if defined(__x86_64__)
+// Older Clangs know no name for it.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 // Best first.
 struct Available {
   const Kernels* list[7] = {};
@@ -73,7 +83,7 @@ struct Available {
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("bmi2") && has_f16c();
     (void)v3;
     (void)v4;
 #endif

@@ -188,7 +188,7 @@ class OneToken {
 
   template <int P>
   void read_slice(float* kv, int j) {
-    const int F = F_, V = V_;
+    const int F = F_, V = V_;  // not read anew after every store
     const float* phi_k = phi_k_;
     Vec v[P];
     for (int p = 0; p < P; p++) v[p] = load(v_ + j + p * LANES);
@@ -296,7 +296,7 @@ class OneToken {
     float linear, softmax, den;
   };
   // o = (linear o + softmax sum scores v) / den over the columns [j, j + P LANES) of the values,
-  // whose sums stay in registers while the keys pass.
+  // whose sums stay in registers while the keys pass. Only a last vector, P = 1, may be cut short.
   template <int P>
   void add_values(float* o, int j, Blend by) {
     const int dtype = values_.dtype, size = dtype_size(dtype);

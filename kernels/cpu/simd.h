@@ -127,7 +127,7 @@ static inline float horizontal_max(Vec v) {
 
 // Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer, plus a
 // float's bias, is in the low bits of the result.
-constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;  // 1.5 * 2^23
+constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
 // p 2^n for `rounded` = n + ROUND_MAGIC, -126 <= n <= 127. A product, since adding to p's exponent
 // would make a number of a NaN with low bits.
 static inline Vec times_power_of_2(Vec p, Vec rounded) { return p * (Vec)((VecI)rounded << 23); }
@@ -265,7 +265,7 @@ static inline Vec from_fp16(const uint16_t* p) {
 }
 static inline void to_fp16(uint16_t* p, Vec v) {
 #if defined(__AVX512F__)
-  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__) && LOL_LANES == 8
   const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
 #else

@@ -24,8 +24,7 @@ ISA_FLAGS = {
 STRIDE = 31  # of 2^32 bit patterns: 270 000 of every power of two, in seconds
 BOUNDS = {
     "exp_ulp": 2,
-    "exp_within_ulp": 2,
-    "exp_below": 0.01,
+    "exp_below_relative": 0.01,
     "exp_above_ulp": 2,
     "exp_for_bf16_relative": 7e-6,
     "reciprocal_ulp": 2,
@@ -36,11 +35,11 @@ BOUNDS = {
 
 
 @pytest.mark.parametrize("isa", [isa for isa in ISA_FLAGS if isa in _C.cpu_isas()])
-def test_functions_keep_their_error_bounds_over_all_floats(isa, tmp_path):
+def test_functions_keep_their_error_bounds_over_the_range_of_floats(isa, tmp_path):
     program = tmp_path / "accuracy"
-    includes = (f"-I{KERNELS}", f"-I{KERNELS / 'include'}", f"-DLOL_ISA={isa}")
     command = [os.environ.get("CXX", "g++"), *FLAGS, *ISA_FLAGS[isa], "-fopenmp", "-Wno-psabi"]
-    subprocess.run([*command, *includes, str(SOURCE), "-o", str(program)], check=True)
+    options = (f"-I{KERNELS}", f"-DLOL_ISA={isa}", "-o", str(program))
+    subprocess.run([*command, str(SOURCE), *options], check=True)
     said = subprocess.run(
         [str(program), str(STRIDE)], check=True, text=True, stdout=subprocess.PIPE
     )
@@ -65,8 +64,10 @@ def means_so_far(v: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
-    if got.dtype is torch.bfloat16:  # vdpbf16ps takes subnormals for zeros
-        got, want = (torch.where(x.abs() < 2.0**-125, 0, x) for x in (got, want))
+    if got.dtype is torch.bfloat16 and _C.cpu_isa() not in ("scalar", "avx2", "avx512"):
+        # vdpbf16ps and the matrix unit take subnormals for zeros.
+        small = want.abs() < 2.0**-124
+        got, want = (torch.where(small, 0, x) for x in (got, want))
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
@@ -75,22 +76,39 @@ def assert_equal(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_every_number_of_16_bits_is_read_and_rounded(backend, dtype):
     numbers, next_ones = every_number(dtype), every_number(dtype, first=1)
     assert_equal(means_so_far(numbers), numbers)
-    means = means_so_far(torch.cat([numbers, next_ones], dim=2))[:, :, 1:]
-    # Halfway between neighbours, a tie. Sums of two large bf16 are beyond fp32, or are not.
-    large = numbers.abs() > torch.finfo(torch.float32).max / 2
-    want = ((numbers.double() + next_ones.double()) / 2).to(dtype)
-    assert_equal(*(torch.where(large, 0, x) for x in (means, want)))
+    # Sums of large bf16 may overflow fp32, by the order in which they are added and scaled.
+    large = numbers.abs() > torch.finfo(torch.float32).max / 8
+    for of_next in (1, 2, 3):  # a quarter, a half (a tie), three quarters of the way to the next
+        v = torch.cat([numbers] * (4 - of_next) + [next_ones] * of_next, dim=2)
+        want = v.double().mean(dim=2, keepdim=True).to(dtype)
+        assert_equal(*(torch.where(large, 0, x) for x in (means_so_far(v)[:, :, 3:], want)))
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
-def test_a_nan_stays_one_whatever_its_bits(backend, bits, name):
-    inputs = {n: torch.randn(1, 1, 4, 16) for n in ("q", "k", "v")}
-    inputs[name][..., 1, :] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    phi = lo.Features(torch.randn(1, 16, 4))
-    gate, windows = torch.zeros(1), {"window": 2, "backend": backend}
-    out = lo.hybrid_attention(*inputs.values(), phi, phi, gate, **windows)
-    assert out[:, :, 1].isnan().all()
-    features = lo.feature_map(inputs[name], phi, backend=backend)
-    assert features[:, :, 1].isnan().any()
+class TestNaNsOfAllBits:
+    """A NaN stays one, whatever its bits and wherever it is."""
+
+    @staticmethod
+    def nan(bits):
+        return torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+
+    @pytest.mark.parametrize("feature", [0, 19])
+    def test_of_a_feature_map(self, backend, bits, feature):
+        x, phi = torch.randn(1, 1, 4, 16), lo.Features(torch.randn(1, 16, 20), torch.zeros(1, 20))
+        phi.bias[0, feature] = self.nan(bits)
+        assert lo.feature_map(x, phi, backend=backend).isnan().all()
+
+    @pytest.mark.parametrize("name", ["q", "k", "v"])
+    def test_of_attention_and_its_steps(self, backend, bits, name):
+        inputs = {n: torch.randn(1, 1, 4, 16) for n in ("q", "k", "v")}
+        inputs[name][..., 1, :] = self.nan(bits)
+        phi = lo.Features(torch.randn(1, 16, 4))
+        rest = (phi, phi, torch.zeros(1))
+        out = lo.hybrid_attention(*inputs.values(), *rest, window=2, backend=backend)
+        assert out[:, :, 1].isnan().all()
+        state = lo.HybridState.empty(1, 1, 1, 16, 16, 8, window=2)
+        for t in range(2):
+            tokens = (x[:, :, t : t + 1] for x in inputs.values())
+            out = lo.hybrid_attention_step_(*tokens, *rest, state, backend=backend)
+            assert out.isnan().all() == (t == 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.cases import Case, Inputs, make_inputs
 from helpers.compare import assert_close, assert_same_state
-from helpers.kernels import ALL, GPU, KERNELS
+from helpers.kernels import ALL, CPU, GPU, KERNELS
 
 import lolcats_ops as lo
 from lolcats_ops.state import HybridState
@@ -110,6 +110,20 @@ def test_long_splits_equal_one_call(backend, device, window, kind, sink, slack, 
         assert_close(f"cuts {cuts}", feed(x, state, cuts, backend=backend), want, dtype)
         # Products of bf16 round what they add to the sums.
         assert_same_state(state, final, dtype if dtype == torch.bfloat16 else torch.float32)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_of_widths_that_end_within_a_vector(backend, dtype):
+    """Whole vectors and a rest of D, V and f on every instruction set, one token at a time."""
+    length = 14
+    case = replace(case_of(5, "sliding", 1), D=20, V=84, f=72)
+    x = prepare(case, length, dtype)
+    want, final = reference_of(x, slack=1)
+    state = empty_state(x, slack=1)
+    out = feed(x, state, list(range(length + 1)), backend=backend)
+    assert_close("out", out, want, dtype)
+    assert_same_state(state, final, dtype if dtype == torch.bfloat16 else torch.float32)
 
 
 @on_kernels
