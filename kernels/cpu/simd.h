@@ -318,13 +318,16 @@ static inline Vec4 sums_of_4(const Vec* v) {
 
 // The vector whose quarter q is at p + 4 * q * stride.
 static inline Vec load_quarters(const float* p, int64_t stride) {
+  // Inserting from memory is a load and a blend. GCC would shuffle instead, on the one port that
+  // transposing is short of, or in 256 bits write the halves to the stack, and wait for them there.
 #ifdef __AVX512F__
-  // Inserting from memory is a load and a blend; GCC would shuffle instead, on the one port that
-  // transposing is short of.
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
   v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
   v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
   return (Vec)_mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+#elif defined(__AVX2__) && LOL_LANES == 8
+  return (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                   _mm_loadu_ps(p + 4 * stride), 1);
 #else
   Vec v;
   for (int q = 0; q < LANES / 4; q++) memcpy((char*)&v + 16 * q, p + 4 * q * stride, 16);
