@@ -63,6 +63,7 @@ int feature_map(const lol_feature_map_args& a) {
       features_of_tokens(map, {n, x, padded(D), 0, y, padded(F), false}, z);
       store_rows(to, first, n, y);
     }
+    if (streamed) end_of_stream();
   });
 }
 

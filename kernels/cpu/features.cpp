@@ -357,7 +357,6 @@ void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scrat
       __builtin_prefetch(x + at.n * at.x_stride + d);
     activate_token(map, x, z + i * ld, {at.phi + i * at.phi_stride, streamed});
   }
-  if (streamed) end_of_stream();
 }
 
 }  // namespace LOL_ISA

@@ -85,7 +85,8 @@ struct TokenRows {
   int next;    // rows behind these n that are wanted soon, n at most
   float* phi;  // [n x F]
   int64_t phi_stride;
-  bool streamed;  // exponentials, if phi is aligned, go past the caches
+  bool streamed;  // exponentials, if phi is aligned, go past the caches: end_of_stream() is left
+                  // to the caller, since writes behind it wait for them
 };
 void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch);
 static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {
