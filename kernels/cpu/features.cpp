@@ -243,30 +243,47 @@ struct Row {
   bool streamed;
 };
 
-// As exponentials(), lanes along the f features of one token; z is lost. A softmax of z that stay
-// within 40, as they mostly do, needs no shift, and so no maximum of all lanes: e^40 times
-// MAX_FEATURES is finite, and so is its reciprocal.
-template <bool two_sided>
-inline void exponentials_of_token(float* z, Row to, int f, bool normalize, float eps) {
-  const int last = (f - 1) / LANES * LANES;
+// One side of a token, by the vector that begins at i: in memory,
+struct InMemory {
+  static constexpr int f = 0;  // any
+  float* p;
+  Vec get(int i) const { return load(p + i); }
+  void set(int i, Vec v) { store(p + i, v); }
+};
+// or, for f = 4 LANES, in registers: both sides of 64 features leave AVX-512 enough for the rest.
+struct InRegisters {
+  static constexpr int f = 4 * LANES;
+  Vec v[4];
+  Vec get(int i) const { return v[i / LANES]; }
+  void set(int i, Vec to) { v[i / LANES] = to; }
+};
+
+// As exponentials(), lanes along the f features of one token. z is in `side`, `upper` is the other
+// side's. A softmax of z that stay within 40, as they mostly do, needs no shift, and so no maximum
+// of all lanes: e^40 times MAX_FEATURES is finite, and so is its reciprocal.
+template <bool two_sided, typename Side>
+inline void exponentials_of_token(Side side, Side upper, Row to, int f, bool normalize, float eps) {
+  const int last = ((Side::f ? Side::f : f) - 1) / LANES * LANES;
   const VecI in_last = lane_index() < splat_int(f - last);
-  store(z + last, select(in_last, load(z + last), splat(z[0])));
-  Vec top = load(z), bottom = top;
+  const auto inside = [&](int i, Vec v) {
+    return Side::f || i < last ? v : select(in_last, v, Vec{});
+  };
+  if (!Side::f) side.set(last, select(in_last, side.get(last), splat(side.get(0)[0])));
+  Vec top = side.get(0), bottom = top;
   for (int i = LANES; i <= last; i += LANES) {
-    top = max(top, load(z + i));
-    bottom = min(bottom, load(z + i));
+    top = max(top, side.get(i));
+    bottom = min(bottom, side.get(i));
   }
-  float upper[MAX_FEATURES];
   Vec sum = {}, upper_sum = {};
   const auto exponentials_by = [&](auto exp_of, auto upper_of) {
     for (int i = 0; i <= last; i += LANES) {
-      const Vec x = load(z + i), e = exp_of(x);
-      sum += i < last ? e : select(in_last, e, Vec{});
-      store(z + i, e);
+      const Vec x = side.get(i), e = exp_of(x);
+      sum += inside(i, e);
+      side.set(i, e);
       if (!two_sided) continue;
       const Vec u = upper_of(x, e);
-      upper_sum += i < last ? u : select(in_last, u, Vec{});
-      store(upper + i, u);
+      upper_sum += inside(i, u);
+      upper.set(i, u);
     }
   };
   if (normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
@@ -276,18 +293,31 @@ inline void exponentials_of_token(float* z, Row to, int f, bool normalize, float
     exponentials_by([&](Vec x) { return exp(x - most); },
                     [&](Vec x, Vec) { return exp(least - x); });
   }
-  const auto write = [&](float* to_side, const float* from, Vec side_sum) {
+  const auto write = [&](float* phi, const Side& from, Vec side_sum) {
     const float factor = normalize ? 1.0f / horizontal_sum(side_sum) : 1.0f;
-    const auto scaled = [&](int i) { return max(load(from + i) * factor, splat(eps)); };
+    const auto scaled = [&](int i) { return max(from.get(i) * factor, splat(eps)); };
     if (to.streamed) {
-      for (int i = 0; i < f; i += LANES) stream(to_side + i, scaled(i));
+      for (int i = 0; i <= last; i += LANES) stream(phi + i, scaled(i));
     } else {
-      for (int i = 0; i < last; i += LANES) store(to_side + i, scaled(i));
-      store_first(to_side + last, scaled(last), f - last);
+      for (int i = 0; i < last; i += LANES) store(phi + i, scaled(i));
+      store_first(phi + last, scaled(last), f - last);
     }
   };
-  write(to.phi, z, sum);
+  write(to.phi, side, sum);
   if (two_sided) write(to.phi + f, upper, upper_sum);
+}
+
+inline void exponentials_of_token(const FeatureMap& map, float* z, Row to) {
+  const bool normalize = map.activation == LOL_SOFTMAX;
+  if (map.two_sided && map.f == InRegisters::f) {
+    InRegisters side, upper;
+    for (int i = 0; i < InRegisters::f; i += LANES) side.set(i, load(z + i));
+    return exponentials_of_token<true>(side, upper, to, map.f, normalize, map.eps);
+  }
+  float upper[MAX_FEATURES];
+  const auto run = map.two_sided ? exponentials_of_token<true, InMemory>
+                                 : exponentials_of_token<false, InMemory>;
+  run({z}, {upper}, to, map.f, normalize, map.eps);
 }
 
 // phi[F] of x[D] and z = x W [padded(f)], which is lost; lanes along features.
@@ -295,10 +325,7 @@ inline void activate_token(const FeatureMap& map, const float* x, float* z, Row 
   const int f = map.f;
   for (int j = 0; map.bias && j < f; j++) z[j] += map.bias[j];
   for (int j = 0; map.skip && j < f; j++) z[j] += x[j];
-  if (is_exponential(map.activation)) {
-    const auto run = map.two_sided ? exponentials_of_token<true> : exponentials_of_token<false>;
-    return run(z, to, f, map.activation == LOL_SOFTMAX, map.eps);
-  }
+  if (is_exponential(map.activation)) return exponentials_of_token(map, z, to);
   const float half_norm = map.activation == LOL_FAVOR ? 0.5f * dot(x, x, map.D) : 0.0f;
   for (int j = 0; j < f; j += LANES)
     store_first(to.phi + j, activated(map, load(z + j), splat(half_norm)), f - j);
