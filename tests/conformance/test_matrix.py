@@ -86,7 +86,7 @@ def test_gradients_see_weights_that_bf16_does_not_hold(call, activation, D, back
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 @pytest.mark.parametrize("two_sided", [True, False])
-@pytest.mark.parametrize("f", [5, 16, 24, 64])
+@pytest.mark.parametrize("f", [5, 16, 24, 32, 64])  # 16, 32, 64 are four vectors, by the lanes
 def test_feature_map_is_exact_however_far_apart_its_features_are(
     backend, device, activation, two_sided, f
 ):
