@@ -7,6 +7,9 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
+// Tiles without tokens that would be computed one by one.
+constexpr int TILE_OF_TOKENS = BLOCK / TOKENS_AT_ONCE * TOKENS_AT_ONCE;
+
 // A feature map has no sequence structure: every [B, H] pair is one run of T tokens, cut into
 // stretches of up to 8 tiles, 4 for each thread if there are as many. The hardware foresees the
 // rows of a stretch, not those of single tiles that threads take from one another.
@@ -14,8 +17,8 @@ struct Stretches {
   int64_t tokens, per_head, count;
   Stretches(const lol_tensor& x, int64_t work) {
     const int64_t T = x.shape[2], heads = x.shape[0] * x.shape[1];
-    const int64_t tiles = heads * ((T + BLOCK - 1) / BLOCK);
-    tokens = BLOCK * at_least(1, at_most(8, tiles / (4 * thread_count(tiles, work))));
+    const int64_t tiles = heads * ((T + TILE_OF_TOKENS - 1) / TILE_OF_TOKENS);
+    tokens = TILE_OF_TOKENS * at_least(1, at_most(8, tiles / (4 * thread_count(tiles, work))));
     per_head = (T + tokens - 1) / tokens;
     count = heads * per_head;
   }
@@ -46,24 +49,23 @@ int feature_map(const lol_feature_map_args& a) {
     const Sequence s = whole(a.x, bh / H);
     const Tokens from = tokens_of(a.x, s, bh % H), to = tokens_of(a.y, s, bh % H);
     const FeatureMap map = map_of(a.features, bh % H, H, D);
-    const bool as_it_is = from.dtype == LOL_F32;
-    float *x = nullptr, *y = nullptr, *z = arena.take(scratch);
-    if (!as_it_is) x = arena.take(rows_size(D)), y = arena.take(rows_size(F));
-    for (int64_t first = begin; first < end; first += BLOCK) {
-      const int n = (int)at_most(BLOCK, end - first), next = (int)at_most(BLOCK, end - first - n);
-      if (as_it_is) {
-        features_of_tokens(map,
-                           {n, (const float*)from.row(first), from.stride / 4, next,
-                            (float*)to.row(first), to.stride / 4, streamed},
-                           z);
-        continue;
-      }
-      prefetch_rows(from, first + n, next);
+    float* scratch_z = arena.take(scratch);
+    if (from.dtype == LOL_F32) {
+      features_of_tokens(map,
+                         {end - begin, (const float*)from.row(begin), from.stride / 4,
+                          (float*)to.row(begin), to.stride / 4, streamed},
+                         scratch_z);
+      if (streamed) end_of_stream();
+      return;
+    }
+    float *x = arena.take(rows_size(D)), *y = arena.take(rows_size(F));
+    for (int64_t first = begin; first < end; first += TILE_OF_TOKENS) {
+      const int64_t n = at_most(TILE_OF_TOKENS, end - first);
+      prefetch_rows(from, first + n, at_most(TILE_OF_TOKENS, end - first - n));
       load_rows(x, from, first, n);
-      features_of_tokens(map, {n, x, padded(D), 0, y, padded(F), false}, z);
+      features_of_tokens(map, {n, x, padded(D), y, padded(F), false}, scratch_z);
       store_rows(to, first, n, y);
     }
-    if (streamed) end_of_stream();
   });
 }
 

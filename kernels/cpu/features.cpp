@@ -31,15 +31,14 @@ inline void exponentials(const FeatureMap& map, float* z, Write write) {
   constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
   const Vec half = 0.5f * (top - bottom);
   Vec sum = {}, upper_sum = {};
-  if (two_sided && normalize && all(half <= splat(0.5f * WIDE))) {
+  if (two_sided && normalize && all_at_most(half, 0.5f * WIDE)) {
     const Vec middle = bottom + half;
     for (int i = 0; i < f; i++) {
-      const Vec e = exp_within_for<format>(load(z + i * BLOCK) - middle);
-      const Vec u = reciprocal_for<format>(e);
-      sum += e;
-      upper_sum += u;
-      store(z + i * BLOCK, e);
-      store(upper + i * BLOCK, u);
+      const BothWays e = exp_both_ways_within_for<format>(load(z + i * BLOCK) - middle);
+      sum += e.up;
+      upper_sum += e.down;
+      store(z + i * BLOCK, e.up);
+      store(upper + i * BLOCK, e.down);
     }
   } else {
     for (int i = 0; i < f; i++) {
@@ -86,18 +85,6 @@ struct InPairs {
   }
 };
 #endif
-
-// The first `count` lanes, where a row may end within a vector.
-inline Vec load_first(const float* from, int count) {
-  if (count >= LANES) return load(from);
-  Vec v = {};
-  memcpy(&v, from, sizeof(float) * (size_t)count);
-  return v;
-}
-inline void store_first(float* to, Vec v, int count) {
-  if (count >= LANES) return store(to, v);
-  memcpy(to, &v, sizeof(float) * (size_t)count);
-}
 
 // Where weights in pairs have a row of words for each feature, not a column: only as rows does the
 // matrix unit take left operands without a copy.
@@ -156,15 +143,6 @@ FeatureMap with_paired_weight(FeatureMap map, float* to, int parts) {
 }
 
 namespace {
-
-// What activations make of z, one entry at a time; favor's need |x|^2 / 2 for it.
-inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
-  if (map.activation == LOL_IDENTITY) return z;
-  Vec y = z;  // relu's: eps is no less than 0
-  if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp(min(z, Vec{})));
-  if (map.activation == LOL_FAVOR) y = exp(z - half_norm) * (1.0f / sqrtf((float)map.f));
-  return max(y, splat(map.eps));
-}
 
 // z = x W + b (+ x) [f x BLOCK].
 void project(const FeatureMap& map, const float* x, float* z) {
@@ -233,157 +211,6 @@ void features_in_pairs(const FeatureMap& map, const float* x, float factor, floa
 #else
   (void)map, (void)x, (void)factor, (void)scratch, (void)to;
 #endif
-}
-
-namespace {
-
-// One token's row of features, and whether exponentials go past the caches.
-struct Row {
-  float* phi;
-  bool streamed;
-};
-
-// One side of a token, by the vector that begins at i: in memory,
-struct InMemory {
-  static constexpr int f = 0;  // any
-  float* p;
-  Vec get(int i) const { return load(p + i); }
-  void set(int i, Vec v) { store(p + i, v); }
-};
-// or, for f = 4 LANES, in registers: both sides of 64 features leave AVX-512 enough for the rest.
-struct InRegisters {
-  static constexpr int f = 4 * LANES;
-  Vec v[4];
-  Vec get(int i) const { return v[i / LANES]; }
-  void set(int i, Vec to) { v[i / LANES] = to; }
-};
-
-// As exponentials(), lanes along the f features of one token. z is in `side`, `upper` is the other
-// side's. A softmax of z that stay within 40, as they mostly do, needs no shift, and so no maximum
-// of all lanes: e^40 times MAX_FEATURES is finite, and so is its reciprocal.
-template <bool two_sided, typename Side>
-inline void exponentials_of_token(Side side, Side upper, Row to, int f, bool normalize, float eps) {
-  const int last = ((Side::f ? Side::f : f) - 1) / LANES * LANES;
-  const VecI in_last = lane_index() < splat_int(f - last);
-  const auto inside = [&](int i, Vec v) {
-    return Side::f || i < last ? v : select(in_last, v, Vec{});
-  };
-  if (!Side::f) side.set(last, select(in_last, side.get(last), splat(side.get(0)[0])));
-  Vec top = side.get(0), bottom = top;
-  for (int i = LANES; i <= last; i += LANES) {
-    top = max(top, side.get(i));
-    bottom = min(bottom, side.get(i));
-  }
-  Vec sum = {}, upper_sum = {};
-  const auto exponentials_by = [&](auto exp_of, auto upper_of) {
-    for (int i = 0; i <= last; i += LANES) {
-      const Vec x = side.get(i), e = exp_of(x);
-      sum += inside(i, e);
-      side.set(i, e);
-      if (!two_sided) continue;
-      const Vec u = upper_of(x, e);
-      upper_sum += inside(i, u);
-      upper.set(i, u);
-    }
-  };
-  if (normalize && all((top <= splat(40.0f)) & (bottom >= splat(-40.0f)))) {
-    exponentials_by([](Vec x) { return exp_within(x); }, [](Vec, Vec e) { return reciprocal(e); });
-  } else {
-    const Vec most = splat(horizontal_max(top)), least = splat(-horizontal_max(-bottom));
-    exponentials_by([&](Vec x) { return exp(x - most); },
-                    [&](Vec x, Vec) { return exp(least - x); });
-  }
-  const auto write = [&](float* phi, const Side& from, Vec side_sum) {
-    const float factor = normalize ? 1.0f / horizontal_sum(side_sum) : 1.0f;
-    const auto scaled = [&](int i) { return max(from.get(i) * factor, splat(eps)); };
-    if (to.streamed) {
-      for (int i = 0; i <= last; i += LANES) stream(phi + i, scaled(i));
-    } else {
-      for (int i = 0; i < last; i += LANES) store(phi + i, scaled(i));
-      store_first(phi + last, scaled(last), f - last);
-    }
-  };
-  write(to.phi, side, sum);
-  if (two_sided) write(to.phi + f, upper, upper_sum);
-}
-
-inline void exponentials_of_token(const FeatureMap& map, float* z, Row to) {
-  const bool normalize = map.activation == LOL_SOFTMAX;
-  if (map.two_sided && map.f == InRegisters::f) {
-    InRegisters side, upper;
-    for (int i = 0; i < InRegisters::f; i += LANES) side.set(i, load(z + i));
-    return exponentials_of_token<true>(side, upper, to, map.f, normalize, map.eps);
-  }
-  float upper[MAX_FEATURES];
-  const auto run = map.two_sided ? exponentials_of_token<true, InMemory>
-                                 : exponentials_of_token<false, InMemory>;
-  run({z}, {upper}, to, map.f, normalize, map.eps);
-}
-
-// phi[F] of x[D] and z = x W [padded(f)], which is lost; lanes along features.
-inline void activate_token(const FeatureMap& map, const float* x, float* z, Row to) {
-  const int f = map.f;
-  for (int j = 0; map.bias && j < f; j++) z[j] += map.bias[j];
-  for (int j = 0; map.skip && j < f; j++) z[j] += x[j];
-  if (is_exponential(map.activation)) return exponentials_of_token(map, z, to);
-  const float half_norm = map.activation == LOL_FAVOR ? 0.5f * dot(x, x, map.D) : 0.0f;
-  for (int j = 0; j < f; j += LANES)
-    store_first(to.phi + j, activated(map, load(z + j), splat(half_norm)), f - j);
-}
-
-}  // namespace
-
-void features_of_token(const FeatureMap& map, const float* x, float* phi) {
-  if (!map.weight) {
-    memcpy(phi, x, sizeof(float) * map.D);
-    return;
-  }
-  const int f = map.f;
-  float z[MAX_FEATURES + LANES];
-  // Eight chains of sums in registers, two for each of four vectors of z: enough to hide the
-  // latency of an FMA.
-  int j = 0;
-  for (; j + 4 * LANES <= f; j += 4 * LANES) {
-    Vec even[4] = {}, odd[4] = {};
-    int d = 0;
-    for (; d + 2 <= map.D; d += 2) {
-      const float* w = map.weight + d * f + j;
-      for (int i = 0; i < 4; i++) {
-        even[i] += x[d] * load(w + i * LANES);
-        odd[i] += x[d + 1] * load(w + f + i * LANES);
-      }
-    }
-    for (int i = 0; i < 4; i++) {
-      if (d < map.D) even[i] += x[d] * load(map.weight + d * f + j + i * LANES);
-      store(z + j + i * LANES, even[i] + odd[i]);
-    }
-  }
-  fill(z + j, padded(f) - j, 0.0f);
-  for (int d = 0; j < f && d < map.D; d++) {
-    for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
-  }
-  activate_token(map, x, z, {phi, false});
-}
-
-void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch) {
-  const int ld = padded(map.f);
-  float *z = scratch, *whole_rows = z + BLOCK * ld;
-  const float* weight = map.weight;
-  if (ld != map.f) {
-    for (int d = 0; d < map.D; d++)
-      load_row(whole_rows + d * ld, (const char*)(weight + d * map.f), map.f, LOL_F32);
-    weight = whole_rows;
-  }
-  gemm(at.n, ld, map.D, rows(at.x, at.x_stride), weight, ld, z, ld, Into::set);
-  const bool streamed = at.streamed && ld == map.f && (uintptr_t)at.phi % sizeof(Vec) == 0 &&
-                        at.phi_stride % LANES == 0;
-  for (int i = 0; i < at.n; i++) {
-    const float* x = at.x + i * at.x_stride;
-    // One row at a time: what is asked for at once has to wait for line buffers.
-    for (int d = 0; i < at.next && d < map.D; d += 16)
-      __builtin_prefetch(x + at.n * at.x_stride + d);
-    activate_token(map, x, z + i * ld, {at.phi + i * at.phi_stride, streamed});
-  }
 }
 
 }  // namespace LOL_ISA

@@ -49,6 +49,15 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
           (float)p.eps};
 }
 
+// What activations make of z, one entry at a time; favor's need |x|^2 / 2 for it.
+static inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
+  if (map.activation == LOL_IDENTITY) return z;
+  Vec y = z;  // relu's: eps is no less than 0
+  if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp(min(z, Vec{})));
+  if (map.activation == LOL_FAVOR) y = exp(z - half_norm) * (1.0f / sqrtf((float)map.f));
+  return max(y, splat(map.eps));
+}
+
 // Whether a map can read pairs of bf16: skip and favor need x in fp32.
 bool takes_pairs(const lol_features& features);
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
@@ -75,22 +84,24 @@ void features_in_pairs(const FeatureMap& map, const float* x, float factor, floa
                        FeaturePairs to);
 
 constexpr int MAX_FEATURES = 512;
-// Lanes along features, for tokens that are rows: of one, for the decode step,
+// features_of_tokens.cpp: lanes along features, for tokens that are rows: of one, for the decode
+// step,
 void features_of_token(const FeatureMap& map, const float* x, float* phi);
-// and of up to BLOCK of them, by a map.
+// and of many, by a map.
 struct TokenRows {
-  int n;
+  int64_t n;
   const float* x;  // [n x D], rows x_stride apart
   int64_t x_stride;
-  int next;    // rows behind these n that are wanted soon, n at most
   float* phi;  // [n x F]
   int64_t phi_stride;
-  bool streamed;  // exponentials, if phi is aligned, go past the caches: end_of_stream() is left
-                  // to the caller, since writes behind it wait for them
+  bool streamed;  // phi, if aligned, goes past the caches: end_of_stream() is left to the caller,
+                  // since writes behind it wait for it
 };
 void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch);
+// 6 x 4 or, with 16 registers, 6 x 2 sums, 4 or 2 vectors of weights and an x.
+constexpr int TOKENS_AT_ONCE = 6;
 static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {
-  return (BLOCK + (f % LANES ? D : 0)) * padded(f);
+  return (4 * TOKENS_AT_ONCE + (f % LANES ? D : 0)) * padded(f);
 }
 
 // Partial gradients of one map's parameters, as one worker sums them.

@@ -16,10 +16,6 @@ constexpr int BANDED_ROWS = LANES == 16 ? 16 : 8;
 // Strides of A's rows that are known at compile time leave the addressing to the instructions.
 constexpr int ANY = 0;
 
-// Unrolled before the compiler decides what lives in registers: else the accumulators take a detour
-// over the stack.
-#define LOL_UNROLL _Pragma("GCC unroll 16")
-
 template <Format format>
 inline Vec multiply_add(Vec sum, Vec a, Vec b) {
 #ifdef LOL_PAIRS

@@ -51,12 +51,8 @@ static inline Vec exp_for(Vec x) {
   return format == Format::f32 ? exp(x) : exp_for_bf16(x);
 }
 template <Format format>
-static inline Vec exp_within_for(Vec x) {
-  return format == Format::f32 ? exp_within(x) : exp_for_bf16_within(x);
-}
-template <Format format>
-static inline Vec reciprocal_for(Vec x) {
-  return format == Format::f32 ? reciprocal(x) : reciprocal_for_bf16(x);
+static inline BothWays exp_both_ways_within_for(Vec x) {
+  return format == Format::f32 ? exp_both_ways_within(x) : exp_both_ways_for_bf16_within(x);
 }
 static inline int words(Format format, int K) { return format == Format::f32 ? K : (K + 1) / 2; }
 

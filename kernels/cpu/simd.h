@@ -34,6 +34,10 @@ typedef uint32_t VecU __attribute__((vector_size(4 * LANES)));
 typedef uint16_t VecH __attribute__((vector_size(2 * LANES)));
 typedef float Vec4 __attribute__((vector_size(16)));
 
+// Unrolled before the compiler decides what lives in registers: else the accumulators take a detour
+// over the stack.
+#define LOL_UNROLL _Pragma("GCC unroll 16")
+
 template <class V, class T>
 static inline V load_as(const T* p) {
   V v;
@@ -43,6 +47,17 @@ static inline V load_as(const T* p) {
 typedef float VecAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 static inline Vec load(const float* p) { return *(const VecAnywhere*)p; }
 static inline void store(float* p, Vec v) { *(VecAnywhere*)p = v; }
+// The first `count` lanes, where a row may end within a vector.
+static inline Vec load_first(const float* from, int count) {
+  if (count >= LANES) return load(from);
+  Vec v = {};
+  memcpy(&v, from, sizeof(float) * (size_t)count);
+  return v;
+}
+static inline void store_first(float* to, Vec v, int count) {
+  if (count >= LANES) return store(to, v);
+  memcpy(to, &v, sizeof(float) * (size_t)count);
+}
 // Past the caches, which else would read each line first. p is aligned. Other threads see what a
 // thread wrote after it has called end_of_stream().
 static inline void stream(float* p, Vec v) {
@@ -77,14 +92,24 @@ static inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 static inline Vec min(Vec a, Vec b) { return b < a ? b : a; }
 #endif
 static inline Vec select(VecI mask, Vec a, Vec b) { return mask ? a : b; }
-static inline bool all(VecI mask) {
+// Whether x is no more than that in all lanes; a NaN is not.
+static inline bool all_at_most(Vec x, float most) {
 #ifdef __AVX512F__
-  return _mm512_movepi32_mask((__m512i)mask) == 0xffff;
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)splat(most), _CMP_LE_OQ) == 0xffff;
 #else
+  const VecI mask = x <= splat(most);
   for (int i = 0; i < LANES; i++) {
     if (!mask[i]) return false;
   }
   return true;
+#endif
+}
+// The larger of a, which is not negative, and |b|.
+static inline Vec max_magnitude(Vec a, Vec b) {
+#ifdef __AVX512DQ__
+  return (Vec)_mm512_range_ps((__m512)a, (__m512)b, 0b1011);  // the larger magnitude, without sign
+#else
+  return max(a, (Vec)((VecI)b & 0x7fffffff));
 #endif
 }
 // 1 / x, to 14 bits where an instruction estimates that: enough for what is then rounded to bf16. x
@@ -95,11 +120,6 @@ static inline Vec reciprocal_for_bf16(Vec x) {
 #else
   return 1.0f / x;
 #endif
-}
-// 1 / x: to 2 ulp by the estimate and a Newton step, a third of what dividing 16 floats costs.
-static inline Vec reciprocal(Vec x) {
-  const Vec r = reciprocal_for_bf16(x);
-  return r + r * (1.0f - x * r);
 }
 // The sum of the lanes, in quarters.
 static inline Vec4 quarter_sums(Vec v) {
@@ -128,44 +148,73 @@ static inline float horizontal_max(Vec v) {
 // Rounds to the nearest integer by pushing the fraction out of the mantissa; the integer, plus a
 // float's bias, is in the low bits of the result.
 constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
+constexpr float LOG2_E = 1.44269504f;
 // p 2^n for `rounded` = n + ROUND_MAGIC, -126 <= n <= 127. A product, since adding to p's exponent
 // would make a number of a NaN with low bits.
 static inline Vec times_power_of_2(Vec p, Vec rounded) { return p * (Vec)((VecI)rounded << 23); }
+// p 2^-n, |n| <= 126.
+static inline Vec over_power_of_2(Vec p, Vec rounded) {
+  return p * (Vec)(splat_int(2 * 127 << 23) - ((VecI)rounded << 23));
+}
 
-// e^x to 2 ulp: 2^n p(r) with n = round(x / ln 2), |r| <= ln(2) / 2, p of degree 6 (minimax of (e^r
-// - 1 - r) / r^2, 1e-8). Below -87.33 the result stays at 1.01 * 2^-126 instead of leaving the
+// x = n ln 2 + r, n whole and |r| <= ln(2) / 2; `rounded` is n + ROUND_MAGIC.
+struct Reduced {
+  Vec rounded, r;
+};
+static inline Reduced reduced(Vec x) {
+  const Vec rounded = x * LOG2_E + ROUND_MAGIC, n = rounded - ROUND_MAGIC;
+  // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
+  return {rounded, (x - n * 0.693359375f) + n * 2.12194440e-4f};
+}
+// e^r = 1 + r + r^2 p(r), p of degree 4 (minimax, 1e-8).
+constexpr float EXP_TERMS[] = {0.5f, 0.16666578f, 4.1666556e-2f, 8.3631732e-3f, 1.3926176e-3f};
+
+// e^x to 1.5 ulp: 2^n e^r. Below -87.33 the result stays at 1.01 * 2^-126 instead of leaving the
 // normal range; above 88.37 it stays at e^88.37; NaN stays NaN. exp_within is for x that are known
 // to lie between.
 static inline Vec exp_within(Vec x) {
-  const Vec t = x * 1.44269504f + ROUND_MAGIC;
-  const Vec n = t - ROUND_MAGIC;
-  // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec p = splat(1.3926176e-3f);
-  p = p * r + 8.3631732e-3f;
-  p = p * r + 4.1666556e-2f;
-  p = p * r + 0.16666578f;
-  p = p * r + 0.5f;
-  p = (p * r) * r + (r + 1.0f);
-  return times_power_of_2(p, t);
+  const Reduced at = reduced(x);
+  Vec p = splat(EXP_TERMS[4]);
+  for (int i = 3; i >= 0; i--) p = p * at.r + EXP_TERMS[i];
+  p = p * at.r + 1.0f;
+  return times_power_of_2(p * at.r + 1.0f, at.rounded);
 }
 static inline Vec within_exp(Vec x) { return min(max(x, splat(-87.33f)), splat(88.37f)); }
 static inline Vec exp(Vec x) { return exp_within(within_exp(x)); }
 
+// e^x and e^-x to 2.5 ulp each, |x| <= 87: even and odd powers of r, added and subtracted, which is
+// less than a reciprocal.
+struct BothWays {
+  Vec up, down;
+};
+static inline BothWays exp_both_ways_within(Vec x) {
+  const Reduced at = reduced(x);
+  const Vec square = at.r * at.r;
+  Vec even = EXP_TERMS[4] * square + EXP_TERMS[2];
+  even = even * square + EXP_TERMS[0];
+  even = even * square + 1.0f;
+  const Vec odd = (EXP_TERMS[3] * square + EXP_TERMS[1]) * square + 1.0f;
+  return {times_power_of_2(even + odd * at.r, at.rounded),
+          over_power_of_2(even - odd * at.r, at.rounded)};
+}
+
 // e^x to 7e-6, 3e-6 of it the polynomial's, for what is then rounded to bf16: 2^t = 2^n p(t - n), p
 // of degree 4 (minimax with p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by
-// equality), half of exp's multiplications. Ends like exp.
+// equality), three fifths of exp's multiplications. Ends like exp.
 static inline Vec exp_for_bf16_within(Vec x) {
-  const Vec t = x * 1.44269504f;
-  const Vec shifted = t + ROUND_MAGIC, r = t - (shifted - ROUND_MAGIC);
+  const Vec rounded = x * LOG2_E + ROUND_MAGIC, r = x * LOG2_E - (rounded - ROUND_MAGIC);
   Vec p = splat(9.5828557e-3f);
   p = p * r + 5.590643e-2f;
   p = p * r + 0.24024099f;
   p = p * r + 0.69312418f;
   p = p * r + 1.0f;
-  return times_power_of_2(p, shifted);
+  return times_power_of_2(p, rounded);
 }
 static inline Vec exp_for_bf16(Vec x) { return exp_for_bf16_within(within_exp(x)); }
+static inline BothWays exp_both_ways_for_bf16_within(Vec x) {
+  const Vec up = exp_for_bf16_within(x);
+  return {up, reciprocal_for_bf16(up)};
+}
 
 // ln x for normal positive x, to 1e-7 absolute plus 2 ulp: x = 2^n (1 + f), 1 + f in [sqrt(1/2),
 // sqrt(2)).

@@ -113,6 +113,20 @@ def test_feature_map_is_exact_however_far_apart_its_features_are(
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("f", [5, 24, 64, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tokens_features_are_the_same_to_the_bit_whatever_tokens_it_is_among(
+    backend, device, dtype, f
+):
+    rng = torch.Generator().manual_seed(f)
+    x = torch.randn(1, 2, 37, 9, generator=rng).to(dtype)
+    features = lo.Features(torch.randn(2, 9, f, generator=rng))
+    together = lo.feature_map(x, features, backend=backend)
+    alone = [lo.feature_map(token, features, backend=backend) for token in x.split(1, 2)]
+    assert together.equal(torch.cat(alone, 2))
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("f", [24, 64])  # of which the first one does not fill vectors
 def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, device, f):
     rng = torch.Generator().manual_seed(0)

@@ -39,15 +39,17 @@ struct Worst {
 
 struct Report {
   Worst exp{"exp_ulp", 0, 0}, exp_below{"exp_below_relative", 0, 0},
-      exp_above{"exp_above_ulp", 0, 0}, exp_for_bf16{"exp_for_bf16_relative", 0, 0},
-      reciprocal{"reciprocal_ulp", 0, 0}, reciprocal_for_bf16{"reciprocal_for_bf16_relative", 0, 0},
-      log{"log_excess", 0, 0}, nan{"nan_lost", 0, 0};
+      exp_above{"exp_above_ulp", 0, 0}, exp_both_ways{"exp_both_ways_ulp", 0, 0},
+      exp_for_bf16{"exp_for_bf16_relative", 0, 0},
+      reciprocal_for_bf16{"reciprocal_for_bf16_relative", 0, 0}, log{"log_excess", 0, 0},
+      nan{"nan_lost", 0, 0};
 
   template <class Visit>
   void each(Report& other, Visit visit) {
     visit(exp, other.exp), visit(exp_below, other.exp_below);
-    visit(exp_above, other.exp_above), visit(exp_for_bf16, other.exp_for_bf16);
-    visit(reciprocal, other.reciprocal), visit(reciprocal_for_bf16, other.reciprocal_for_bf16);
+    visit(exp_above, other.exp_above), visit(exp_both_ways, other.exp_both_ways);
+    visit(exp_for_bf16, other.exp_for_bf16);
+    visit(reciprocal_for_bf16, other.reciprocal_for_bf16);
     visit(log, other.log), visit(nan, other.nan);
   }
 };
@@ -72,14 +74,24 @@ void see_exponentials(Report& report, const Vec& xs) {
   }
 }
 
+void see_both_ways(Report& report, const Vec& xs) {
+  const BothWays es = exp_both_ways_within(xs);
+  for (int i = 0; i < LANES; i++) {
+    const float x = xs[i];
+    if (std::isnan(x)) report.nan.see(!std::isnan(es.up[i]) + !std::isnan(es.down[i]), x);
+    if (!(std::fabs(x) <= 87)) continue;
+    const double up = std::exp((double)x), down = std::exp(-(double)x);
+    report.exp_both_ways.see(in_ulp(es.up[i] - up, up), x);
+    report.exp_both_ways.see(in_ulp(es.down[i] - down, down), x);
+  }
+}
+
 void see_others(Report& report, const Vec& xs) {
-  const Vec rs = reciprocal(xs), coarse = reciprocal_for_bf16(xs), ls = log(xs);
+  const Vec coarse = reciprocal_for_bf16(xs), ls = log(xs);
   for (int i = 0; i < LANES; i++) {
     const double x = xs[i], truth = 1 / x;
-    if (is_normal(x) && is_normal(truth)) {
-      report.reciprocal.see(in_ulp(rs[i] - truth, truth), xs[i]);
+    if (is_normal(x) && is_normal(truth))
       report.reciprocal_for_bf16.see(std::fabs(coarse[i] / truth - 1), xs[i]);
-    }
     if (x > 0 && is_normal(x)) {
       const double ln = std::log(x);
       const double allowed = 1e-7 + 2 * std::ldexp(1.0, std::max(std::ilogb(ln), -126) - 23);
@@ -102,6 +114,7 @@ int main(int argc, char** argv) {
       VecU bits;
       for (int i = 0; i < LANES; i++) bits[i] = (uint32_t)((first + i) * stride);
       see_exponentials(own, (Vec)bits);
+      see_both_ways(own, (Vec)bits);
       see_others(own, (Vec)bits);
     }
 #pragma omp critical

@@ -1,0 +1,245 @@
+// The feature map of tokens that are rows, lanes along features (features.h).
+#include "features.h"
+
+namespace lol {
+namespace LOL_ISA {
+namespace {
+
+// Of one token, over its features in each lane.
+struct Sums {
+  Vec side, upper;
+};
+
+// Writes exp(z - max z) in place of z and, if two-sided, exp(min z - z) into `upper`.
+template <bool two_sided>
+Sums exponentials_below_one(float* z, float* upper, int f) {
+  const auto inside = [=](int i) { return lane_index() < splat_int(f - i); };
+  const Vec first = splat(z[0]);
+  Vec top = first, bottom = first;
+  for (int i = 0; i < f; i += LANES) {
+    const Vec x = select(inside(i), load(z + i), first);
+    top = max(top, x);
+    bottom = min(bottom, x);
+  }
+  const Vec most = splat(horizontal_max(top)), least = splat(-horizontal_max(-bottom));
+  Sums sums = {};
+  for (int i = 0; i < f; i += LANES) {
+    const auto term = [&](float* to, Vec exponent) {
+      const Vec e = exp(exponent);
+      store(to + i, e);
+      return select(inside(i), e, Vec{});
+    };
+    const Vec x = load(z + i);
+    sums.side += term(z, x - most);
+    if (two_sided) sums.upper += term(upper, least - x);
+  }
+  return sums;
+}
+
+// As exponentials() in features.cpp. A softmax of z that stay within 40, as they mostly do, needs
+// no shift, and so no maximum of all lanes: e^40 times MAX_FEATURES is finite, and so is its
+// reciprocal. Behind z's f numbers are zeros, up to a whole vector.
+template <bool two_sided>
+inline Sums exponentials_of_token(float* z, float* upper, int f, bool normalize) {
+  Vec magnitude = {};
+  for (int i = 0; i < f; i += LANES) magnitude = max_magnitude(magnitude, load(z + i));
+  if (!normalize || !all_at_most(magnitude, 40.0f))
+    return exponentials_below_one<two_sided>(z, upper, f);
+  Sums sums = {};
+  const auto vector = [&](int i, auto inside) {
+    const Vec x = load(z + i);
+    const BothWays e = two_sided ? exp_both_ways_within(x) : BothWays{exp_within(x), Vec{}};
+    store(z + i, e.up);
+    sums.side += inside(e.up);
+    if (!two_sided) return;
+    store(upper + i, e.down);
+    sums.upper += inside(e.down);
+  };
+  int i = 0;
+  for (; i + LANES <= f; i += LANES) vector(i, [](Vec v) { return v; });
+  const VecI first = lane_index() < splat_int(f - i);
+  if (i < f) vector(i, [=](Vec v) { return select(first, v, Vec{}); });
+  return sums;
+}
+
+// Vectors on their way past the caches, one between two steps of the next product: where they
+// follow one another, they wait for line buffers, of which a core has some 16.
+struct Unwritten {
+  const float* from;
+  float* to;
+  int64_t vectors;
+
+  bool any() const { return vectors > 0; }
+  void write_one() {
+    stream(to, load(from));
+    from += LANES;
+    to += LANES;
+    vectors--;
+  }
+};
+
+// z [n x ld] = x W for `vectors` vectors of features from W on, whose rows are ldw apart. Each of
+// the n * vectors sums is one chain in registers, or two of even and odd d.
+template <int n, int vectors, int chains>
+__attribute__((noinline)) void project(const float* const* x, const float* weight, int64_t ldw,
+                                       int D, float* z, int ld, Unwritten& before) {
+  const float* row[n];
+  Vec sums[chains][n][vectors];
+  LOL_UNROLL for (int r = 0; r < n; r++) {
+    row[r] = x[r];
+    LOL_UNROLL for (int c = 0; c < chains; c++) {
+      LOL_UNROLL for (int i = 0; i < vectors; i++) sums[c][r][i] = Vec{};
+    }
+  }
+  int d = 0;
+  for (; d + chains <= D; d += chains) {
+    LOL_UNROLL for (int c = 0; c < chains; c++, weight += ldw) {
+      Vec w[vectors];
+      LOL_UNROLL for (int i = 0; i < vectors; i++) w[i] = load(weight + i * LANES);
+      LOL_UNROLL for (int r = 0; r < n; r++) {
+        const Vec at = splat(row[r][d + c]);
+        LOL_UNROLL for (int i = 0; i < vectors; i++) sums[c][r][i] += at * w[i];
+      }
+    }
+    if (before.any()) before.write_one();
+  }
+  LOL_UNROLL for (int r = 0; r < n; r++) {
+    LOL_UNROLL for (int i = 0; i < vectors; i++) {
+      Vec sum = sums[0][r][i];
+      if (chains > 1 && d < D) sum += row[r][d] * load(weight + i * LANES);
+      if (chains > 1) sum += sums[chains - 1][r][i];
+      store(z + r * ld + i * LANES, sum);
+    }
+  }
+}
+
+// The same for all whole vectors of features, as many at once as there are registers for; returns
+// how many features they have.
+template <int n, int chains>
+inline int project(const FeatureMap& map, const float* const* x, const float* weight, int64_t ldw,
+                   float* z, int ld, Unwritten& before) {
+  constexpr int most = n > 1 && LANES < 16 ? 2 : 4;
+  int j = 0;
+  const auto while_there_are = [&](auto run, int vectors) {
+    for (; j + vectors * LANES <= ldw; j += vectors * LANES)
+      run(x, weight + j, ldw, map.D, z + j, ld, before);
+  };
+  while_there_are(project<n, most, chains>, most);
+  if (most > 2) while_there_are(project<n, 2, chains>, 2);
+  while_there_are(project<n, 1, chains>, 1);
+  return j;
+}
+
+// Rows of features.
+struct Rows {
+  float* phi;
+  int64_t stride;
+};
+
+// The features of n tokens from their z [n x ld], which is lost. `upper` is as large. `ahead` of
+// each x, unless 0, is a row that is wanted soon. known_f: f, or 0 for any; loops whose length the
+// compiler knows save 5 % of all.
+template <int n, bool two_sided, int known_f>
+inline void exponentials_of_tokens(const FeatureMap& map, const float* const* x, int64_t ahead,
+                                   float* z, float* upper, int ld, Rows to) {
+  const int f = known_f ? known_f : map.f;
+  const bool normalize = map.activation == LOL_SOFTMAX;
+  constexpr int sides = two_sided ? 2 : 1, padded_sums = (n * sides + 3) / 4 * 4;
+  Vec sums[padded_sums];
+  for (int r = 0; r < n; r++) {
+    // Here nothing else is on its way to or from memory.
+    for (int d = 0; ahead && d < map.D; d += 16) __builtin_prefetch(x[r] + ahead + d);
+    const Sums s = exponentials_of_token<two_sided>(z + r * ld, upper + r * ld, f, normalize);
+    sums[sides * r] = s.side;
+    if (two_sided) sums[sides * r + 1] = s.upper;
+  }
+  for (int r = n * sides; r < padded_sums; r++) sums[r] = Vec{};
+  float factors[padded_sums];
+  for (int r = 0; r < padded_sums; r += 4) {
+    const Vec4 four = normalize ? 1.0f / sums_of_4(sums + r) : Vec4{1, 1, 1, 1};
+    memcpy(factors + r, &four, sizeof(four));
+  }
+  for (int r = 0; r < n * sides; r++) {
+    const int token = r / sides, side = r % sides;
+    const float* e = (side ? upper : z) + token * ld;
+    float* phi = to.phi + token * to.stride + side * f;
+    const auto feature = [&](int i) { return max(load(e + i) * factors[r], splat(map.eps)); };
+    int i = 0;
+    for (; i + LANES <= f; i += LANES) store(phi + i, feature(i));
+    if (i < f) store_first(phi + i, feature(i), f - i);
+  }
+}
+
+template <int n>
+inline void activate(const FeatureMap& map, const float* const* x, int64_t ahead, float* z,
+                     float* upper, int ld, Rows to) {
+  const int f = map.f;
+  for (int r = 0; r < n; r++) {
+    for (int j = 0; map.bias && j < f; j++) z[r * ld + j] += map.bias[j];
+    for (int j = 0; map.skip && j < f; j++) z[r * ld + j] += x[r][j];
+  }
+  if (is_exponential(map.activation)) {
+    const auto run = !map.two_sided ? exponentials_of_tokens<n, false, 0>
+                     : f == 64      ? exponentials_of_tokens<n, true, 64>
+                                    : exponentials_of_tokens<n, true, 0>;
+    return run(map, x, ahead, z, upper, ld, to);
+  }
+  for (int r = 0; r < n; r++) {
+    const float* z_of = z + r * ld;
+    const float half_norm = map.activation == LOL_FAVOR ? 0.5f * dot(x[r], x[r], map.D) : 0.0f;
+    for (int j = 0; j < f; j += LANES)
+      store_first(to.phi + r * to.stride + j, activated(map, load(z_of + j), splat(half_norm)),
+                  f - j);
+  }
+}
+
+}  // namespace
+
+void features_of_token(const FeatureMap& map, const float* x, float* phi) {
+  if (!map.weight) {
+    memcpy(phi, x, sizeof(float) * map.D);
+    return;
+  }
+  const int f = map.f, ld = padded(f);
+  float z[MAX_FEATURES + LANES], upper[MAX_FEATURES + LANES];
+  Unwritten none = {};
+  const int j = project<1, 2>(map, &x, map.weight, f, z, ld, none);
+  fill(z + j, ld - j, 0.0f);
+  for (int d = 0; j < f && d < map.D; d++) {
+    for (int i = j; i < f; i++) z[i] += x[d] * map.weight[d * f + i];
+  }
+  activate<1>(map, &x, 0, z, upper, ld, {phi, 0});
+}
+
+void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scratch) {
+  const int ld = padded(map.f), size = TOKENS_AT_ONCE * ld;
+  float *z = scratch, *upper = z + size, *phi = upper + size, *whole_rows = phi + 2 * size;
+  const float* weight = map.weight;
+  if (ld != map.f) {
+    for (int d = 0; d < map.D; d++)
+      load_row(whole_rows + d * ld, (const char*)(weight + d * map.f), map.f, LOL_F32);
+    weight = whole_rows;
+  }
+  const bool streamed =
+      at.streamed && ld == map.f && (uintptr_t)at.phi % sizeof(Vec) == 0 && at.phi_stride == map.F;
+  Unwritten before = {};
+  const auto tokens = [&](auto project_some, auto activate_some, int64_t i, int n) {
+    const float* x[TOKENS_AT_ONCE];
+    for (int r = 0; r < n; r++) x[r] = at.x + (i + r) * at.x_stride;
+    project_some(map, x, weight, ld, z, ld, before);
+    while (before.any()) before.write_one();
+    float* to = at.phi + i * at.phi_stride;
+    const int64_t ahead = i + 2 * n <= at.n ? n * at.x_stride : 0;
+    activate_some(map, x, ahead, z, upper, ld, Rows{streamed ? phi : to, at.phi_stride});
+    if (streamed) before = {phi, to, (int64_t)n * map.F / LANES};
+  };
+  // The last ones one by one: a token's features are the same to the bit either way.
+  int64_t i = 0;
+  for (; i + TOKENS_AT_ONCE <= at.n; i += TOKENS_AT_ONCE)
+    tokens(project<TOKENS_AT_ONCE, 1>, activate<TOKENS_AT_ONCE>, i, TOKENS_AT_ONCE);
+  for (; i < at.n; i++) tokens(project<1, 1>, activate<1>, i, 1);
+  while (before.any()) before.write_one();
+}
+
+}  // namespace LOL_ISA
+}  // namespace lol
