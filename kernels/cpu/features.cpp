@@ -6,51 +6,64 @@ namespace {
 
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
-// Writes exp(z - max z) and, if two-sided, exp(-(z - min z)) behind it, divided by their sums if
-// the map is a softmax, and clamped. z [F x BLOCK], of which f rows of LANES are given, is lost.
-//
-// One exponential serves both sides of a softmax: with e = exp(z - c), c the middle of z's range,
-// the other is 1 / e, and the factors exp(c - max z) and exp(min z - c) cancel. Where the range is
-// so wide that e could leave the normal floats, each side takes its own exponential.
+// exp(z - max z) in place of z and exp(min z - z) in `upper`, which is null for one side; the sums
+// of both.
+template <Format format>
+inline BothWays exponentials_below_one(float* z, float* upper, int f) {
+  Vec top = load(z), bottom = top;
+  for (int i = 1; i < f; i++) {
+    const Vec x = load(z + i * BLOCK);
+    top = max(top, x);
+    bottom = min(bottom, x);
+  }
+  BothWays sums = {};
+  for (int i = 0; i < f; i++) {
+    const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - top);
+    sums.up += e;
+    store(z + i * BLOCK, e);
+    if (!upper) continue;
+    const Vec u = exp_for<format>(bottom - x);
+    sums.down += u;
+    store(upper + i * BLOCK, u);
+  }
+  return sums;
+}
+
+// The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum,
+// where none of LANES tokens has a z too large for that, as is mostly so.
+template <Format format>
+inline BothWays exponentials_of_softmax(float* z, float* upper, int f) {
+  // Two chains, which wait for one another half as long.
+  Vec magnitudes[2] = {max_magnitude(Vec{}, load(z + (f - 1) * BLOCK)), Vec{}};
+  for (int i = 0; i + 1 < f; i += 2) {
+    for (int r = 0; r < 2; r++)
+      magnitudes[r] = max_magnitude(magnitudes[r], load(z + (i + r) * BLOCK));
+  }
+  if (!all_at_most(max(magnitudes[0], magnitudes[1]), UNSHIFTED))
+    return exponentials_below_one<format>(z, upper, f);
+  BothWays sums = {};
+  for (int i = 0; i < f; i++) {
+    const Vec x = load(z + i * BLOCK);
+    const BothWays e =
+        upper ? exp_both_ways_within_for<format>(x) : BothWays{exp_for<format>(x), Vec{}};
+    sums.up += e.up;
+    store(z + i * BLOCK, e.up);
+    if (!upper) continue;
+    sums.down += e.down;
+    store(upper + i * BLOCK, e.down);
+  }
+  return sums;
+}
+
+// Exponentials of z [F x BLOCK], of which f rows of LANES are given and lost, and if two-sided of
+// -z behind them, divided by their sums if the map is a softmax, and clamped.
 template <Format format, class Write>
 inline void exponentials(const FeatureMap& map, float* z, Write write) {
   const int f = map.f;
-  const bool two_sided = map.two_sided, normalize = map.activation == LOL_SOFTMAX;
-  float* upper = z + f * BLOCK;
-  // Two chains each, which wait for one another half as long.
-  const Vec first = load(z), last = load(z + (f - 1) * BLOCK);
-  Vec tops[2] = {first, last}, bottoms[2] = {first, last};
-  for (int i = 1; i + 1 < f; i += 2) {
-    for (int r = 0; r < 2; r++) {
-      const Vec x = load(z + (i + r) * BLOCK);
-      tops[r] = max(tops[r], x);
-      bottoms[r] = min(bottoms[r], x);
-    }
-  }
-  const Vec top = max(tops[0], tops[1]), bottom = min(bottoms[0], bottoms[1]);
-  constexpr float WIDE = 160.0f;  // e^80 times MAX_FEATURES is finite, and so is its reciprocal
-  const Vec half = 0.5f * (top - bottom);
-  Vec sum = {}, upper_sum = {};
-  if (two_sided && normalize && all_at_most(half, 0.5f * WIDE)) {
-    const Vec middle = bottom + half;
-    for (int i = 0; i < f; i++) {
-      const BothWays e = exp_both_ways_within_for<format>(load(z + i * BLOCK) - middle);
-      sum += e.up;
-      upper_sum += e.down;
-      store(z + i * BLOCK, e.up);
-      store(upper + i * BLOCK, e.down);
-    }
-  } else {
-    for (int i = 0; i < f; i++) {
-      const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - top);
-      sum += e;
-      store(z + i * BLOCK, e);
-      if (!two_sided) continue;
-      const Vec u = exp_for<format>(bottom - x);
-      upper_sum += u;
-      store(upper + i * BLOCK, u);
-    }
-  }
+  const bool normalize = map.activation == LOL_SOFTMAX;
+  float* upper = map.two_sided ? z + f * BLOCK : nullptr;
+  const BothWays sums = normalize ? exponentials_of_softmax<format>(z, upper, f)
+                                  : exponentials_below_one<format>(z, upper, f);
   const auto write_side = [&](int begin, Vec side_sum) {
     const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f), floor = splat(map.eps);
     const auto feature = [&](int i) { return max(load(z + i * BLOCK) * factor, floor); };
@@ -58,8 +71,8 @@ inline void exponentials(const FeatureMap& map, float* z, Write write) {
     for (; i + 2 <= begin + f; i += 2) write.two(i, feature(i), feature(i + 1));
     if (i < begin + f) write.one(i, feature(i));
   };
-  write_side(0, sum);
-  if (two_sided) write_side(f, upper_sum);
+  write_side(0, sums.up);
+  if (upper) write_side(f, sums.down);
 }
 
 // Features of LANES tokens, in fp32 [F x BLOCK],

@@ -7,6 +7,11 @@
 namespace lol {
 namespace LOL_ISA {
 
+constexpr int MAX_FEATURES = 512;
+// The largest |z| that a softmax takes as it is: e^80 times MAX_FEATURES is a normal float, and so
+// is its reciprocal.
+constexpr float UNSHIFTED = 80.0f;
+
 struct FeatureMap {
   const float* weight;  // [D x f] of one head, or pairs; null: phi(x) = x
   Format format;        // of weight and of x
@@ -83,7 +88,6 @@ struct FeaturePairs {
 void features_in_pairs(const FeatureMap& map, const float* x, float factor, float* scratch,
                        FeaturePairs to);
 
-constexpr int MAX_FEATURES = 512;
 // features_of_tokens.cpp: lanes along features, for tokens that are rows: of one, for the decode
 // step,
 void features_of_token(const FeatureMap& map, const float* x, float* phi);

@@ -36,14 +36,13 @@ Sums exponentials_below_one(float* z, float* upper, int f) {
   return sums;
 }
 
-// As exponentials() in features.cpp. A softmax of z that stay within 40, as they mostly do, needs
-// no shift, and so no maximum of all lanes: e^40 times MAX_FEATURES is finite, and so is its
-// reciprocal. Behind z's f numbers are zeros, up to a whole vector.
+// The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum over
+// lanes, where z is not too large for that. Behind z's f numbers are zeros, up to a whole vector.
 template <bool two_sided>
 inline Sums exponentials_of_token(float* z, float* upper, int f, bool normalize) {
   Vec magnitude = {};
   for (int i = 0; i < f; i += LANES) magnitude = max_magnitude(magnitude, load(z + i));
-  if (!normalize || !all_at_most(magnitude, 40.0f))
+  if (!normalize || !all_at_most(magnitude, UNSHIFTED))
     return exponentials_below_one<two_sided>(z, upper, f);
   Sums sums = {};
   const auto vector = [&](int i, auto inside) {

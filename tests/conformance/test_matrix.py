@@ -93,7 +93,7 @@ def test_feature_map_is_exact_however_far_apart_its_features_are(
     """Each token spreads its ``z`` over another range, up to where exponentials leave fp32; one
     entry, another one in each token, is at its end."""
     rng = torch.Generator().manual_seed(f)
-    ranges = torch.tensor([1.0, 40.0, 40.1, 79.0, 87.0, 161.0, 1000.0]).repeat(2 * f)
+    ranges = torch.tensor([1.0, 40.0, 79.9, 80.1, 87.0, 161.0, 1000.0]).repeat(2 * f)
     ranges[::2] *= -1
     z = (2 * torch.rand(len(ranges), f, generator=rng) - 1) * ranges[:, None]
     tokens = torch.arange(len(ranges))
@@ -110,6 +110,27 @@ def test_feature_map_is_exact_however_far_apart_its_features_are(
         )
     )
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("far", [79.9, 80.1, 1000.0])
+def test_features_of_attention_are_exact_however_far_apart_they_are(
+    backend, device, two_sided, far
+):
+    """With lanes along tokens. A sum over a sequence's keys shows their features; one of the keys, in
+    turn, has an entry far from the others."""
+    f, T = 5, 34
+    k = torch.randn(T, 1, T, f, generator=torch.Generator().manual_seed(0))
+    k[torch.arange(T), :, torch.arange(T), 2] = far
+    want = lo.reference.feature_map(
+        k.double(), lo.Features(torch.eye(f)[None].double(), None, "softmax", two_sided)
+    )
+    features = lo.Features(torch.eye(f)[None], None, "softmax", two_sided)
+    _, state = lo.linear_attention(
+        k, k, k, feature_q=features, feature_k=features, return_state=True, backend=backend
+    )
+    torch.testing.assert_close(state.ksum.double(), want.sum(2), rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
