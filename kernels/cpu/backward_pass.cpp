@@ -59,9 +59,9 @@ void QueryBlock::load(int64_t head, int64_t position) {
 void QueryBlock::prefetch(int64_t head, int64_t position) const {
   const int64_t count = at_most(BLOCK, run_.s.tokens - position);
   if (position < 0 || count <= 0) return;
-  prefetch_rows(tokens_of(run_.p.q, run_.s, head), position, count);
-  prefetch_rows(tokens_of(run_.b.dy, run_.s, head), position, count);
-  if (new_delta_) prefetch_rows(tokens_of(run_.b.y, run_.s, head), position, count);
+  request_rows(tokens_of(run_.p.q, run_.s, head), position, count);
+  request_rows(tokens_of(run_.b.dy, run_.s, head), position, count);
+  if (new_delta_) request_rows(tokens_of(run_.b.y, run_.s, head), position, count);
 }
 
 }  // namespace LOL_ISA

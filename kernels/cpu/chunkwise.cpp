@@ -103,8 +103,8 @@ void KeyTiles::load(KeyTile& tile, int64_t start, int64_t end, bool sink) {
     if (tile.v_lanes) load_lanes(tile.v_lanes, v_, start, tile.n, format_, row_tile_, sink);
   }
   const int64_t ahead = at_most(BLOCK, end - start - tile.n);
-  prefetch_rows(k_, start + tile.n, ahead);
-  prefetch_rows(v_, start + tile.n, ahead);
+  request_rows(k_, start + tile.n, ahead);
+  request_rows(v_, start + tile.n, ahead);
 }
 
 const float* KeyTiles::phi(KeyTile& tile) {

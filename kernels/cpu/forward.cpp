@@ -55,12 +55,12 @@ class Pass {
     const Sequence& s = *run_.sequence;
     Tokens from = tokens_of(p_.q, s, h), to = tokens_of(out_.o, s, h);
     from.past = to.past = run_.past;
+    const int64_t ahead = at_most(BLOCK, run_.total - first - n);
+    request_rows(from, first + n, ahead);
+    request_rows(to, first + n, ahead);
     const Queries block = c.load_queries(h, first, n, from, p_.lambda(h));
     const Sums& sums = c.attend(block, h);
     store_rows(to, first, n, sums.y);
-    const int64_t ahead = at_most(BLOCK, run_.total - first - n);
-    prefetch_rows(from, first + n, ahead);
-    prefetch_rows(to, first + n, ahead);
     const int64_t row0 = (s.batch * p_.heads() + h) * T;
     for (int64_t i = 0; i < n; i++) {
       const int64_t row = row0 + s.row(first + i - run_.past);

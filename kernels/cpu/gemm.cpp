@@ -1,5 +1,7 @@
 #include "gemm.h"
 
+#include "requests.h"
+
 namespace lol {
 namespace LOL_ISA {
 namespace {
@@ -114,6 +116,7 @@ struct Product {
   const Term* term;
   float* c;
   int64_t ldc;
+  Requests* requests;
 };
 
 inline bool banded(const Product& p) {
@@ -153,6 +156,7 @@ inline void panel(const Product& p, int m, int n) {
   for (; m + R <= p.M && !(R < 2 * LESS && p.M - m == 2 * LESS); m += R) {
     if (anew || terms < 0) terms = depths_of<format, into>(p, m, m + R, n, n + P * LANES, depths);
     if (terms < 0) continue;
+    p.requests->ask_some();
     micro<format, R, P, into, ROW>(depths, terms, m * row, row, p.c + m * p.ldc + n, p.ldc);
   }
   if constexpr (LESS > 0) {
@@ -266,7 +270,8 @@ void multiply_by_tiles(const Product& all, Into into) {
   if (tiled_rows < p.M) {
     Term below[MOST_TERMS];
     for (int t = 0; t < p.terms; t++) (below[t] = terms[t]).a.data += tiled_rows * terms[t].a.row;
-    const Product rest = {p.M - tiled_rows, p.N, p.terms, below, p.c + tiled_rows * p.ldc, p.ldc};
+    const Product rest = {p.M - tiled_rows,         p.N,   p.terms,   below,
+                          p.c + tiled_rows * p.ldc, p.ldc, p.requests};
     multiply<Format::bf16_pairs>(rest, into);
   }
   if (tiled_rows == 0) return;
@@ -299,7 +304,7 @@ void multiply_by_tiles(const Product& all, Into into) {
 
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
           Into into) {
-  const Product product = {M, N, terms, term, c, ldc};
+  const Product product = {M, N, terms, term, c, ldc, &Requests::of_thread()};
 #if defined(LOL_MATRIX_UNIT)
   if (format == Format::bf16_pairs) return multiply_by_tiles(product, into);
 #elif defined(LOL_PAIRS)

@@ -9,6 +9,7 @@
 
 #include "gemm.h"
 #include "problem.h"
+#include "requests.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -126,14 +127,25 @@ static inline void load_rows(float* dst, const Tokens& t, int64_t position, int6
   memset(dst + n * ld, 0, 4 * (size_t)((BLOCK - n) * ld));
 }
 
-// Asks for the rows of the n tokens from `position` on while the products before them run: rows of
-// one head lie too far apart for the hardware to foresee a tile of them.
+// Asks for the rows of the n tokens from `position` on, for work that has no products to ask for
+// them in the midst of,
 static inline void prefetch_rows(const Tokens& t, int64_t position, int64_t n) {
   for (int64_t i = 0; i < n; i++) {
     const char* row = t.row(position + i);
     asm volatile("" : "+r"(row));  // GCC drops functions that do nothing but prefetch
     for (int64_t at = 0; at < t.row_bytes(); at += 64) __builtin_prefetch(row + at, 0, 2);
   }
+}
+// or has them asked for by the products to come: rows of one head lie too far apart for the
+// hardware to foresee a tile of them.
+static inline void request_rows(const Tokens& t, int64_t position, int64_t n) {
+  if (n <= 0) return;
+  bool at_once = !t.evenly_spaced(position, n);
+#ifdef LOL_MATRIX_UNIT
+  if (t.dtype == LOL_BF16) at_once = true;  // its products want the line buffers for themselves
+#endif
+  if (at_once) return prefetch_rows(t, position, n);
+  Requests::of_thread().add(t.row(position), t.stride, n, t.row_bytes());
 }
 
 static inline void store_rows(const Tokens& t, int64_t position, int64_t n, const float* src) {
