@@ -118,8 +118,8 @@ def test_feature_map_is_exact_however_far_apart_its_features_are(
 def test_features_of_attention_are_exact_however_far_apart_they_are(
     backend, device, two_sided, far
 ):
-    """With lanes along tokens. A sum over a sequence's keys shows their features; one of the keys, in
-    turn, has an entry far from the others."""
+    """With lanes along tokens. A sum over a sequence's keys shows their features; one key of each
+    sequence, another one in each, has an entry far from the others."""
     f, T = 5, 34
     k = torch.randn(T, 1, T, f, generator=torch.Generator().manual_seed(0))
     k[torch.arange(T), :, torch.arange(T), 2] = far
