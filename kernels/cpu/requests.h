@@ -24,8 +24,8 @@ class Requests {
     pending_ += last.count * last.lines;
   }
 
-  // Before each tile of a product that registers hold, of which a block has 50 to 200: so many that
-  // a block's 500 to 1000 lines are under way half a block later.
+  // Before each tile of a product that registers hold, of which a block has 50 to 200: by the end
+  // of a block, nearly all of the 500 to 1000 lines that it added are under way.
   void ask_some() {
     if (pending_ > 0) ask(pending_ < 256 ? pending_ / 16 + 1 : 16);
   }
