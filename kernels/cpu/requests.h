@@ -1,11 +1,45 @@
-// Lines of memory that a thread will want soon, asked for a few at a time in the midst of its
-// products: all at once, a tile's 128 would wait for line buffers, of which a core has some 16, and
-// the thread with them.
+// Lines of memory that a thread will want soon, asked for one at a time in the midst of its
+// products: more would wait for line buffers, of which a core has some 16, and the thread with
+// them.
 #pragma once
 #include "simd.h"
 
 namespace lol {
 namespace LOL_ISA {
+
+// Rows that are asked for from the first on, line by line: a product takes a copy, asks while it
+// runs, and says how far it came.
+struct WantedRows {
+  static constexpr int LINE = 64;
+
+  // Addresses as numbers, since a product goes on past the last row, by so many lines as it has
+  // turns left. Asking for what is not there does nothing.
+  uintptr_t line, row_end, end;
+  int64_t stride, to_next_row;  // between rows; past the last line of one
+
+  static WantedRows at(const char* first, int64_t stride, int64_t count, int64_t bytes) {
+    if (stride <= bytes) {  // one behind the other; or on top of each other: one has to do
+      if (stride == bytes) bytes *= count;
+      stride = bytes;
+      count = 1;
+    }
+    const uintptr_t line = (uintptr_t)first, row_end = line + (uintptr_t)bytes;
+    return {line, row_end, row_end + (uintptr_t)(stride * (count - 1)), stride,
+            stride - (bytes + LINE - 1) / LINE * LINE};
+  }
+  // The same line again and again.
+  static WantedRows none(const void* line) { return {(uintptr_t)line, 0, UINTPTR_MAX, 0, -LINE}; }
+  bool are_none() const { return end == UINTPTR_MAX; }
+
+  void ask() {
+    __builtin_prefetch((const char*)line, 0, 2);
+    line += LINE;
+    if (line < row_end) return;
+    line += (uintptr_t)to_next_row;
+    row_end += (uintptr_t)stride;
+  }
+  bool asked() const { return line >= end; }
+};
 
 class Requests {
  public:
@@ -15,49 +49,35 @@ class Requests {
     return requests;
   }
 
-  // Of so many rows, `stride` bytes apart. First in, first out; if there are more than are asked
-  // for in time, the first ones are, at once.
-  void add(const char* row, int64_t stride, int64_t rows, int64_t bytes) {
-    if (count_ == MOST) ask(lines_ + rows_[first_].count * rows_[first_].lines);
-    const Rows& last =
-        rows_[(first_ + count_++) % MOST] = {row, stride, (int)rows, (int)((bytes + 63) / 64)};
-    pending_ += last.count * last.lines;
+  // First in, first out; if there are more than are asked for in time, the first ones are, at once.
+  void add(const WantedRows& rows) {
+    if (count_ == MOST) {
+      while (!at_hand_.asked()) at_hand_.ask();
+      next();
+    }
+    waiting_[(first_ + count_++) % MOST] = rows;
+    if (at_hand_.are_none()) next();
   }
 
-  // Before each tile of a product that registers hold, of which a block has 50 to 200: by the end
-  // of a block, nearly all of the 500 to 1000 lines that it added are under way.
-  void ask_some() {
-    if (pending_ > 0) ask(pending_ < 256 ? pending_ / 16 + 1 : 16);
+  WantedRows& at_hand() {
+    if (at_hand_.asked()) next();
+    return at_hand_;
   }
 
  private:
-  void ask(int lines) {
-    for (; lines > 0; lines--) {
-      if (lines_ == 0) {
-        if (count_ == 0) return;
-        Rows& rows = rows_[first_];
-        line_ = rows.row;
-        lines_ = rows.lines;
-        rows.row += rows.stride;
-        if (--rows.count == 0) first_ = (first_ + 1) % MOST, count_--;
-      }
-      __builtin_prefetch(line_, 0, 2);
-      line_ += 64;
-      lines_--;
-      pending_--;
+  __attribute__((noinline)) void next() {
+    if (count_ == 0) {
+      at_hand_ = WantedRows::none(this);
+      return;
     }
+    at_hand_ = waiting_[first_];
+    first_ = (first_ + 1) % MOST;
+    count_--;
   }
 
-  struct Rows {
-    const char* row;
-    int64_t stride;
-    int count, lines;
-  };
   static constexpr int MOST = 8;  // tiles
-  Rows rows_[MOST];
-  int first_, count_, pending_;  // pending lines
-  const char* line_;             // of the row at hand
-  int lines_;
+  WantedRows at_hand_, waiting_[MOST];
+  int first_, count_;
 };
 
 }  // namespace LOL_ISA

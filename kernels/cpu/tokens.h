@@ -145,7 +145,7 @@ static inline void request_rows(const Tokens& t, int64_t position, int64_t n) {
   if (t.dtype == LOL_BF16) at_once = true;  // its products want the line buffers for themselves
 #endif
   if (at_once) return prefetch_rows(t, position, n);
-  Requests::of_thread().add(t.row(position), t.stride, n, t.row_bytes());
+  Requests::of_thread().add(WantedRows::at(t.row(position), t.stride, n, t.row_bytes()));
 }
 
 static inline void store_rows(const Tokens& t, int64_t position, int64_t n, const float* src) {
