@@ -1,5 +1,7 @@
 """Every operator, forward and backward, on every backend, against the fp64 reference (SPEC 9)."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.cases import FACTORS, Case, cases
@@ -131,6 +133,20 @@ def test_features_of_attention_are_exact_however_far_apart_they_are(
         k, k, k, feature_q=features, feature_k=features, return_state=True, backend=backend
     )
     torch.testing.assert_close(state.ksum.double(), want.sum(2), rtol=1e-5, atol=1e-30)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("strides", [(0, 0, 0, 1), (0, 0, 3, 1), (19200, 16, 64, 1)])
+def test_rows_may_lie_anywhere(backend, device, strides):
+    """On top of each other, overlapping, or those of all heads of a token together."""
+    H, T, D = 4, 300, 16
+    memory = torch.randn(3, 2 * H * T * D, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.as_strided((2, H, T, D), strides) for x in memory)
+    weight = torch.randn(H, D, 8, generator=torch.Generator().manual_seed(1))
+    maps = [lo.Features(weight), lo.Features(weight.flip(1))]
+    attend = partial(lo.hybrid_attention, gate=torch.zeros(H), window=20, backend=backend)
+    apart = (x.contiguous() for x in (q, k, v))
+    assert attend(q, k, v, *maps).equal(attend(*apart, *maps))
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
