@@ -126,7 +126,7 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, RowS
       for_band(band, c, [&](int j, auto keep) {
         const int at = j * BLOCK + c;
         const Vec s = p_.scale * load(piece[t].weights + at);
-        const Vec u = keep(select(s == m, splat(g), g * exp_for<format>(s - m)));
+        const Vec u = keep(select(s == m, splat(g), g * exp_below_one_for<format>(s - m)));
         const Vec du = keep(u * (by_den * load(dp_at(t) + at) - shift));
         r += du;
         total += u;

@@ -179,13 +179,13 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
     // A query with no key so far keeps m = -inf; shifting by 0 instead keeps its (all masked)
     // exponentials finite.
     const Vec shift = select(m == splat(-INFINITY), Vec{}, m);
-    const Vec factor = select(m == before, splat(1.0f), exp(before - shift));
+    const Vec factor = select(m == before, splat(1.0f), exp_below_one(before - shift));
     Vec den = factor * load(out.den + c);
     for (int t = 0; t < count; t++) {
       clear_outside(piece[t].weights, piece[t].softmax, c, piece[t].tile->n);
       for_band(piece[t].softmax, c, [&](int j, auto keep) {
         float* w = piece[t].weights + j * BLOCK + c;
-        const Vec e = keep(g * exp_for<format>(scale * load(w) - shift));
+        const Vec e = keep(g * exp_below_one_for<format>(scale * load(w) - shift));
         den += e;
         store(w, e);
       });

@@ -48,9 +48,9 @@ class Pairs {
         const VecI seen = in_band(w.causal, c, j);
         const Vec s = p_.scale * load(w.teacher + at);
         const Vec unnormalised = select(in_band(w.linear, c, j), lambda * load(w.student + at),
-                                        g * exp(s - load(m + c)));
+                                        g * exp_below_one(s - load(m + c)));
         store(w.student + at, select(seen, unnormalised / load(den + c), Vec{}));
-        store(w.teacher + at, select(seen, exp(s - load(lse + c)), Vec{}));
+        store(w.teacher + at, select(seen, exp_below_one(s - load(lse + c)), Vec{}));
       }
     }
     return tile;

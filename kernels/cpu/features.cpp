@@ -6,10 +6,15 @@ namespace {
 
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
-// exp(z - max z) in place of z and exp(min z - z) in `upper`, which is null for one side; the sums
-// of both.
+// Of LANES tokens: the sums of exponentials, and whether no z was large.
+struct Exponentials {
+  BothWays sums;
+  bool of_small;
+};
+
+// exp(z - max z) in place of z and exp(min z - z) in `upper`, which is null for one side.
 template <Format format>
-inline BothWays exponentials_below_one(float* z, float* upper, int f) {
+inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
   Vec top = load(z), bottom = top;
   for (int i = 1; i < f; i++) {
     const Vec x = load(z + i * BLOCK);
@@ -18,41 +23,41 @@ inline BothWays exponentials_below_one(float* z, float* upper, int f) {
   }
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK), e = exp_for<format>(x - top);
+    const Vec x = load(z + i * BLOCK), e = exp_below_one_for<format>(x - top);
     sums.up += e;
     store(z + i * BLOCK, e);
     if (!upper) continue;
-    const Vec u = exp_for<format>(bottom - x);
+    const Vec u = exp_below_one_for<format>(bottom - x);
     sums.down += u;
     store(upper + i * BLOCK, u);
   }
-  return sums;
+  return {sums, false};
 }
 
 // The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum,
 // where none of LANES tokens has a z too large for that, as is mostly so.
 template <Format format>
-inline BothWays exponentials_of_softmax(float* z, float* upper, int f) {
+inline Exponentials exponentials_of_softmax(float* z, float* upper, int f) {
   // Two chains, which wait for one another half as long.
   Vec magnitudes[2] = {max_magnitude(Vec{}, load(z + (f - 1) * BLOCK)), Vec{}};
   for (int i = 0; i + 1 < f; i += 2) {
     for (int r = 0; r < 2; r++)
       magnitudes[r] = max_magnitude(magnitudes[r], load(z + (i + r) * BLOCK));
   }
-  if (!all_at_most(max(magnitudes[0], magnitudes[1]), UNSHIFTED))
-    return exponentials_below_one<format>(z, upper, f);
+  const Vec magnitude = max(magnitudes[0], magnitudes[1]);
+  if (!all_at_most(magnitude, UNSHIFTED)) return exponentials_below_one<format>(z, upper, f);
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
     const Vec x = load(z + i * BLOCK);
     const BothWays e =
-        upper ? exp_both_ways_within_for<format>(x) : BothWays{exp_for<format>(x), Vec{}};
+        upper ? exp_both_ways_within_for<format>(x) : BothWays{exp_within_for<format>(x), Vec{}};
     sums.up += e.up;
     store(z + i * BLOCK, e.up);
     if (!upper) continue;
     sums.down += e.down;
     store(upper + i * BLOCK, e.down);
   }
-  return sums;
+  return {sums, all_at_most(magnitude, SMALL)};
 }
 
 // Exponentials of z [F x BLOCK], of which f rows of LANES are given and lost, and if two-sided of
@@ -62,17 +67,22 @@ inline void exponentials(const FeatureMap& map, float* z, Write write) {
   const int f = map.f;
   const bool normalize = map.activation == LOL_SOFTMAX;
   float* upper = map.two_sided ? z + f * BLOCK : nullptr;
-  const BothWays sums = normalize ? exponentials_of_softmax<format>(z, upper, f)
-                                  : exponentials_below_one<format>(z, upper, f);
-  const auto write_side = [&](int begin, Vec side_sum) {
-    const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f), floor = splat(map.eps);
-    const auto feature = [&](int i) { return max(load(z + i * BLOCK) * factor, floor); };
+  const Exponentials e = normalize ? exponentials_of_softmax<format>(z, upper, f)
+                                   : exponentials_below_one<format>(z, upper, f);
+  const auto write_side = [&](int begin, Vec side_sum, auto clamped) {
+    const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f);
+    const auto feature = [&](int i) { return clamped(load(z + i * BLOCK) * factor); };
     int i = begin;
     for (; i + 2 <= begin + f; i += 2) write.two(i, feature(i), feature(i + 1));
     if (i < begin + f) write.one(i, feature(i));
   };
-  write_side(0, sums.up);
-  if (upper) write_side(f, sums.down);
+  const auto write_all = [&](auto clamped) {
+    write_side(0, e.sums.up, clamped);
+    if (upper) write_side(f, e.sums.down, clamped);
+  };
+  if (e.of_small && map.eps <= LEAST_OF_SMALL) return write_all([](Vec phi) { return phi; });
+  const Vec floor = splat(map.eps);
+  write_all([=](Vec phi) { return max(phi, floor); });
 }
 
 // Features of LANES tokens, in fp32 [F x BLOCK],

@@ -11,6 +11,8 @@ constexpr int MAX_FEATURES = 512;
 // The largest |z| that a softmax takes as it is: e^80 times MAX_FEATURES is a normal float, and so
 // is its reciprocal.
 constexpr float UNSHIFTED = 80.0f;
+// With |z| up to SMALL, features of a softmax are LEAST_OF_SMALL or more: e^-20 / MAX_FEATURES.
+constexpr float SMALL = 10.0f, LEAST_OF_SMALL = 4.0e-12f;
 
 struct FeatureMap {
   const float* weight;  // [D x f] of one head, or pairs; null: phi(x) = x
@@ -58,7 +60,7 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
 static inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
   if (map.activation == LOL_IDENTITY) return z;
   Vec y = z;  // relu's: eps is no less than 0
-  if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp(min(z, Vec{})));
+  if (map.activation == LOL_ELU1) y = select(z > Vec{}, z + 1.0f, exp_below_one(min(z, Vec{})));
   if (map.activation == LOL_FAVOR) y = exp(z - half_norm) * (1.0f / sqrtf((float)map.f));
   return max(y, splat(map.eps));
 }

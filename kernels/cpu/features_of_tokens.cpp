@@ -25,7 +25,7 @@ Sums exponentials_below_one(float* z, float* upper, int f) {
   Sums sums = {};
   for (int i = 0; i < f; i += LANES) {
     const auto term = [&](float* to, Vec exponent) {
-      const Vec e = exp(exponent);
+      const Vec e = exp_below_one(exponent);
       store(to + i, e);
       return select(inside(i), e, Vec{});
     };

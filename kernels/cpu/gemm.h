@@ -47,8 +47,12 @@ enum class Into { set, add };
 // zero past an odd K). Strides count words. C is fp32.
 enum class Format { f32, bf16_pairs };
 template <Format format>
-static inline Vec exp_for(Vec x) {
-  return format == Format::f32 ? exp(x) : exp_for_bf16(x);
+static inline Vec exp_below_one_for(Vec x) {
+  return format == Format::f32 ? exp_below_one(x) : exp_below_one_for_bf16(x);
+}
+template <Format format>
+static inline Vec exp_within_for(Vec x) {
+  return format == Format::f32 ? exp_within(x) : exp_for_bf16_within(x);
 }
 template <Format format>
 static inline BothWays exp_both_ways_within_for(Vec x) {

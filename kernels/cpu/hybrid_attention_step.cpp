@@ -259,7 +259,8 @@ class OneToken {
     for (int64_t i = 0; i < keys; i += LANES) tops = max(tops, load(scores_ + i));
     const float m = horizontal_max(tops);
     for (int64_t i = 0; i < keys; i += LANES) {
-      const Vec s = load(scores_ + i), e = select(s == splat(-INFINITY), Vec{}, exp(s - m));
+      const Vec s = load(scores_ + i);
+      const Vec e = select(s == splat(-INFINITY), Vec{}, exp_below_one(s - m));
       sums += e;
       store(scores_ + i, e);
     }

@@ -171,7 +171,7 @@ constexpr float EXP_TERMS[] = {0.5f, 0.16666578f, 4.1666556e-2f, 8.3631732e-3f, 
 
 // e^x to 1.5 ulp: 2^n e^r. Below -87.33 the result stays at 1.01 * 2^-126 instead of leaving the
 // normal range; above 88.37 it stays at e^88.37; NaN stays NaN. exp_within is for x that are known
-// to lie between.
+// to lie between, exp_below_one for those that are not above; past that they return anything.
 static inline Vec exp_within(Vec x) {
   const Reduced at = reduced(x);
   Vec p = splat(EXP_TERMS[4]);
@@ -179,8 +179,9 @@ static inline Vec exp_within(Vec x) {
   p = p * at.r + 1.0f;
   return times_power_of_2(p * at.r + 1.0f, at.rounded);
 }
-static inline Vec within_exp(Vec x) { return min(max(x, splat(-87.33f)), splat(88.37f)); }
-static inline Vec exp(Vec x) { return exp_within(within_exp(x)); }
+static inline Vec above_least_exponent(Vec x) { return max(x, splat(-87.33f)); }
+static inline Vec exp_below_one(Vec x) { return exp_within(above_least_exponent(x)); }
+static inline Vec exp(Vec x) { return exp_below_one(min(x, splat(88.37f))); }
 
 // e^x and e^-x to 2.5 ulp each, |x| <= 87: even and odd powers of r, added and subtracted, which is
 // less than a reciprocal.
@@ -200,7 +201,7 @@ static inline BothWays exp_both_ways_within(Vec x) {
 
 // e^x to 7e-6, 3e-6 of it the polynomial's, for what is then rounded to bf16: 2^t = 2^n p(t - n), p
 // of degree 4 (minimax with p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by
-// equality), 7 multiplications where exp has 10. Ends like exp.
+// equality), 7 multiplications where exp has 10.
 static inline Vec exp_for_bf16_within(Vec x) {
   const Vec rounded = x * LOG2_E + ROUND_MAGIC, r = x * LOG2_E - (rounded - ROUND_MAGIC);
   Vec p = splat(9.5828557e-3f);
@@ -210,7 +211,9 @@ static inline Vec exp_for_bf16_within(Vec x) {
   p = p * r + 1.0f;
   return times_power_of_2(p, rounded);
 }
-static inline Vec exp_for_bf16(Vec x) { return exp_for_bf16_within(within_exp(x)); }
+static inline Vec exp_below_one_for_bf16(Vec x) {
+  return exp_for_bf16_within(above_least_exponent(x));
+}
 static inline BothWays exp_both_ways_for_bf16_within(Vec x) {
   const Vec up = exp_for_bf16_within(x);
   return {up, reciprocal_for_bf16(up)};

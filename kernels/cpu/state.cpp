@@ -25,12 +25,15 @@ void sum_lanes(float* to, int F, Into into, Row row) {
 
 // to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
 void sum_rows(float* to, const float* tile, int F, int n, Into into) {
-  sum_lanes(to, F, into, [&](int i) {
-    Vec sum = {};
-    for (int j = 0; j < BLOCK; j += LANES)
-      sum += select(lane_index() < splat_int(n - j), load(tile + i * BLOCK + j), Vec{});
-    return sum;
-  });
+  const auto sum_of = [&](auto counted) {
+    sum_lanes(to, F, into, [&](int i) {
+      Vec sum = counted(0, load(tile + i * BLOCK));
+      for (int j = LANES; j < BLOCK; j += LANES) sum += counted(j, load(tile + i * BLOCK + j));
+      return sum;
+    });
+  };
+  if (n == BLOCK) return sum_of([](int, Vec v) { return v; });
+  sum_of([=](int j, Vec v) { return select(lane_index() < splat_int(n - j), v, Vec{}); });
 }
 
 // kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd

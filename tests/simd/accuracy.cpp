@@ -55,21 +55,24 @@ struct Report {
 };
 
 void see_exponentials(Report& report, const Vec& xs) {
-  const Vec es = exp(xs), coarse = exp_for_bf16(xs);
+  const Vec es = exp(xs), below = exp_below_one(xs), coarse = exp_below_one_for_bf16(xs);
   for (int i = 0; i < LANES; i++) {
     const float x = xs[i];
     if (std::isnan(x)) {
-      report.nan.see(!std::isnan(es[i]) + !std::isnan(coarse[i]), x);
+      report.nan.see(!std::isnan(es[i]) + !std::isnan(below[i]) + !std::isnan(coarse[i]), x);
       continue;
     }
     if (x < -87.33f) {  // stays at the least normal float, nearly
       report.exp_below.see(std::fabs(es[i] / LEAST_NORMAL - 1), x);
+      report.exp_below.see(std::fabs(below[i] / LEAST_NORMAL - 1), x);
       report.exp_below.see(std::fabs(coarse[i] / LEAST_NORMAL - 1), x);
       continue;
     }
     const bool above = x > 88.37f;  // stays at e^88.37
     const double truth = std::exp((double)std::min(x, 88.37f));
     (above ? report.exp_above : report.exp).see(in_ulp(es[i] - truth, truth), x);
+    if (above) continue;  // the others are not for those
+    report.exp.see(in_ulp(below[i] - truth, truth), x);
     report.exp_for_bf16.see(std::fabs(coarse[i] / truth - 1), x);
   }
 }
