@@ -16,10 +16,15 @@ Args make_args() {
 // An empty tensor may have no data, but only an absent one has neither dimensions nor data.
 bool is_absent(const lol_tensor& t) { return t.ndim == 0 && !t.data; }
 
+// What no enumeration has stays what none has.
+int32_t enumerator(int64_t value) {
+  return static_cast<int32_t>(std::clamp<int64_t>(value, INT32_MIN, INT32_MAX));
+}
+
 // Arguments, in schema order
 
 void read_activation(Call& call, lol_features& features) {
-  features.activation = static_cast<int32_t>(call.integer("activation"));
+  features.activation = enumerator(call.integer("activation"));
   features.two_sided = call.boolean("two_sided");
   features.skip = call.boolean("skip");
   features.eps = call.number("feature_eps");
@@ -83,7 +88,7 @@ void read_settings(Call& call, lol_linear_attention_args& args) {
 
 void read_settings(Call& call, lol_hybrid_attention_args& args) {
   args.window = call.integer("window");
-  args.window_kind = static_cast<int32_t>(call.integer("window_kind"));
+  args.window_kind = enumerator(call.integer("window_kind"));
   args.sink = call.integer("sink");
   args.scale = call.number("scale");
   args.affine = call.boolean("affine");
@@ -192,7 +197,8 @@ void linear_attention(Call& call) {
   args.context = call.context();
   const bool mapped = !is_absent(args.feature_k.weight);
   const bool packed = !is_absent(args.cu_seqlens);
-  const int64_t sequences = packed ? args.cu_seqlens.shape[0] - 1 : args.q.shape[0];
+  const int64_t sequences =
+      packed ? std::max<int64_t>(args.cu_seqlens.shape[0] - 1, 0) : args.q.shape[0];
   const int64_t heads = mapped ? args.feature_k.weight.shape[0] : args.k.shape[1];
   const int64_t features = mapped ? feature_width(args.feature_k) : args.k.shape[3];
   args.o = sequence_result(call, args.q, args.v.shape[3]);
@@ -262,7 +268,7 @@ void hybrid_attention_step(Call& call) {
   args.state_indices = call.optional_tensor("state_indices");
   read_sequence(call, args);
   args.window = call.integer("window");
-  args.window_kind = static_cast<int32_t>(call.integer("window_kind"));
+  args.window_kind = enumerator(call.integer("window_kind"));
   args.scale = call.number("scale");
   args.affine = call.boolean("affine");
   read_activations(call, args);

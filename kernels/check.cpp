@@ -2,6 +2,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 
 #include "checker.h"
 
@@ -51,10 +52,12 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
 }  // namespace
 
 int fail(const char* format, ...) {
+  char text[sizeof(message)];  // an argument may be the last message
   va_list args;
   va_start(args, format);
-  vsnprintf(message, sizeof(message), format, args);
+  vsnprintf(text, sizeof(text), format, args);
   va_end(args);
+  strcpy(message, text);
   return LOL_EINVAL;
 }
 
@@ -103,6 +106,7 @@ int check(const lol_linear_attention_backward_args& a) {
   LOL_TRY(check_size("linear_attention_backward", a));
   LOL_TRY(c.on_cpu());
   const lol_linear_attention_args& f = a.forward;
+  LOL_TRY(check_size("linear_attention_backward: forward", f));
   LOL_TRY(check_forward(c, f));
   int64_t N;
   LOL_TRY(c.layout(f.cu_seqlens, f.key_padding_mask, f.q.shape[0], f.q.shape[2], &N));
@@ -114,7 +118,10 @@ int check(const lol_linear_attention_backward_args& a) {
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
   LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
                               a.dbias_k));
-  if (!present(f.kv0)) return LOL_OK;
+  if (!present(f.kv0)) {
+    LOL_TRY(c.absent("dkv0", a.dkv0, "kv0"));
+    return c.absent("dksum0", a.dksum0, "ksum0");
+  }
   LOL_TRY(c.contiguous("dkv0", a.dkv0, LOL_F32, {N, Hs, F, V}));
   return c.contiguous("dksum0", a.dksum0, LOL_F32, {N, Hs, F});
 }
@@ -178,9 +185,21 @@ int check(const lol_hybrid_attention_step_args& a) {
     return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
                 (long long)(R - span));
   }
+  // What says where rows are read and written.
+  const auto counters = [&](int64_t slot) {
+    const int64_t length = ((const int64_t*)s.length.data)[slot];
+    const int64_t folded = ((const int64_t*)s.folded.data)[slot];
+    if (folded >= 0 && folded <= length && length - folded <= R && length < INT64_MAX / 2)
+      return (int)LOL_OK;
+    return fail(
+        "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded <= length "
+        "and the rest in the ring of %lld",
+        op, (long long)slot, (long long)length, (long long)slot, (long long)folded, (long long)R);
+  };
   if (!present(a.state_indices)) {
     if (P != N)
       return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);
+    for (int64_t i = 0; !c.on_device() && i < N; i++) LOL_TRY(counters(i));
     return LOL_OK;
   }
   LOL_TRY(c.contiguous("state_indices", a.state_indices, wide ? LOL_I64 : LOL_I32, {N}));
@@ -197,12 +216,15 @@ int check(const lol_hybrid_attention_step_args& a) {
       if (slot(j) == slot(i))
         return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
     }
+    LOL_TRY(counters(slot(i)));
   }
   return LOL_OK;
 }
 
 static int check_transfer(const Checker& c, const lol_attention_transfer_args& a) {
   LOL_TRY(c.on_cpu());
+  LOL_TRY(check_size("attention_transfer", a));
+  LOL_TRY(check_size("attention_transfer: student", a.student));
   LOL_TRY(check_student(c, a.student));
   const int64_t B = a.student.q.shape[0], H = a.student.q.shape[1], T = a.student.q.shape[2],
                 V = a.student.v.shape[3];

@@ -25,6 +25,14 @@ inline std::string shape_text(const int64_t* shape, int ndim) {
 
 inline bool present(const lol_tensor& t) { return t.data || t.ndim; }
 
+// Whether its sizes are such that its bytes can be counted.
+inline bool countable(const lol_tensor& t) {
+  int64_t bytes = 8;
+  for (int i = 0; i < t.ndim; i++) {
+    if (t.shape[i] < 0 || __builtin_mul_overflow(bytes, t.shape[i], &bytes)) return false;
+  }
+  return true;
+}
 inline int64_t numel(const lol_tensor& t) {
   int64_t n = 1;
   for (int i = 0; i < t.ndim; i++) n *= t.shape[i];
@@ -57,6 +65,10 @@ class Checker {
                   shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
                   shape_text(expected.begin(), (int)expected.size()).c_str());
     }
+    if (!countable(t)) {
+      return fail("%s: %s%s has shape %s, which no memory holds", op_, name.argument, name.member,
+                  shape_text(t.shape, t.ndim).c_str());
+    }
     if (t.dtype != dtype)
       return fail("%s: %s%s is %s, needs %s", op_, name.argument, name.member, name_of(t.dtype),
                   name_of(dtype));
@@ -68,7 +80,7 @@ class Checker {
   // A sequence tensor: any strides, last dimension contiguous.
   int strided(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(shape(name, t, dtype, expected));
-    if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1) {
+    if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1 && numel(t) > 0) {
       return fail("%s: %s%s has stride %lld in its last dimension, which must be contiguous", op_,
                   name.argument, name.member, (long long)t.stride[t.ndim - 1]);
     }
@@ -86,6 +98,12 @@ class Checker {
     return LOL_OK;
   }
 
+  // An output that there is only beside an input.
+  int absent(Name name, const lol_tensor& t, Name without) const {
+    if (!present(t)) return LOL_OK;
+    return fail("%s: %s%s is given without %s%s", op_, name.argument, name.member, without.argument,
+                without.member);
+  }
   int optional(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     return present(t) ? contiguous(name, t, dtype, expected) : LOL_OK;
   }
@@ -131,6 +149,7 @@ class Checker {
     const int64_t H = q.shape[1], Hk = k.shape[1];
     LOL_TRY(strided("k", k, q.dtype, {q.shape[0], Hk, q.shape[2], q.shape[3]}));
     LOL_TRY(strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]}));
+    if (H < 1) return fail("%s: q has %lld heads, needs 1 or more", op_, (long long)H);
     if (Hk < 1 || H % Hk) {
       return fail("%s: k has %lld heads, which does not divide q's %lld", op_, (long long)Hk,
                   (long long)H);
@@ -142,7 +161,7 @@ class Checker {
     if (f.weight.ndim != 3)
       return fail("%s: %s.weight has %d dimensions, needs 3: [Hf, D, f]", op_, name, f.weight.ndim);
     const int64_t Hf = f.weight.shape[0], width = f.weight.shape[2];
-    if (Hf != H && Hf != Hk) {
+    if (Hf < 1 || (Hf != H && Hf != Hk)) {
       return fail("%s: %s.weight has %lld heads, needs %lld or %lld", op_, name, (long long)Hf,
                   (long long)H, (long long)Hk);
     }
@@ -158,6 +177,8 @@ class Checker {
     if (f.two_sided && f.activation > LOL_EXP) {
       return fail("%s: %s.two_sided needs the activation softmax or exp", op_, name);
     }
+    if (f.activation == LOL_FAVOR && (f.skip || present(f.bias)))
+      return fail("%s: %s.activation favor takes neither bias nor skip", op_, name);
     if (!(f.eps >= 0)) return fail("%s: %s.eps is %g, needs >= 0", op_, name, (double)f.eps);
     if (f.skip && width != D) {
       return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name,
@@ -213,7 +234,9 @@ class Checker {
     if (B != 1)
       return fail("%s: cu_seqlens packs sequences into a batch of 1, got %lld", op_, (long long)B);
     const bool wide = cu_seqlens.dtype == LOL_I64;
-    LOL_TRY(contiguous("cu_seqlens", cu_seqlens, wide ? LOL_I64 : LOL_I32, {numel(cu_seqlens)}));
+    if (cu_seqlens.ndim != 1)
+      return fail("%s: cu_seqlens has %d dimensions, needs 1", op_, cu_seqlens.ndim);
+    LOL_TRY(contiguous("cu_seqlens", cu_seqlens, wide ? LOL_I64 : LOL_I32, {cu_seqlens.shape[0]}));
     if (numel(cu_seqlens) < 1) return fail("%s: cu_seqlens is empty, needs [N + 1] offsets", op_);
     int64_t last = 0;
     for (int64_t i = 0; !on_device() && i < numel(cu_seqlens); i++) {
@@ -239,10 +262,14 @@ class Checker {
   }
   int features_gradient(const char* weight, const char* bias, const lol_features& f,
                         const lol_tensor& dweight, const lol_tensor& dbias) const {
-    if (!present(f.weight)) return LOL_OK;
+    if (!present(f.weight)) {
+      LOL_TRY(absent(weight, dweight, "a feature map"));
+      return absent(bias, dbias, "a feature map");
+    }
     const int64_t* s = f.weight.shape;
     LOL_TRY(contiguous(weight, dweight, LOL_F32, {s[0], s[1], s[2]}));
-    return present(f.bias) ? contiguous(bias, dbias, LOL_F32, {s[0], s[2]}) : LOL_OK;
+    if (!present(f.bias)) return absent(bias, dbias, "a bias");
+    return contiguous(bias, dbias, LOL_F32, {s[0], s[2]});
   }
 
   int qkv_gradients(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v,

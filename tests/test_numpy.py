@@ -115,6 +115,8 @@ def test_half_precision_arrays_keep_their_dtype(case, dtype, bound):
     [
         ({"q": np.zeros((H, T, D), np.float32)}, ValueError, "q"),
         ({"q": np.zeros((B, H, T, D))}, TypeError, "float64"),
+        ({"q": np.zeros((B, H, T, D), ">f4")}, TypeError, "native byte order"),
+        ({"q": np.zeros((B, 0, T, D), np.float32)}, ValueError, "0 heads"),
         ({"k": np.zeros((B, 4, T, D), np.float32)}, ValueError, "4"),
         ({"v": np.zeros((B, KV_HEADS, T - 1, V), np.float32)}, ValueError, "v"),
         ({"window": -1}, ValueError, "window"),
@@ -128,6 +130,14 @@ def test_wrong_arguments_are_named(case, change, exception, words):
     names = ("q", "k", "v", "feature_q", "feature_k", "gate")
     with pytest.raises(exception, match=words):
         lnp.hybrid_attention(**{**dict(zip(names, case, strict=True)), **change})
+
+
+def test_empty_arrays_have_empty_results(case):
+    q, k, v, *rest = case
+    assert lnp.hybrid_attention(*(x[:, :, :0] for x in (q, k, v)), *rest, window=8).size == 0
+    assert lnp.feature_map(q[:0], rest[0]).shape == (0, H, T, 2 * F)
+    with pytest.raises(ValueError, match="cu_seqlens is empty"):
+        lnp.hybrid_attention(q[:1], k[:1], v[:1], *rest, window=8, cu_seqlens=np.zeros(0, np.int32))
 
 
 def test_read_only_state_is_refused_and_stays(case):

@@ -7,6 +7,7 @@ namespace lolcats {
 namespace {
 
 int32_t dtype_of(const py::dtype& dtype) {
+  if (dtype.byteorder() == '<' || dtype.byteorder() == '>') return -1;  // native is '='
   const auto size = dtype.itemsize();
   switch (dtype.kind()) {
     case 'f':
@@ -59,8 +60,10 @@ lol_tensor PythonCall::described(const py::dtype& dtype, py::ssize_t ndim, const
   t.dtype = dtype_of(dtype);
   t.ndim = static_cast<int32_t>(ndim);
   if (t.dtype < 0) {
-    throw py::type_error(about(name) + " has dtype " + py::str(dtype).cast<std::string>() +
-                         "; float32, float16, bfloat16, int32, int64 and bool are known");
+    throw py::type_error(
+        about(name) + " has dtype " + py::str(dtype).cast<std::string>() +
+        "; float32, float16, bfloat16, int32, int64 and bool are known, in native byte "
+        "order");
   }
   if (t.dtype == LOL_BF16) bfloat16_ = dtype;
   if (ndim > 4) {

@@ -110,9 +110,11 @@ void QueryGradients::raise_maximum(const WeightTile* piece, int count) {
   }
 }
 
-// u into each tile's weights and u dp into its dp, and their sums; at the maximum u is exactly g.
+// u into each tile's weights and u dp into its dp, and their sums; at the maximum, and nowhere
+// else, u is exactly g.
 template <Format format>
 void QueryGradients::score_gradients(WeightTile* piece, int count, float g, RowSums& sums) {
+  const Vec most = splat(g), less = splat(BELOW_ONE * g);
   for (int t = 0; t < count; t++) {
     const int64_t n = piece[t].tile->n;
     const Band& band = piece[t].softmax;
@@ -126,11 +128,11 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, RowS
       for_band(band, c, [&](int j, auto keep) {
         const int at = j * BLOCK + c;
         const Vec s = p_.scale * load(piece[t].weights + at);
-        const Vec u = keep(select(s == m, splat(g), g * exp_below_one_for<format>(s - m)));
+        const Vec u = keep(select(s == m, most, min(g * exp_below_one_for<format>(s - m), less)));
         const Vec du = keep(u * (by_den * load(dp_at(t) + at) - shift));
         r += du;
         total += u;
-        ties += select(u == splat(g), splat(1.0f), Vec{});
+        ties += select(u == most, splat(1.0f), Vec{});
         store(piece[t].weights + at, u);
         store(dp_at(t) + at, du);
       });

@@ -102,6 +102,7 @@ void KeyTiles::load(KeyTile& tile, int64_t start, int64_t end, bool sink) {
     load_both_ways(tile.keys, tile.k_rows, k_, start, tile.n, format_, row_tile_, sink);
     if (tile.v_lanes) load_lanes(tile.v_lanes, v_, start, tile.n, format_, row_tile_, sink);
   }
+  if (sink) return;  // hardly ever more than one tile
   const int64_t ahead = at_most(BLOCK, end - start - tile.n);
   request_rows(k_, start + tile.n, ahead);
   request_rows(v_, start + tile.n, ahead);
@@ -164,7 +165,7 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
 namespace {
 
 // Products q . k become g e^{s - m}, zero outside the band; den and `rescale`, the factor of
-// earlier sums, follow the maximum.
+// earlier sums, follow the maximum. Weights that are still to be rounded are not in den yet.
 template <Format format>
 void softmax_weights(const WeightTile* piece, int count, float scale, float g, Sums& out,
                      float* rescale) {
@@ -186,7 +187,7 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
       for_band(piece[t].softmax, c, [&](int j, auto keep) {
         float* w = piece[t].weights + j * BLOCK + c;
         const Vec e = keep(g * exp_below_one_for<format>(scale * load(w) - shift));
-        den += e;
+        if (format == Format::f32) den += e;
         store(w, e);
       });
     }
@@ -196,20 +197,39 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
   }
 }
 
+template <Format format>
 void linear_weights(KeyTiles& tiles, const WeightTile& w, const Queries& block, int F,
                     float* scores, Sums& out) {
-  gemm(tiles.format(), (int)w.tile->n, BLOCK, F, transposed(tiles.phi(*w.tile), BLOCK), block.phi,
-       BLOCK, scores, BLOCK, Into::set, Skip::outputs, &w.linear);
+  gemm(format, (int)w.tile->n, BLOCK, F, transposed(tiles.phi(*w.tile), BLOCK), block.phi, BLOCK,
+       scores, BLOCK, Into::set, Skip::outputs, &w.linear);
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec den = load(out.den + c);
     for_band(w.linear, c, [&](int j, auto keep) {
       const Vec l = keep(load(scores + j * BLOCK + c));
       float* to = w.weights + j * BLOCK + c;
-      den += l;
+      if (format == Format::f32) den += l;
       store(to, load(to) + l);
     });
     store(out.den + c, den);
   }
+}
+
+// Weights of a tile become pairs, and den takes them as they were rounded: as the values are
+// weighed.
+void round_weights(const WeightTile& w, Sums& out) {
+#ifdef LOL_PAIRS
+  const int n = (int)w.tile->n, words_of_keys = words(Format::bf16_pairs, n);
+  pair_rows(w.weights, w.weights, n, BLOCK);
+  const Vec ones = pair(splat(1.0f), splat(1.0f));
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec sum[2] = {load(out.den + c), Vec{}};
+    for (int i = 0; i < words_of_keys; i++)
+      sum[i % 2] = add_dot(sum[i % 2], load(w.weights + i * BLOCK + c), ones);
+    store(out.den + c, sum[0] + sum[1]);
+  }
+#else
+  (void)w, (void)out;
+#endif
 }
 
 // The keys that a query sees either way: linear ones are the older.
@@ -222,10 +242,9 @@ Band seen(const WeightTile& w) {
   return band;
 }
 
-}  // namespace
-
-void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
-            const Problem& p, float g, float* weights, const Term* state, Sums& out) {
+template <Format format>
+void gather_as(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
+               const Problem& p, float g, float* weights, const Term* state, Sums& out) {
   const int ld = padded(p.V());
   fill(out.m, BLOCK, -INFINITY);
   memset(out.den, 0, sizeof(out.den));
@@ -238,11 +257,7 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
   do {  // once at least: all keys may be in the state, which is then there
     const int count = pieces.next(piece, weights, (int)p.D());
     float rescale[BLOCK];
-    if (tiles.format() == Format::f32) {
-      softmax_weights<Format::f32>(piece, count, p.scale, g, out, rescale);
-    } else {
-      softmax_weights<Format::bf16_pairs>(piece, count, p.scale, g, out, rescale);
-    }
+    softmax_weights<format>(piece, count, p.scale, g, out, rescale);
     for (int64_t i = 0; into == Into::add && i < block.n; i++) {
       for (int j = 0; j < ld; j += LANES)
         store(out.y + i * ld + j, rescale[i] * load(out.y + i * ld + j));
@@ -250,18 +265,27 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
     for (int t = 0; t < count; t++) {
       const int n = (int)piece[t].tile->n;
       if (!piece[t].linear.empty())
-        linear_weights(tiles, piece[t], block, (int)p.F(), weights + MOST_TILES * BLOCK * BLOCK,
-                       out);
-      if (tiles.format() != Format::f32) pair_rows(piece[t].weights, piece[t].weights, n, BLOCK);
+        linear_weights<format>(tiles, piece[t], block, (int)p.F(),
+                               weights + MOST_TILES * BLOCK * BLOCK, out);
+      if (format != Format::f32) round_weights(piece[t], out);
       bands[t] = seen(piece[t]);
       terms[t] = {
           n, transposed(piece[t].weights, BLOCK), piece[t].tile->v, ld, Skip::keys_of_m, &bands[t]};
     }
     const bool with_state = state && !pieces.more();
     if (with_state) terms[count] = *state;
-    gemm(tiles.format(), (int)block.n, ld, terms, count + with_state, out.y, ld, into);
+    gemm(format, (int)block.n, ld, terms, count + with_state, out.y, ld, into);
     into = Into::add;
   } while (pieces.more());
+}
+
+}  // namespace
+
+void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
+            const Problem& p, float g, float* weights, const Term* state, Sums& out) {
+  const auto run =
+      tiles.format() == Format::f32 ? gather_as<Format::f32> : gather_as<Format::bf16_pairs>;
+  run(tiles, window, block, from, p, g, weights, state, out);
 }
 
 void normalize(Sums& sums, int64_t n, int V) {

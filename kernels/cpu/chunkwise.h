@@ -65,12 +65,13 @@ struct Problem {
     return heads() * tokens * (F() * (D() + 2 * V()) + keys * (D() + V()) / 2);
   }
   // Weights of the softmax and of the linear part.
-  // A gate counts as -80 at least, lest a query without linear keys divide zero by zero.
+  // A gate counts as -80 at least, and for lambda as 80 at most, lest a query with one kind of keys
+  // alone divide zero by zero.
   float g(int64_t h) const {
     return gate ? 1.0f / (1.0f + expf(gate[h] < -80.0f ? 80.0f : -gate[h])) : 0.0f;
   }
   float lambda(int64_t h) const {
-    return !gate ? scale : affine ? 1.0f / (1.0f + expf(gate[h])) : 1.0f;
+    return !gate ? scale : affine ? 1.0f / (1.0f + expf(gate[h] > 80.0f ? 80.0f : gate[h])) : 1.0f;
   }
 };
 

@@ -8,6 +8,10 @@
 #include <unistd.h>
 #endif
 
+#ifndef _WIN32
+#include <pthread.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -97,9 +101,12 @@ struct Available {
 #endif
 #ifdef LOL_HAVE_AVX512
     if (v4) list[count++] = &avx512::kernels;
+#endif
+#if defined(LOL_HAVE_AVX512) && defined(LOL_HAVE_AVX512_BF16)
     // On an Intel Xeon bf16 by vdpbf16ps took 1.4 and 1.6 times as long as fp32, to which it is
     // converted without it; on an AMD EPYC 0.6 times.
-    if (count >= 2 && __builtin_cpu_is("intel")) std::swap(list[count - 2], list[count - 1]);
+    if (count >= 2 && list[count - 2] == &avx512_bf16::kernels && __builtin_cpu_is("intel"))
+      std::swap(list[count - 2], list[count - 1]);
 #endif
 #ifdef LOL_HAVE_AVX2
     if (v3) list[count++] = &avx2::kernels;
@@ -124,16 +131,30 @@ const Available& available() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
+std::atomic<bool> threads_began{false}, threads_lost{false};
+
 }  // namespace
 
 const Kernels* cpu_kernels() {
   const Kernels* kernels = chosen.load(std::memory_order_acquire);
   if (!kernels) {
     const char* wanted = std::getenv("LOLCATS_ISA");
-    kernels = wanted && *wanted ? available().find(wanted) : available().list[0];
-    chosen.store(kernels, std::memory_order_release);
+    const Kernels* first = wanted && *wanted ? available().find(wanted) : available().list[0];
+    // Another thread's choice stays.
+    if (chosen.compare_exchange_strong(kernels, first)) kernels = first;
   }
   return kernels;
+}
+
+bool may_use_threads() {
+#ifndef _WIN32
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_began.load(); });
+  (void)registered;
+#endif
+  if (threads_lost.load(std::memory_order_relaxed)) return false;
+  threads_began.store(true, std::memory_order_relaxed);
+  return true;
 }
 
 }  // namespace lol

@@ -12,7 +12,8 @@ struct Exponentials {
   bool of_small;
 };
 
-// exp(z - max z) in place of z and exp(min z - z) in `upper`, which is null for one side.
+// exp(z - max z) in place of z and exp(min z - z) in `upper`, which is null for one side: 1 at the
+// maximum, below it elsewhere.
 template <Format format>
 inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
   Vec top = load(z), bottom = top;
@@ -23,11 +24,16 @@ inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
   }
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
-    const Vec x = load(z + i * BLOCK), e = exp_below_one_for<format>(x - top);
+    const Vec x = load(z + i * BLOCK);
+    const auto from = [=](Vec most, Vec exponent) {
+      return select(x == most, splat(1.0f),
+                    min(exp_below_one_for<format>(exponent), splat(BELOW_ONE)));
+    };
+    const Vec e = from(top, x - top);
     sums.up += e;
     store(z + i * BLOCK, e);
     if (!upper) continue;
-    const Vec u = exp_below_one_for<format>(bottom - x);
+    const Vec u = from(bottom, bottom - x);
     sums.down += u;
     store(upper + i * BLOCK, u);
   }

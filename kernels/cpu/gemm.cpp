@@ -43,10 +43,8 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
   const int64_t row = ROW == ANY ? a_row : ROW;
   Vec acc[R][P];
   WantedRows wanted = rows;
-  const float* from = c;
-  LOL_UNROLL for (int r = 0; r < R; r++, from += ldc) {
-    LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] =
-        into == Into::add ? load(from + p * LANES) : Vec{};
+  LOL_UNROLL for (int r = 0; r < R; r++) {
+    LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] = Vec{};
   }
   for (int t = 0; t < terms; t++) {
     const int length = term[t].length;
@@ -67,8 +65,12 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
   rows.line = wanted.line;
   rows.row_end = wanted.row_end;
   asm("" : "+r"(c));  // addresses of rows are not worth keeping over the loop
+  // C last: the sum of a sequence may be so large that a term of this one would vanish in it.
   LOL_UNROLL for (int r = 0; r < R; r++, c += ldc) {
-    LOL_UNROLL for (int p = 0; p < P; p++) store(c + p * LANES, acc[r][p]);
+    LOL_UNROLL for (int p = 0; p < P; p++) {
+      float* to = c + p * LANES;
+      store(to, into == Into::add ? load(to) + acc[r][p] : acc[r][p]);
+    }
   }
 }
 

@@ -17,7 +17,8 @@ constexpr int64_t THREAD_WORK = 1 << 16;
 static inline int thread_count(int64_t workers, int64_t work) {
 #ifdef _OPENMP
   const int64_t useful = at_most(workers, work / THREAD_WORK);
-  return (int)at_least(at_most(omp_get_max_threads(), useful), 1);
+  const int threads = (int)at_least(at_most(omp_get_max_threads(), useful), 1);
+  return threads > 1 && may_use_threads() ? threads : 1;
 #else
   (void)workers, (void)work;
   return 1;

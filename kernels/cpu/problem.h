@@ -38,6 +38,10 @@ struct Kernels {
   int (*attention_transfer_backward)(const lol_attention_transfer_backward_args&, const Batch&);
 };
 
+// OpenMP's threads do not come along into a process that is forked, where it would wait for them
+// for ever: once some have been at work, a child computes on one, to the same bits.
+bool may_use_threads();
+
 const Kernels*
 cpu_kernels();  // of the instruction set in use; null if LOLCATS_ISA names one that cannot run here
 

@@ -27,7 +27,17 @@ struct Starts {
   Starts(const Window& window, int64_t first_query, int64_t queries)
       : first(first_query), n(queries) {
     for (int64_t c = 0; c < BLOCK; c++)
-      at[c] = (int32_t)at_most(window.start(first + at_most(c, n - 1)) - first, 1 << 30);
+      at[c] = within_reach(window.start(first + at_most(c, n - 1)) - first);
+  }
+  // How far a key lies before the first query.
+  int32_t before(int64_t key) const { return within_reach(first - key); }
+
+ private:
+  // What is farther away lies outside every window whose keys memory holds, such as sinks do. Sums
+  // of two of these stay numbers.
+  static int32_t within_reach(int64_t distance) {
+    constexpr int64_t REACH = 1 << 29;
+    return (int32_t)at_least(at_most(distance, REACH), -REACH);
   }
 };
 
@@ -42,7 +52,7 @@ static inline Band band_of(int64_t n, Band band) {
 
 // Which of the keys [key, key + keys) a block sees by softmax, as linear, and at all.
 static inline Band softmax_band(const Starts& s, int64_t key, int64_t keys) {
-  const int32_t offset = (int32_t)(s.first - key), last = (int32_t)s.n - 1;
+  const int32_t offset = s.before(key), last = (int32_t)s.n - 1;
   Band band;
   for (int c = 0; c < BLOCK; c++) {
     band.hi[c] = within((c < last ? c : last) + 1 + offset, 0, (int32_t)keys);
@@ -51,7 +61,7 @@ static inline Band softmax_band(const Starts& s, int64_t key, int64_t keys) {
   return band_of(s.n, band);
 }
 static inline Band linear_band(const Starts& s, int64_t key, int64_t keys, int64_t sink = 0) {
-  const int32_t offset = (int32_t)(s.first - key);
+  const int32_t offset = s.before(key);
   const int32_t lo = within((int32_t)(at_least(sink - key, 0)), 0, (int32_t)keys);
   Band band;
   for (int c = 0; c < BLOCK; c++) {
@@ -61,7 +71,7 @@ static inline Band linear_band(const Starts& s, int64_t key, int64_t keys, int64
   return band_of(s.n, band);
 }
 static inline Band causal_band(const Starts& s, int64_t key, int64_t keys) {
-  const int32_t offset = (int32_t)(s.first - key), last = (int32_t)s.n - 1;
+  const int32_t offset = s.before(key), last = (int32_t)s.n - 1;
   Band band;
   for (int c = 0; c < BLOCK; c++) {
     band.hi[c] = within((c < last ? c : last) + 1 + offset, 0, (int32_t)keys);

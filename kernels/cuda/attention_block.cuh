@@ -56,7 +56,7 @@ class AttentionBlock {
     if (hybrid) {
       const float g = p.gate[found.head];
       found.log2_gate = -log2f(1.f + exp2f(-kLog2e * fmaxf(g, kLeastGate)));
-      if (p.affine) found.lambda = 1.f / (1.f + exp2f(kLog2e * g));
+      if (p.affine) found.lambda = affine_lambda(g);
     }
     found.bias_q = bias_of(p.map_q, found.head);
     found.bias_k = bias_of(p.map_k, found.head);

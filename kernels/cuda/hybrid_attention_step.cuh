@@ -157,7 +157,7 @@ class Step : StepKeys<T, kLanes, kQueries, kWide> {
     const int count = of_keys ? keys : rows, thread = me.of_half();
     const auto map_of = [&](int r) { return of_keys ? s().head : queries()[r].map; };
     const auto scale_of = [&](int r) {
-      return of_keys || !p.affine ? 1.f : 1.f - queries()[r].gate;
+      return of_keys || !p.affine ? 1.f : affine_lambda(p.gate[queries()[r].head]);
     };
     if (count > 0)
       project<kHalf, kQueries, kInFlight, kWide>(thread, buffers, maps, map_of, shared, count,

@@ -86,7 +86,9 @@ def linear_factor(p, at):
     if p.gate is None:
         return p.scale
     elif p.affine:
-        return 1.0 / (1.0 + tl.exp2(tl.load(p.gate + at.head) * LOG2E))
+        # 80 at most, lest a query without softmax keys divide zero by zero
+        gate = tl.minimum(tl.load(p.gate + at.head), 80.0)
+        return 1.0 / (1.0 + tl.exp2(gate * LOG2E))
     else:
         return None
 

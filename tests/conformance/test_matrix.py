@@ -137,6 +137,60 @@ def test_features_of_attention_are_exact_however_far_apart_they_are(
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+def test_only_equal_entries_share_the_gradient_of_a_maximum(backend, device, activation):
+    """Scores and ``z`` of small q and k differ by less than exponentials can tell."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 70, 16, generator=rng) for _ in range(4)]
+    inputs[:2] = (x * 1e-4 for x in inputs[:2])
+    gradients = []
+    for dtype, where in ((torch.float32, backend), (torch.float64, "reference")):
+        q, k, v, dy = (x.to(dtype) for x in inputs)
+        leaves = [
+            x.requires_grad_() for x in (q, k, torch.eye(16, dtype=dtype)[None].repeat(2, 1, 1))
+        ]
+        phi = lo.Features(leaves[2], activation=activation)
+        y = lo.hybrid_attention(
+            q, k, v, phi, phi, torch.zeros(2, dtype=dtype), window=16, backend=where
+        )
+        gradients.append(torch.autograd.grad(y, leaves, dy))
+    for got, want in zip(*gradients, strict=True):
+        # fp32's own rounding of what is so small; neighbours taken for ties made it 0.05 to 0.4.
+        assert (got - want).norm() < 5e-3 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_a_token_alone_is_its_own_value_whatever_its_weight(backend, device):
+    q = torch.zeros(1, 200, 1, 16, dtype=torch.bfloat16)
+    v = torch.randn(1, 200, 1, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    phi = lo.Features(torch.eye(16)[None].repeat(200, 1, 1))
+    for window in (0, 4):
+        gate = torch.linspace(-4, 4, 200)
+        y = lo.hybrid_attention(q, q, v, phi, phi, gate, window=window, backend=backend)
+        assert y.equal(v)
+
+
+@pytest.mark.parametrize("backend", [*CPU, "reference"], indirect=True)
+@pytest.mark.parametrize("window", [0, 4])
+def test_large_gates_leave_both_parts_finite(backend, device, window):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 3, 40, 16, generator=rng) for _ in range(3))
+    phi = lo.Features(torch.randn(3, 16, 8, generator=rng))
+    gate = torch.tensor([-200.0, 90.0, 200.0])
+    y = lo.hybrid_attention(q, k, v, phi, phi, gate, window=window, affine=True, backend=backend)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_sums_of_long_sequences_stay_exact(backend, device):
+    """A term is added to those of its block first, not to all that came before."""
+    q, k, v = torch.rand(3, 1, 1, 200_000, 8, generator=torch.Generator().manual_seed(0))
+    _, state = lo.linear_attention(q, k, v, return_state=True, backend=backend)
+    want = k.double().mT @ v.double()
+    assert (state.kv - want).norm() < 3e-6 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("strides", [(0, 0, 0, 1), (0, 0, 3, 1), (19200, 16, 64, 1)])
 def test_rows_may_lie_anywhere(backend, device, strides):
     """On top of each other, overlapping, or those of all heads of a token together."""

@@ -198,6 +198,40 @@ def test_rewind_and_replay_equals_no_rewind(backend, device, window, kind, sink,
     assert_same_state(state, final, torch.float32)
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_many_sinks_go_on_without_a_ring(backend, device):
+    q, k, v = torch.randn(3, 1, 1, 50, 8, generator=torch.Generator().manual_seed(0))
+    rest = (*2 * [lo.Features(torch.eye(8)[None])], torch.zeros(1))
+    options = {"window": 0, "sink": 40, "backend": backend}
+    whole = lo.hybrid_attention(q, k, v, *rest, **options)
+    first, state = lo.hybrid_attention(
+        *(x[:, :, :45] for x in (q, k, v)), *rest, **options, return_state=True
+    )
+    then = lo.hybrid_attention(*(x[:, :, 45:] for x in (q, k, v)), *rest, **options, state=state)
+    torch.testing.assert_close(torch.cat((first, then), 2), whole)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_positions_may_be_large(backend, device):
+    q, k, v = torch.randn(3, 1, 1, 9, 8, generator=torch.Generator().manual_seed(0))
+    rest = (*2 * [lo.Features(torch.eye(8)[None])], torch.zeros(1))
+    _, near = lo.hybrid_attention(q, k, v, *rest, window=4, sink=1, return_state=True)
+    far = near.clone()
+    for state in (near, far):  # 4 tokens of the ring remain, at the same slots
+        state.folded.copy_(state.length - 4)
+    far.length.add_(2**32)
+    far.folded.add_(2**32)
+    results = [
+        lo.hybrid_attention_step_(
+            q[:, :, :n], k[:, :, :n], v[:, :, :n], *rest, state, backend=backend
+        )
+        for n in (1, 3)
+        for state in (near, far)
+    ]
+    assert results[0].equal(results[1])
+    assert results[2].equal(results[3])
+
+
 def test_rewind_refuses_what_has_been_folded():
     x = prepare(case_of(3, "sliding", 0), 30, torch.float32)
     state = empty_state(x, slack=2)

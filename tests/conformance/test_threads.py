@@ -116,6 +116,23 @@ def test_a_team_goes_on_from_a_state(backend, dtype, kind, slack):
     assert all(x.isfinite().all() for x in same_with_threads(call))
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_goes_on_without_the_threads_that_it_lost():
+    script = """
+import os, signal, numpy as np
+from lolcats_ops import numpy as lnp
+phi, x = lnp.Features(np.eye(64, dtype="f4")[None]), np.ones((4, 4, 512, 64), "f4")
+before = lnp.feature_map(x, phi)
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
+else:
+    signal.alarm(60)
+    os._exit(not np.array_equal(lnp.feature_map(x, phi), before))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
 def test_a_call_that_gets_fewer_threads_than_it_asks_for_is_right():
     # As within a parallel region of the caller's.
     script = """

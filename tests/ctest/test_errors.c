@@ -58,6 +58,38 @@ int main(void) {
   refuses(args, "y");
 
   args = feature_map_args();
+  args.x.shape[0] = args.y.shape[0] = -1;
+  refuses(args, "which no memory holds");
+
+  args = feature_map_args();
+  args.x.shape[0] = args.x.shape[2] = args.y.shape[0] = args.y.shape[2] = INT64_C(1) << 31;
+  refuses(args, "which no memory holds");
+
+  args = feature_map_args();
+  args.features.activation = LOL_FAVOR;
+  args.features.two_sided = 0;
+  args.features.bias = TENSOR(weight, H, F);
+  args.y.shape[3] = F;
+  refuses(args, "neither bias nor skip");
+
+  /* An output of what is not there. */
+  static float dweight[H * D * F], dbias[H * F];
+  lol_feature_map_backward_args grad = {0};
+  args = feature_map_args();
+  grad.struct_size = sizeof(grad);
+  grad.context = args.context;
+  grad.x = grad.dx = args.x;
+  grad.dy = args.y;
+  grad.features = args.features;
+  grad.dweight = TENSOR(dweight, H, D, F);
+  grad.dbias = TENSOR(dbias, H, F);
+  CHECK(lol_feature_map_backward(&grad) == LOL_EINVAL);
+  CHECK(strstr(lol_last_error(), "dbias is given without a bias"));
+
+  lol_set_last_error(lol_last_error());
+  CHECK(strstr(lol_last_error(), "dbias is given without a bias"));
+
+  args = feature_map_args();
   args.struct_size = 8;
   refuses(args, "struct_size");
 
