@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -79,7 +80,8 @@ class Features:
         two_sided: softmax and exp also take -z, which doubles the width; the other activations are
             one-sided.
         skip: adds x before the activation; needs f == D.
-        eps: the clamp's floor; identity is not clamped.
+        eps: the clamp's floor; identity is not clamped. Gradients of a softmax by the kernels take
+            a probability that was clamped for eps.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.
@@ -112,6 +114,19 @@ class Features:
                 f"{', '.join(ACTIVATIONS)}"
             )
         heads, head_dim, width = self.weight.shape
+        if 0 in self.weight.shape:
+            raise ValueError(
+                f"Features: weight has shape {list(self.weight.shape)}, needs no 0 in it"
+            )
+        if self.bias is not None and not isinstance(self.bias, Tensor):
+            raise TypeError(
+                f"Features: bias is a {type(self.bias).__name__}, needs a tensor or None"
+            )
+        for name in ("two_sided", "skip"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"Features: {name} is {getattr(self, name)!r}, needs a bool")
+        if not isinstance(self.eps, Real):
+            raise TypeError(f"Features: eps is {self.eps!r}, needs a number")
         if self.bias is not None and tuple(self.bias.shape) != (heads, width):
             raise ValueError(
                 f"Features: bias has shape {list(self.bias.shape)}, needs [Hf, f] = "
@@ -121,8 +136,8 @@ class Features:
             raise ValueError(f"Features: skip needs f == D, but weight has D={head_dim}, f={width}")
         if self.activation == "favor" and (self.skip or self.bias is not None):
             raise ValueError("Features: favor takes neither bias nor skip")
-        if not self.eps >= 0:
-            raise ValueError(f"Features: eps is {self.eps}, needs >= 0")
+        if not 0 <= self.eps < math.inf:
+            raise ValueError(f"Features: eps is {self.eps}, needs >= 0 and finite")
         # One-sided activations have one meaning, whatever the flag: readers of two_sided see it.
         two_sided = self.two_sided and self.activation in TWO_SIDED
         object.__setattr__(self, "two_sided", two_sided)

@@ -124,14 +124,18 @@ def hybrid_attention(
     else:
         state = state.clone()
     step: dict[str, Any] = {"scale": scale, "affine": affine, "key_padding_mask": key_padding_mask}
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        lengths = cu_seqlens.diff()
+    if cu_seqlens is None:
+        out = hybrid_attention_step_(q, k, v, feature_q, feature_k, gate, state, **step)
+        return (out, state) if return_state else out
+    bounds = cu_seqlens.tolist()
+    out = q.new_zeros(*q.shape[:3], v.shape[3])  # also of tokens past the last sequence
+    if state.batch:
         q, k, v = (_unpack(x, bounds) for x in (q, k, v))  # [N, H, max T, D]
-        step["key_padding_mask"] = torch.arange(q.shape[2], device=q.device) < lengths[:, None]
-    out = hybrid_attention_step_(q, k, v, feature_q, feature_k, gate, state, **step)
-    if cu_seqlens is not None:
-        out = torch.cat([y[:, :n] for y, n in zip(out, lengths.tolist(), strict=True)], 1)[None]
+        token = torch.arange(q.shape[2], device=q.device)
+        step["key_padding_mask"] = token < cu_seqlens.diff()[:, None]
+        rows = hybrid_attention_step_(q, k, v, feature_q, feature_k, gate, state, **step)
+        for row, (begin, end) in zip(rows, pairwise(bounds), strict=True):
+            out[0, :, begin:end] = row[:, : end - begin]
     return (out, state) if return_state else out
 
 
@@ -275,7 +279,10 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # At least -80, as the kernels have it: no denominator is zero then.
     g = gate.to(q.dtype).clamp(min=-80).sigmoid()[:, None, None]  # [H, 1, 1]
-    lam = 1 - g if affine else torch.ones_like(g)
+    # sigmoid(-x), since 1 - sigmoid(x) loses its last digits, and all of them from 40 on.
+    lam = gate.to(q.dtype).neg().clamp(min=-80).sigmoid()[:, None, None]
+    if not affine:
+        lam = torch.ones_like(g)
     phi_q, phi_k = _phi(q, feature_q), _phi(k, feature_k)  # [B, H, T, F], [B, Hs, S, F]
 
     scores = scale * q @ _repeat(k, heads).mT  # [B, H, T, S]

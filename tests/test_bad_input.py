@@ -44,6 +44,7 @@ ATTENTION = [
     ({"v": torch.randn(B, 2, T, V)}, "v has shape [2, 2, 6, 12], needs [B, Hk, T, V]"),
     ({"v": torch.randn(B, HK, T, 0)}, "v has shape [2, 4, 6, 0], needs a last dimension"),
     ({"feature_q": None}, "feature_q is None, needs both feature maps or neither"),
+    ({"q": torch.randn(B, 0, T, D)}, "q has shape [2, 0, 6, 16], needs at least one head"),
     ({"feature_q": torch.ones(1)}, "feature_q is a Tensor, needs Features"),
     ({"feature_q": Features(init_weight(2, D, f))}, "feature_q has 2 heads, needs q's 8 or k's 4"),
     ({"feature_k": Features(init_weight(H, 7, f))}, "feature_k.weight has D=7, needs the head dim"),
@@ -51,6 +52,7 @@ ATTENTION = [
     ({"feature_k": Features(init_weight(H, D, f).int())}, "feature_k.weight is int32"),
 ]
 HYBRID = [
+    ({"feature_q": None, "feature_k": None}, "feature_q is None, needs Features"),
     ({"gate": torch.zeros(HK)}, "gate has shape [4], needs [H] = [8]"),
     ({"gate": 0.5}, "gate is a float, needs a tensor"),
     ({"gate": torch.tensor([nan] * H)}, "gate is [nan, "),
@@ -137,6 +139,7 @@ def test_hybrid_attention_refuses_a_state_of_another_window(changes, message):
     [
         (torch.tensor([0]), "state_indices has shape [1], needs [B] = [2]"),
         (torch.tensor([0.0, 1.0]), "state_indices is float32, needs int32 or int64"),
+        ([0, 1], "state_indices is a list, needs a tensor"),
     ],
 )
 def test_step_refuses_bad_indices(indices, message):
@@ -149,8 +152,24 @@ def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
     before = state.clone()
     for backend in ("cpu", "reference"):
         options = {"state_indices": torch.tensor(indices), "backend": backend}
-        with pytest.raises((RuntimeError, ValueError), match="state_indices"):
+        with pytest.raises(ValueError, match="state_indices"):
             lo.hybrid_attention_step_(**good(), state=state, **options)
+    for name, was in before.tensors.items():
+        assert torch.equal(state.tensors[name], was)
+
+
+@pytest.mark.parametrize("tokens", [1, T])
+@pytest.mark.parametrize(
+    ("length", "folded"), [(-5, 0), (-5, -5), (0, 5), (5, 0), (2**62, 0), (2**63 - 1, 2**63 - 1)]
+)
+def test_step_refuses_counters_that_no_state_has(length, folded, tokens):
+    state = empty()
+    state.length[1], state.folded[1] = length, folded
+    before = state.clone()
+    arguments = good()
+    arguments |= {name: arguments[name][:, :, :tokens] for name in ("q", "k", "v")}
+    with pytest.raises(ValueError, match=r"state\.length\[1\] is"):
+        lo.hybrid_attention_step_(**arguments, state=state)
     for name, was in before.tensors.items():
         assert torch.equal(state.tensors[name], was)
 
@@ -159,20 +178,40 @@ def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
 @pytest.mark.parametrize("bounds", [[1, 6], [0, 5, 3, 6], [0, 7]])
 def test_bounds_that_are_not_a_partition_are_refused(bounds, backend):
     one = good(q=torch.randn(1, H, T, D), k=torch.randn(1, HK, T, D), v=torch.randn(1, HK, T, V))
-    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens"):
+    with pytest.raises(ValueError, match="cu_seqlens"):
         lo.hybrid_attention(**one, cu_seqlens=torch.tensor(bounds), backend=backend)
 
 
 def test_a_state_is_inference_only():
     arguments = good(gate=torch.zeros(H, requires_grad=True))
+    state = empty()
+    state.kv.requires_grad_()
     for call in (
         lambda: lo.hybrid_attention_step_(**arguments, state=empty()),
         lambda: lo.hybrid_attention(**arguments, return_state=True),
+        lambda: lo.hybrid_attention_step_(**good(), state=state),
+        lambda: lo.hybrid_attention(**good(), state=state, window=4),
     ):
         with pytest.raises(ValueError, match=r"inference only: call it under torch\.no_grad"):
             call()
         with torch.no_grad():
             call()
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_a_graph_notices_that_a_step_has_written_what_it_saved(backend):
+    state, factor = empty(), torch.ones(1, requires_grad=True)
+    products = [(factor * x).sum() for x in (state.kv, state.k_ring)]
+    lo.hybrid_attention_step_(**good(), state=state, backend=backend)
+    for product in products:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            product.backward()
+
+
+def test_a_scale_to_be_trained_is_refused():
+    scale = torch.tensor(0.5, requires_grad=True)
+    with pytest.raises(TypeError, match="scale is a tensor that requires grad, needs a number"):
+        lo.hybrid_attention(**good(), scale=scale)
 
 
 def test_unsupported_cases_say_what_would_work():
@@ -188,6 +227,10 @@ def test_unsupported_cases_say_what_would_work():
     )
     with pytest.raises(ValueError, match="up to 256, not 300"):
         lo.hybrid_attention(**wide)
+    maps = {n: Features(init_weight(H, D, 257)) for n in ("feature_q", "feature_k")}
+    with pytest.raises(ValueError, match="maps up to 256 wide, not 257"):
+        lo.hybrid_attention(**good(**maps))
+    assert lo.backend_for("feature_map", feature_dim=257).backend is None
 
 
 @pytest.mark.parametrize(
@@ -200,6 +243,11 @@ def test_unsupported_cases_say_what_would_work():
         ({"skip": True}, "skip needs f == D, but weight has D=4, f=5"),
         ({"activation": "favor", "bias": torch.ones(2, 5)}, "favor takes neither bias nor skip"),
         ({"eps": -1.0}, "eps is -1.0, needs >= 0"),
+        ({"eps": float("inf")}, "eps is inf, needs >= 0 and finite"),
+        ({"eps": None}, "eps is None, needs a number"),
+        ({"bias": [1.0]}, "bias is a list, needs a tensor"),
+        ({"two_sided": "no"}, "two_sided is 'no', needs a bool"),
+        ({"weight": torch.ones(0, 4, 5)}, "weight has shape [0, 4, 5], needs no 0 in it"),
     ],
 )
 def test_features_name_what_is_wrong(arguments, message):

@@ -222,3 +222,14 @@ def test_initialisers_and_widths():
     assert Features(eye).out_features == 12
     assert Features(eye, activation="relu").out_features == 6
     assert not Features(eye, activation="relu").two_sided
+
+
+@pytest.mark.parametrize("bounds", [[0], [0, 3, 7]])
+def test_tokens_past_the_last_sequence_are_zero(bounds):
+    q, k, v = torch.randn(3, 1, 2, 9, 8)
+    phi = lo.Features(torch.eye(8)[None].repeat(2, 1, 1))
+    rest = (phi, phi, torch.zeros(2))
+    packed = {"cu_seqlens": torch.tensor(bounds), "backend": "reference"}
+    y, state = lo.hybrid_attention(q, k, v, *rest, window=2, return_state=True, **packed)
+    torch.testing.assert_close(y, lo.hybrid_attention(q, k, v, *rest, window=2, **packed))
+    assert state.batch == len(bounds) - 1

@@ -83,4 +83,6 @@ def window_code(window_kind: str) -> int:
 
 def scale_or_default(scale: float | None, q: Tensor) -> float:
     """``scale``, or D ** -0.5."""
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError("scale is a tensor that requires grad, needs a number: it gets no gradient")
     return q.shape[-1] ** -0.5 if scale is None else scale

@@ -100,7 +100,8 @@ def hybrid_attention(
         check_state(op, state, q, k, v, feature_k, slots=sequences, **settings)
     on_state = state is not None or return_state
     if on_state:
-        check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+        tensors = () if state is None else state.tensors.values()
+        check_inference(op, q, k, v, gate, *feature_q.tensors, *feature_k.tensors, *tensors)
     chosen = select(
         "hybrid_attention_step_" if on_state else op,
         backend,

@@ -7,13 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import reference
 from ..dispatch import select
 from ..features import Features
 from ..state import STATE_TENSORS, HybridState
 from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
-from .native import autocast, operators, register_autocast, register_fake, register_vmap
+from .native import (
+    autocast,
+    operators,
+    refusals_of,
+    register_autocast,
+    register_fake,
+    register_vmap,
+)
 from .validation import (
     check_attention,
     check_gate,
@@ -87,7 +95,8 @@ def hybrid_attention_step_(
     check_state(_OP, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
     if state_indices is not None:
         check_state_indices(_OP, state_indices, q)
-    check_inference(_OP, q, k, v, gate, *feature_q.tensors, *feature_k.tensors)
+    tensors = (*feature_q.tensors, *feature_k.tensors, *state.tensors.values())
+    check_inference(_OP, q, k, v, gate, *tensors)
     inputs = (q, k, v, feature_q, feature_k, gate, state)
     options: dict[str, Any] = {"state_indices": state_indices, "scale": scale, "affine": affine}
     chosen = select(_OP, backend, q, v, feature_k, **_windows(state))
@@ -137,14 +146,16 @@ def _by_library(
         # On mixed devices torch may choose one that writes nothing, such as meta.
         if x is not None and not (x.is_cuda if on_cuda else x.is_cpu):
             return None
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *pool)):
         return None
     if on_cuda and select(_OP, None, q, v, feature_k, **_windows(state)) != "cuda":
         return None
     window = (state.window, window_code(state.window_kind))
     settings = (*window, scale_or_default(scale, q), affine, *codes)
     operator = _on_cuda if on_cuda else _on_cpu
-    return operator(*inputs, *pool, state_indices, None, None, *settings)
+    out = operator(*inputs, *pool, state_indices, None, None, *settings)
+    increment_version(pool)
+    return out
 
 
 def _windows(state: HybridState) -> dict[str, Any]:
@@ -169,9 +180,10 @@ def step_(
     affine: bool,
 ) -> Tensor:
     """The operator on checked arguments."""
-    return operators(backend).hybrid_attention_step_(
+    operator, pool = operators(backend).hybrid_attention_step_, (*state.tensors.values(),)
+    arguments = (
         *attention_tensors(q, k, v, feature_q, feature_k, gate),
-        *state.tensors.values(),
+        *pool,
         state_indices,
         cu_seqlens,
         key_padding_mask,
@@ -181,6 +193,12 @@ def step_(
         affine,
         *feature_q.codes,
     )
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with refusals_of(_OP):
+        out = operator(*arguments)
+    increment_version(pool)  # as torch does it for its own operators
+    return out
 
 
 @register_fake("hybrid_attention_step_")

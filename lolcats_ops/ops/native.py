@@ -100,9 +100,27 @@ def differentiable(
     def call(backend: str, *args: Any) -> Any:
         op = getattr(operators(backend), name).default
         # A compiler traces the operator itself: one node, differentiable by register_autograd.
-        return op(*args) if torch.compiler.is_compiling() else functions[op].apply(*args)
+        if torch.compiler.is_compiling():
+            return op(*args)
+        with refusals_of(name):
+            return functions[op].apply(*args)
 
     return call
+
+
+class refusals_of:
+    """Within it, what the kernels refuse for its values is a ValueError, as where Python looks at
+    them. torch knows one error of operators, RuntimeError."""
+
+    def __init__(self, name: str):
+        self.name = name.rstrip("_")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
+        if kind is RuntimeError and str(error).startswith(f"{self.name}: "):
+            raise ValueError(str(error)) from error
 
 
 def _refusal(name: str) -> Callable[..., None]:

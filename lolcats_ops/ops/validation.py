@@ -46,10 +46,14 @@ def check_attention(
     if k.shape[3] != q.shape[3]:
         _fail(op, f"k has head dim {k.shape[3]}", f"q's {q.shape[3]}")
     heads, kv_heads = q.shape[1], k.shape[1]
+    if heads == 0:
+        _fail(op, f"q has shape {_shape(q)}", "at least one head")
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"{op}: k has {kv_heads} heads, which does not divide q's {heads}")
     if v.shape[:3] != k.shape[:3]:
         _fail(op, f"v has shape {_shape(v)}", f"[B, Hk, T, V] with k's {list(k.shape[:3])}")
+    if feature_q is None and feature_k is None and op != "linear_attention":
+        raise TypeError(f"{op}: feature_q is None, needs Features")
     if (feature_q is None) != (feature_k is None):
         missing = "feature_q" if feature_q is None else "feature_k"
         _fail(op, f"{missing} is None", "both feature maps or neither")
@@ -133,6 +137,8 @@ def check_state(
 
 def check_state_indices(op: str, state_indices: Tensor, q: Tensor) -> None:
     """state_indices: [B] int32 or int64, distinct slots of the pool."""
+    if not isinstance(state_indices, Tensor):
+        raise TypeError(f"{op}: state_indices is a {type(state_indices).__name__}, needs a tensor")
     if tuple(state_indices.shape) != (q.shape[0],):
         _fail(op, f"state_indices has shape {_shape(state_indices)}", f"[B] = [{q.shape[0]}]")
     _check_integers(op, "state_indices", state_indices, q)
