@@ -149,9 +149,8 @@ def finetune(
     rows = _rows(text, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoints = out / "checkpoints" if resume else None
-    started = checkpoints is not None and any(checkpoints.glob("checkpoint-*"))
     report = lo.convert.finetune(
-        loaded, rows, settings.finetune, output_dir=checkpoints, resume=started
+        loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
     )
     _save(out, report.model, tokenizer, settings)
     went = "nothing was left to train"
@@ -177,9 +176,9 @@ def generate(
     """
     from transformers import TextStreamer
 
+    from lolcats_ops.convert.data import token_rows
+
     loaded, tokenizer = _load(model, device)
-    if not prompt:
-        raise ValueError("generate: the prompt is empty")
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"generate: {model} has no chat template; leave --chat out")
@@ -189,6 +188,9 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].numel():  # whether blanks have tokens is the tokenizer's choice
+        raise ValueError(f"generate: the prompt {prompt!r} has no tokens")
+    token_rows("generate", inputs["input_ids"], loaded)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature}
@@ -314,7 +316,7 @@ def _as_converted(
     from lolcats_ops.hf import LolcatsConfig
 
     has = LolcatsConfig.from_dict(model.config.lolcats)
-    given = yaml.safe_load(config.read_text()) or {} if config else {}
+    given = yaml.safe_load(config.read_bytes()) or {} if config else {}
     named = {*given.get("lolcats", {})} - {"init", "gate_init"}  # those are of the beginning
     asked = settings.lolcats.to_dict()
     others = [
@@ -331,17 +333,31 @@ def _as_converted(
 
 
 def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model on ``device``, None for the GPU if there is one, and its tokenizer."""
+    """A model on ``device``, None for the GPU if there is one, and its tokenizer.
+
+    Raises:
+        ValueError: naming the file that was not written to its end.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
+    from lolcats_ops.convert.files import is_whole
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
-    model = AutoModelForCausalLM.from_pretrained(path)
-    return model.to(device), AutoTokenizer.from_pretrained(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
+        files = (file for kind in kinds for file in sorted(Path(path).glob(kind)))
+        broken = next((file for file in files if not is_whole(file)), None)
+        if broken is None:
+            raise
+        raise ValueError(f"{broken} is not whole: {error}") from error
+    return model.to(device), tokenizer
 
 
 def _rows(
@@ -376,7 +392,8 @@ def main() -> None:
         TypeError,
         ValueError,
     ) as error:
-        Console(stderr=True).print(f"lolcats: {error}", style="red", markup=False)
+        said = " ".join(str(error).splitlines())
+        Console(stderr=True).print(f"lolcats: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 

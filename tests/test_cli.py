@@ -1,6 +1,7 @@
 """The command line and the demo, end to end on a tiny model with a tokenizer made on the fly."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -87,8 +88,9 @@ def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError):  # before it trains
         lolcats("finetune", tmp_path / "stage1", tmp_path / "file", *text, *config)
-    with pytest.raises(ValueError, match="prompt is empty"):
-        lolcats("generate", tmp_path / "stage1", "")
+    for prompt in ("", "  "):
+        with pytest.raises(ValueError, match=f"prompt '{prompt}' has no tokens"):
+            lolcats("generate", tmp_path / "stage1", prompt)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has one")
@@ -112,6 +114,14 @@ def test_interrupted_commands_go_on(folder, tmp_path):
     assert (tmp_path / "transfer.pt").exists()
     lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
     assert "nothing was left" in lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
+    last = tmp_path / "stage2" / "checkpoints" / "checkpoint-2"
+    (last / "trainer_state.json").unlink()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert "loss" in lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
+    (folder / "longer.txt").write_text(TEXT + TEXT)
+    options = ("--text", folder / "longer.txt", *options[2:])
+    with pytest.raises(ValueError, match="begun with another data"):
+        lolcats("finetune", tmp_path, tmp_path / "stage2", *options)
 
 
 def test_convert_saves_a_swapped_model(folder, tmp_path):
@@ -124,7 +134,9 @@ def test_version_is_printed():
 
 
 def test_default_configuration_is_printed_as_yaml():
-    assert lolcats("info", "--config").startswith("lolcats:\n  window: 64\n")
+    printed = lolcats("info", "--config")
+    assert printed.startswith("lolcats:\n  window: 64\n")
+    assert "\n  target_modules: null\n" in printed
 
 
 @pytest.mark.skipif(_C.has_cuda(), reason="this build has the kernels")
@@ -148,14 +160,65 @@ def test_help_needs_no_torch_and_shows_examples(monkeypatch):
         (["transfer", "a", "b", "--text", "no/such/file"], 2, "no/such/file"),
     ],
 )
-def test_errors_are_one_message_and_an_exit_code(arguments, code, message, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lolcats", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == code
-    error = capsys.readouterr().err
-    assert message in error
-    assert "Traceback" not in error
+def test_errors_are_one_message_and_an_exit_code(arguments, code, message, failure):
+    said = failure(*arguments)
+    assert said[0] == code
+    assert message in said[1]
+    assert "Traceback" not in said[1]
+
+
+@pytest.fixture
+def failure(monkeypatch, capsys):
+    """Runs a command that fails; returns its exit code and what it said on stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["lolcats", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return exit_.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_of_a_model_that_was_cut_short_is_named(name, folder, tmp_path, failure):
+    broken = shutil.copytree(folder / "model", tmp_path / "model") / name
+    broken.write_bytes(broken.read_bytes()[:100])
+    code, said = failure("eval", tmp_path / "model", "--text", folder / "text.txt")
+    last = said.splitlines()[-1]  # after a progress bar of transformers
+    assert code == 1
+    assert last.startswith("lolcats: ")
+    assert str(broken) in last
+
+
+def test_a_configuration_that_is_wrong_is_named_in_one_line(folder, tmp_path, failure):
+    for content in ("transfer: {epoch: 1, mse: -1}", "transfer: ["):
+        (tmp_path / "c.yaml").write_text(content)
+        options = ("--text", folder / "text.txt", "--config", tmp_path / "c.yaml")
+        code, said = failure("transfer", folder / "model", tmp_path / "out", *options)
+        assert (code, said.count("\n")) == (1, 1)
+        assert str(tmp_path / "c.yaml") in said
+
+
+def test_a_checkpoint_that_was_cut_short_is_named(folder, tmp_path, failure):
+    (tmp_path / "transfer.pt").touch()
+    options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml", "--resume")
+    code, said = failure("transfer", folder / "model", tmp_path, *options)
+    assert code == 1
+    assert f"{tmp_path / 'transfer.pt'} is no whole checkpoint" in said.splitlines()[-1]
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.resize_token_embeddings(5)
+    model.save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path)
+    for arguments in (
+        ("eval", tmp_path, "--text", folder / "text.txt", "--length", 32),
+        ("generate", tmp_path, TEXT),
+    ):
+        with pytest.raises(ValueError, match="to 13, the model's vocabulary 5"):
+            lolcats(*arguments)
 
 
 def test_demo_writes_its_report_and_pictures(folder, tmp_path):

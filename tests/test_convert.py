@@ -1,7 +1,6 @@
 """Both training stages, data, perplexity and configuration, on tiny random models."""
 
 import math
-import shutil
 
 import peft
 import pytest
@@ -12,6 +11,7 @@ import lolcats_ops as lo
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
 
 NARROW = lo.hf.LolcatsConfig(window=8, feature_dim=16)
+QUICK = {"learning_rate": 1e-2, "gradient_accumulation": 1}
 
 
 def tiny(layers=2):
@@ -112,6 +112,23 @@ def test_transfer_resumes_nothing_else(other, tmp_path):
         lo.convert.transfer(model, rows, config, checkpoint=tmp_path / "state.pt")
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"junk " * 20])
+def test_a_checkpoint_of_other_bytes_is_named(content, model, tmp_path):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is no whole checkpoint .*; delete it"):
+        lo.convert.transfer(model, token_rows(1, 40), checkpoint=tmp_path / "state.pt")
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("os.fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr("os.replace", lambda *_: calls.append("replace"))
+    lo.convert.transfer(
+        lo.hf.convert(tiny(), NARROW), token_rows(1, 40), checkpoint=tmp_path / "state.pt"
+    )
+    assert calls == ["fsync", "replace"]
+
+
 def test_transfer_warns_of_a_teacher_that_the_model_has_not_been():
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
@@ -159,27 +176,156 @@ def test_finetune_can_train_features(model):
 
 def test_trained_features_are_in_checkpoints_and_adapters(tmp_path):
     rows = token_rows(4, 40)
-    options = {"learning_rate": 1e-2, "gradient_accumulation": 1, "train_features": True}
     whole, half = (lo.hf.convert(tiny(), NARROW) for _ in range(2))
-    config = FinetuneConfig(**options, epochs=2, merge=False)
-    expected = lo.convert.finetune(whole, rows, config, output_dir=tmp_path / "whole").model
-    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "half" / "checkpoint-4")
-    output = {"output_dir": tmp_path / "half", "resume": True}
-    resumed = lo.convert.finetune(half, rows, config, **output).model
+    config = FinetuneConfig(**QUICK, train_features=True, merge=False)
+    expected = lo.convert.finetune(whole, rows, config, output_dir=tmp_path / "run").model
+    (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "run" / "checkpoint-8.bak")
+    output = {"output_dir": tmp_path / "run", "resume": True}
+    report = lo.convert.finetune(half, rows, config, **output)
+    assert len(report.losses) == 4
     expected.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(lo.hf.convert(tiny(), NARROW), tmp_path / "adapter")
     start = lo.hf.attention_layers(lo.hf.convert(tiny(), NARROW))
-    for model in (resumed, loaded):
+    for model in (report.model, loaded):
         layers = zip(lo.hf.attention_layers(model), lo.hf.attention_layers(expected), strict=True)
         for i, (a, b) in enumerate(layers):
             torch.testing.assert_close(a.feature_q, b.feature_q)
             assert not torch.equal(a.feature_q, start[i].feature_q)
     with pytest.raises(ValueError, match="not converted"):
         lo.convert.finetune(tiny(), rows, config)
-    for change in ({"rank": 4}, {"train_features": False}):
-        other, model = FinetuneConfig(**options | change), lo.hf.convert(tiny(), NARROW)
-        with pytest.raises(ValueError, match="was begun with"):
-            lo.convert.finetune(model, rows, other, **output)
+
+
+def test_lora_adapts_all_linear_layers_of_the_attention():
+    config = transformers.Phi3Config(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        pad_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.Phi3ForCausalLM(config)
+    tuned = FinetuneConfig(**QUICK, max_steps=1, merge=False)
+    adapted = lo.convert.finetune(model, token_rows(1, 40), tuned).model
+    lora = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    assert lora == {"qkv_proj", "o_proj"}
+
+
+def test_a_target_that_no_module_has_is_named(model):
+    config = FinetuneConfig(target_modules=("o_proj", "v_prj", "proj"))
+    have = r"\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
+    with pytest.raises(ValueError, match=rf"\['proj', 'v_prj'\] names no module; .*{have}"):
+        lo.convert.finetune(model, token_rows(1, 40), config)
+    with pytest.raises(ValueError, match="at least 1"):
+        FinetuneConfig(target_modules=())
+
+
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("other", ["model", "features", "data", "configuration", "silence"])
+def test_finetune_resumes_nothing_else(other, resume, tmp_path):
+    rows, config = token_rows(2, 40), FinetuneConfig(**QUICK, epochs=1)
+    lo.convert.finetune(lo.hf.convert(tiny(), NARROW), rows, config, output_dir=tmp_path)
+    model, reason = lo.hf.convert(tiny(), NARROW), f"was begun with another {other};"
+    if other == "model":
+        model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1
+    if other == "features":
+        lo.hf.attention_layers(model)[1].gate.data[0] += 1
+        reason = "another model;"
+    if other == "data":
+        rows[1, 3] += 1
+    if other == "configuration":
+        config = FinetuneConfig(**QUICK, epochs=1, rank=4)
+    if other == "silence":
+        (tmp_path / "origin.json").unlink()
+        reason = "does not say what it was begun with;"
+    with pytest.raises(ValueError, match=reason):
+        lo.convert.finetune(model, rows, config, output_dir=tmp_path, resume=resume)
+
+
+def test_what_decides_nothing_does_not_keep_finetune_from_resuming(tmp_path):
+    rows, names = token_rows(2, 40), ("v_proj", "o_proj", "q_proj", "k_proj")
+    config = FinetuneConfig(**QUICK, epochs=1, merge=False)
+    lo.convert.finetune(lo.hf.convert(tiny(), NARROW), rows, config, output_dir=tmp_path)
+    other, model = FinetuneConfig(**QUICK, epochs=1, target_modules=names), tiny()
+    report = lo.convert.finetune(
+        lo.hf.convert(model, NARROW), rows.int(), other, output_dir=tmp_path, resume=True
+    )
+    assert report.losses == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
+)
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(name, tmp_path):
+    rows, config = token_rows(2, 40), FinetuneConfig(**QUICK, epochs=3)
+
+    def run(**options):
+        model = lo.hf.convert(tiny(), NARROW)
+        return lo.convert.finetune(model, rows, config, output_dir=tmp_path, **options)
+
+    expected = run().losses
+    last = tmp_path / "checkpoint-6" / name
+    last.write_bytes(last.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="checkpoint-6 is incomplete, and passed over"):
+        assert run(resume=True).losses == pytest.approx(expected[4:])
+    assert run(resume=True).losses == []  # it was written anew
+    for path in tmp_path.glob(f"checkpoint-*/{name}"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="passed over") as warned:
+        assert run(resume=True).losses == pytest.approx(expected)
+    passed = "".join(str(warning.message) for warning in warned)
+    assert all(f"checkpoint-{step} is incomplete" in passed for step in (2, 4, 6))
+
+
+@pytest.mark.parametrize("train_features", [True, False])
+def test_an_interrupted_finetune_leaves_the_model_as_it_was(model, train_features):
+    def state():
+        tensors = {name: x.clone() for name, x in model.state_dict(keep_vars=True).items()}
+        flags = {name: x.requires_grad for name, x in model.named_parameters()}
+        modes = {name: (type(m), m.training) for name, m in model.named_modules()}
+        return tensors, flags, modes, model.config.use_cache
+
+    def interrupt(*_):
+        if model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.any():  # has trained
+            raise KeyboardInterrupt
+
+    model.eval()
+    model.model.embed_tokens.requires_grad_(False)
+    model.config.use_cache = True
+    before = state()
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    config = FinetuneConfig(**QUICK, train_features=train_features)
+    with pytest.raises(KeyboardInterrupt):
+        lo.convert.finetune(model, token_rows(4, 40), config)
+    hook.remove()
+    after = state()
+    assert after[1:] == before[1:]
+    assert all(torch.equal(before[0][name], x) for name, x in after[0].items())
+    assert not hasattr(model, "peft_config")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
+def test_a_model_keeps_its_mode(model, training, stage):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    model.train(training)
+    done = stage(model, token_rows(1, 40))
+    assert getattr(done, "model", model).training == training
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        stage(model, token_rows(1, 40))
+    assert {module.training for module in model.modules()} == {training}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_adapters_that_are_not_merged_are_in_the_mode_of_the_model(model, training):
+    config = FinetuneConfig(**QUICK, max_steps=1, dropout=0.1, merge=False)
+    adapted = lo.convert.finetune(model.train(training), token_rows(1, 40), config).model
+    assert {module.training for module in adapted.modules()} == {training}
 
 
 def test_merged_model_computes_what_the_adapters_computed(model):
@@ -202,18 +348,64 @@ def test_config_round_trips_through_yaml(tmp_path):
     config = ConversionConfig(
         lolcats=lo.hf.LolcatsConfig(window=32, softmax_layers=(1,)),
         transfer=TransferConfig(rounds=3),
+        finetune=FinetuneConfig(target_modules=("q_proj",)),
     )
     config.save(tmp_path / "c.yaml")
     assert ConversionConfig.load(tmp_path / "c.yaml") == config
-    (tmp_path / "d.yaml").write_text("transfer: {epoch: 1}\n")
-    with pytest.raises(ValueError, match=r"transfer\.epoch"):
-        ConversionConfig.load(tmp_path / "d.yaml")
+    ConversionConfig().save(tmp_path / "d.yaml")
+    assert ConversionConfig.load(tmp_path / "d.yaml") == ConversionConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("transfer: {epoch: 1}", r": transfer\.epoch: Extra inputs"),
+        ("transfer: {mse: 0, xent: 0}", ": transfer: .* mse and xent are both 0"),
+        ("data: {length: 1}", r": data\.length: .* greater than or equal to 2"),
+        ("lolcats: {sink: -1}", ": lolcats: .* sink=-1 must be >= 0"),
+        ("- transfer", " is a list, needs a mapping"),
+        ("transfer", " is a str, needs a mapping"),
+        ("''", " is a str, needs a mapping"),
+        ("lolcats: [", " is not YAML"),
+        (b"\xff\xfa\x00", " is not YAML"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_named(content, reason, tmp_path):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"c\.yaml{reason}"):
+        ConversionConfig.load(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
 def test_data_of_a_wrong_shape_is_refused(model, stage):
     with pytest.raises(ValueError, match=r"data is \[5\], needs \[N, T\]"):
         stage(model, torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("stage", [lo.convert.finetune, lo.convert.evaluate])
+def test_rows_of_one_token_predict_nothing(model, stage):
+    with pytest.raises(ValueError, match=r"data is \[3, 1\], needs \[N, T\] with .* T >= 2"):
+        stage(model, token_rows(3, 1))
+
+
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
+def test_data_that_are_no_tokens_of_the_model_are_refused(model, stage):
+    rows = token_rows(2, 40)
+    for data, kind in ((rows.tolist(), "a list"), (rows.float(), "float32"), (rows > 0, "bool")):
+        with pytest.raises(TypeError, match=f"data is .*{kind}, needs an integer tensor"):
+            stage(model, data)
+    for wrong, bounds in ((97, "0 to 97"), (-1, "-1 to 96")):
+        rows[0, 0], rows[0, 1], rows[0, 2] = wrong, 0, min(96, abs(wrong) * 96)
+        with pytest.raises(ValueError, match=f"ids from {bounds}, the model's vocabulary 97"):
+            stage(model, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_token_rows_have_any_integer_dtype(model, dtype):
+    rows = token_rows(1, 40)
+    expected = lo.convert.evaluate(model, rows)
+    assert lo.convert.evaluate(model, rows.to(dtype)) == expected
 
 
 @pytest.mark.parametrize(
@@ -226,11 +418,8 @@ def test_pack_names_what_is_wrong(texts, length, error):
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "config").write_text("lolcats: [")
     with pytest.raises(ValueError, match="bytes is not UTF-8 text"):
         lo.convert.read_texts([tmp_path / "bytes"])
-    with pytest.raises(ValueError, match="config is not YAML"):
-        lo.convert.ConversionConfig.load(tmp_path / "config")
 
 
 def test_an_unconverted_model_has_nothing_to_transfer():

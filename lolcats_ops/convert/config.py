@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lolcats_ops.hf import LolcatsConfig
 
@@ -20,7 +20,8 @@ class _Section(BaseModel):
 class DataConfig(_Section):
     """How text becomes training sequences."""
 
-    length: Positive = 1024  # tokens per packed sequence
+    # Tokens per packed sequence; of one alone, none is predicted.
+    length: Annotated[int, Field(ge=2)] = 1024
 
 
 class TransferConfig(_Section):
@@ -42,6 +43,12 @@ class TransferConfig(_Section):
     normalize: bool = True  # mse / var(teacher): published errors of layers differ by up to 2400x
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> TransferConfig:
+        if not (self.mse or self.xent):
+            raise ValueError("mse and xent are both 0, which leaves nothing to learn")
+        return self
+
 
 class FinetuneConfig(_Section):
     """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy."""
@@ -55,7 +62,9 @@ class FinetuneConfig(_Section):
     rank: Positive = 8
     alpha: Positive = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    # Names of modules, the last parts of their paths. None: all linear layers of the attention
+    # modules, whatever a family calls them (Phi-3 has a fused qkv_proj).
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     train_features: bool = False  # also train feature maps and gates
     merge: bool = True  # fold the LoRA weights into the model
     seed: int = 0
@@ -80,13 +89,20 @@ class ConversionConfig(_Section):
         """Reads a YAML file; missing fields take their defaults.
 
         Raises:
-            ValueError: an unknown or invalid field (pydantic names it), no mapping, or no YAML.
+            ValueError: an unknown or invalid field, no mapping, or no YAML; it names the file and
+                the field.
         """
         try:
-            fields = yaml.safe_load(Path(path).read_text())
+            fields = yaml.safe_load(Path(path).read_bytes())
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
-        return cls.model_validate(fields or {})
+        if not isinstance(fields, dict | None):
+            raise ValueError(f"{path} is a {type(fields).__name__}, needs a mapping of sections")
+        try:
+            return cls.model_validate(fields or {})
+        except ValidationError as error:
+            wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {'; '.join(wrong)}") from error
 
     def save(self, path: Path | str) -> None:
         """Writes all fields as YAML."""

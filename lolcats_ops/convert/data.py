@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:
@@ -55,3 +55,26 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
             f"pack: the text has {len(ids)} tokens, needs at least {length} for one sequence"
         )
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def token_rows(caller: str, data: Tensor, model: PreTrainedModel, least: int = 1) -> Tensor:
+    """`data` as int64, if it is rows [N, T] of tokens that `model` has, N >= 1 and T >= `least`.
+
+    Raises:
+        TypeError: no integer tensor. ValueError: another shape, or ids beyond the vocabulary.
+    """
+    kind = data.dtype if isinstance(data, Tensor) else f"a {type(data).__name__}"
+    if not isinstance(data, Tensor) or kind == torch.bool or kind.is_floating_point:
+        raise TypeError(f"{caller}: data is {kind}, needs an integer tensor [N, T] of token ids")
+    if data.dim() != 2 or data.shape[0] < 1 or data.shape[1] < least:
+        raise ValueError(
+            f"{caller}: data is {list(data.shape)}, needs [N, T] with N >= 1 and T >= {least}"
+        )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    low, high = (int(x) for x in data.long().aminmax())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"{caller}: data has token ids from {low} to {high}, the model's vocabulary "
+            f"{vocabulary}: is the tokenizer that of another model?"
+        )
+    return data.long()

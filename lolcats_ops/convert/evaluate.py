@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from lolcats_ops.convert.data import token_rows
 from lolcats_ops.convert.progress import progress
 
 
@@ -19,27 +20,27 @@ def evaluate(
     """Perplexity of `model` on token rows [N, T]: exp of the mean of its N (T - 1) losses.
 
     Raises:
-        ValueError: `data` is not [N, T] with N >= 1 and T >= 2.
+        TypeError: `data` is no integer tensor.
+        ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary.
 
     Example:
         >>> evaluate(model, pack([text], tokenizer, 1024))  # doctest: +SKIP
         14.2
     """
-    if data.dim() != 2 or data.shape[0] < 1 or data.shape[1] < 2:
-        raise ValueError(
-            f"evaluate: data is {list(data.shape)}, needs [N, T] with N >= 1 and T >= 2"
-        )
+    data = token_rows("evaluate", data, model, 2)
     training = model.training
-    model.eval()
     total, seen = 0.0, 0
-    with progress(description, len(data)) as bar:
-        for rows in data.split(batch_size):
-            rows = rows.to(model.device)
-            logits = model(rows, use_cache=False).logits[:, :-1].float()
-            total += F.cross_entropy(
-                logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
-            ).item()
-            seen += rows[:, 1:].numel()
-            bar.advance(len(rows), perplexity=math.exp(total / seen))
-    model.train(training)
+    try:
+        model.eval()
+        with progress(description, len(data)) as bar:
+            for rows in data.split(batch_size):
+                rows = rows.to(model.device)
+                logits = model(rows, use_cache=False).logits[:, :-1].float()
+                total += F.cross_entropy(
+                    logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
+                ).item()
+                seen += rows[:, 1:].numel()
+                bar.advance(len(rows), perplexity=math.exp(total / seen))
+    finally:
+        model.train(training)
     return math.exp(total / seen)

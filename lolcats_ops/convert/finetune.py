@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +14,13 @@ from typing import Any
 import peft
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from lolcats_ops.convert.config import FinetuneConfig
+from lolcats_ops.convert.data import token_rows
+from lolcats_ops.convert.files import is_whole, replacing
+from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import attention_layers
 
@@ -72,44 +78,55 @@ def finetune(
     """Trains LoRA adapters on token rows by next-token cross-entropy.
 
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
-    unless `config.train_features`.
+    unless `config.train_features`. The model comes back in the mode, train or eval, that it came
+    in; on any exception it is as it was, but for the device, which the Trainer chooses.
 
     Args:
         model: a causal language model, changed in place.
-        data: [N, T] token ids, N >= 1.
-        output_dir: where the Trainer writes its checkpoints, once per epoch; none are written
-            without it.
-        resume: go on from the last of those, if there is one.
+        data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1 and T >= 2.
+        output_dir: where the Trainer writes its checkpoints, once per epoch, beside `origin.json`,
+            which says what they were begun with; none are written without it.
+        resume: go on from the last whole one of those, if there is one, to the same result.
 
     Raises:
-        ValueError: `data` of another shape, no module named in `config.target_modules`, or features
-            to train in a model that is not converted.
+        TypeError: `data` is no integer tensor.
+        ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
+            `config.target_modules` that no module has, features to train in a model that is not
+            converted, or an `output_dir` with checkpoints of another model, of other data or of
+            another configuration (`merge` aside).
+
+    Warns:
+        UserWarning: a checkpoint that was not written to its end, which is passed over.
 
     Example:
         >>> model = finetune(model, rows, FinetuneConfig(max_steps=20)).model  # doctest: +SKIP
     """
     config = config or FinetuneConfig()
-    if data.dim() != 2 or not len(data):
-        raise ValueError(
-            f"finetune: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
-        )
+    data = token_rows("finetune", data, model, 2)
     if config.train_features and not attention_layers(model):
         raise ValueError("finetune: train_features=True, but the model is not converted")
+    targets = _targets(model, config)
+    last = None
+    if output_dir:
+        used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
+        used["modes"] = [layer.mode for layer in attention_layers(model)]
+        last = _begin(Path(output_dir), origin(model, data, used, features=True), resume)
+    training = model.training
     transformers.set_seed(config.seed)  # before the adapters are drawn
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=list(config.target_modules),
-            # As PEFT's own, trained features are in every checkpoint and adapter that is saved.
-            modules_to_save=["lolcats"] if config.train_features else None,
-            task_type="CAUSAL_LM",
-        ),
-    )
-    trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    with tempfile.TemporaryDirectory() as scratch:
+    with _undone_on_error(model), tempfile.TemporaryDirectory() as scratch:
+        adapted = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                # As PEFT's own, trained features are in every checkpoint and adapter that is saved.
+                modules_to_save=["lolcats"] if config.train_features else None,
+                task_type="CAUSAL_LM",
+            ),
+        )
+        trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         arguments = transformers.TrainingArguments(
             output_dir=str(output_dir or scratch),
             save_strategy="epoch" if output_dir else "no",
@@ -127,35 +144,81 @@ def finetune(
             report_to="none",
             seed=config.seed,
         )
-        cached = model.config.use_cache  # the Trainer clears it
-        try:
-            losses = _train(adapted, arguments, data, resume, description)
-        finally:
-            model.config.use_cache = cached
-    return FinetuneReport(
-        model=adapted.merge_and_unload() if config.merge else adapted,
-        losses=losses,
-        parameters=trainable,
-    )
+        losses = _train(adapted, arguments, data, last, description)
+        tuned = adapted.merge_and_unload() if config.merge else adapted
+        return FinetuneReport(model=tuned.train(training), losses=losses, parameters=trainable)
 
 
-def _check_adapter(path: str, now: peft.LoraConfig) -> None:
-    """Refuses to go on from the checkpoint of another kind of adapter."""
-    begun = peft.PeftConfig.from_pretrained(path)
+def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
+    """The names of the modules to adapt, sorted: their order decides nothing."""
+    attention = {
+        name
+        for module in model.modules()
+        if hasattr(module, "o_proj")
+        for name, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    }
+    given = set(attention if config.target_modules is None else config.target_modules)
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    # PEFT asks that one of them match.
+    missing = [name for name in given if not any(path.endswith(f".{name}") for path in paths)]
+    if missing or not given:
+        raise ValueError(
+            f"finetune: target_modules={sorted(missing) or None} names no module; the attention "
+            f"modules (those with an o_proj) have the linear layers {sorted(attention)}"
+        )
+    return sorted(given)
 
-    def value(config: Any, name: str) -> Any:
-        x = getattr(config, name)
-        return sorted(x) if isinstance(x, (list, set, tuple)) else x
 
-    for name in ("r", "lora_alpha", "target_modules", "modules_to_save"):
-        if value(begun, name) != value(now, name):
-            raise ValueError(
-                f"finetune: {path} was begun with {name}={value(begun, name)}, not "
-                f"{value(now, name)}; delete it, or keep the checkpoints elsewhere"
-            )
+def _begin(folder: Path, now: dict[str, str], resume: bool) -> Path | None:
+    """The checkpoint to go on from. If there is none, `folder` then says what was begun in it."""
+    begun = folder / "origin.json"
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    checkpoints = sorted(found, key=_step, reverse=True)
+    if checkpoints:  # of a new run as well: the next one would go on from them
+        said = json.loads(begun.read_bytes()) if is_whole(begun) else {}
+        refuse_others("finetune", folder, said, now)
+    for path in checkpoints if resume else ():
+        names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
+        files = [*(path / name for name in names), *path.glob("rng_state*")]
+        if all(is_whole(file) for file in [*files, path / "trainer_state.json"]):
+            return path
+        warnings.warn(f"finetune: {path} is incomplete, and passed over", stacklevel=3)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(begun) as file:
+        file.write(json.dumps(now).encode())
+    return None
 
 
-def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: str) -> list[float]:
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def _undone_on_error(model: PreTrainedModel) -> Iterator[None]:
+    """Takes adapters back on any exception. PEFT's `unload` would keep trained copies of features,
+    and cannot be had before all of the model is wrapped."""
+    children = [(module, dict(module.named_children())) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    training, cached = model.training, model.config.use_cache
+    try:
+        yield
+    except BaseException:
+        for module, own in children:
+            for name, child in own.items():
+                setattr(module, name, child)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        vars(model).pop("peft_config", None)
+        model.train(training)
+        raise
+    finally:
+        model.config.use_cache = cached  # the Trainer clears it
+
+
+def _train(
+    model: Any, arguments: Any, data: Tensor, last: Path | None, description: str
+) -> list[float]:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows(data))
     trainer.remove_callback(transformers.PrinterCallback)  # our bar shows the loss
     per_epoch = max(
@@ -170,14 +233,11 @@ def _train(model: Any, arguments: Any, data: Tensor, resume: bool, description: 
         if arguments.max_steps > 0
         else int(arguments.num_train_epochs * per_epoch)
     )
-    last = get_last_checkpoint(arguments.output_dir) if resume else None
-    if last is not None:
-        _check_adapter(last, model.peft_config["default"])
-    if last is not None and int(last.rpartition("-")[2]) >= steps:  # the Trainer would go on
-        peft.set_peft_model_state_dict(model, peft.load_peft_weights(last))
+    if last is not None and _step(last) >= steps:  # the Trainer would go on
+        peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(last)))
         return []
     with progress(description, steps) as bar:
         report = _Report(bar)
         trainer.add_callback(report)
-        trainer.train(resume_from_checkpoint=last)
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return report.losses

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats_ops.convert.config import TransferConfig
+from lolcats_ops.convert.data import token_rows
+from lolcats_ops.convert.files import replacing
+from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
 from lolcats_ops.hf.patch import local_window
-
-SAMPLE = 4096  # elements of a weight that tell models apart
 
 
 @dataclass(frozen=True)
@@ -96,18 +95,20 @@ def transfer(
     The teacher's output flows from layer to layer, so layers are independent regressions: each one
     computes its loss, runs its backward and steps its optimizer inside the forward pass, and
     nothing is kept across layers. Memory is that of one layer, linear in T. The language model head
-    is not run.
+    is not run. An exception leaves features half trained, and the model in the modes that it had.
 
     Args:
         model: converted by `lo.hf.convert`.
-        data: [N, T] token ids, N >= 1.
+        data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1.
         config: batch sizes, learning rate, loss.
         checkpoint: a file written after every batch; if it exists, training goes on from it to the
             same result.
 
     Raises:
-        ValueError: a model that is not converted, `data` of another shape, or a checkpoint of
-            another model, of other data or of another configuration.
+        TypeError: `data` is no integer tensor.
+        ValueError: a model that is not converted, `data` of another shape or with ids beyond the
+            vocabulary, or a checkpoint that cannot be read, or that is of another model, of other
+            data or of another configuration.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
@@ -118,10 +119,7 @@ def transfer(
         >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
     """
     config = config or TransferConfig()
-    if data.dim() != 2 or not len(data):
-        raise ValueError(
-            f"transfer: data is {list(data.shape)}, needs [N, T] token ids with N >= 1"
-        )
+    data = token_rows("transfer", data, model)
     window = local_window(model)
     if window is not None and data.shape[1] > window:
         warnings.warn(
@@ -135,59 +133,39 @@ def transfer(
     )
     batches = data[order].split(config.batch_size)
     steps = config.rounds * sum(-(-len(batch) // config.micro_batch) for batch in batches)
-    training = model.training
-    model.eval()
     with (
         use_mode(model, "transfer"),
         progress("attention transfer", steps * len(attention_layers(model))) as bar,
     ):
         layers = attention_layers(model)
         learners = [_LayerLearner(layer, config, steps, bar) for layer in layers]
-        origin = {} if checkpoint is None else _origin(model, data, config)
-        done = _resume(checkpoint, origin, layers, learners)
+        begun = {}
+        if checkpoint is not None:
+            begun = origin(model, data, config.model_dump(), features=False)
+        done = _resume(checkpoint, begun, layers, learners)
         bar.advance(sum(len(learner.losses) for learner in learners))
+        training = model.training
         try:
+            model.eval()
             for layer, learner in zip(layers, learners, strict=True):
                 layer.learner = learner
             for i, batch in enumerate(batches[done:], done + 1):
                 with torch.no_grad():
                     model.base_model(batch.to(model.device), use_cache=False)
-                _save(checkpoint, origin, i, layers, learners)
+                _save(checkpoint, begun, i, layers, learners)
         finally:
             for layer in layers:
                 layer.learner = None
-    model.train(training)
+            model.train(training)
     return TransferReport(
         losses=[learner.losses for learner in learners],
         parameters=sum(p.numel() for layer in layers for p in layer.parameters()),
     )
 
 
-def _origin(model: PreTrainedModel, data: Tensor, config: TransferConfig) -> dict[str, str]:
-    """What decides the result, in digests: a checkpoint goes on with nothing else. Of large weights
-    it is a sample."""
-
-    def digest(*values: Any) -> str:
-        found = hashlib.sha256()
-        for value in values:
-            if isinstance(value, Tensor):
-                value = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            found.update(value if isinstance(value, bytes) else repr(value).encode())
-        return found.hexdigest()
-
-    named = model.named_parameters()
-    frozen = [x.flatten() for name, x in named if ".lolcats." not in name and not x.is_meta]
-    weights = [x[:: max(1, len(x) // SAMPLE)] for x in frozen]
-    return {
-        "model": digest(*(layer.config for layer in attention_layers(model)), *weights),
-        "data": digest(list(data.shape), data),
-        "configuration": digest(config.model_dump()),
-    }
-
-
 def _save(
     path: Path | str | None,
-    origin: dict[str, str],
+    begun: dict[str, str],
     done: int,
     layers: list[LolcatsAttention],
     learners: list[_LayerLearner],
@@ -195,33 +173,33 @@ def _save(
     if path is None:
         return
     state = {
-        "origin": origin,
+        "origin": begun,
         "batches": done,
         "layers": [layer.state_dict() for layer in layers],
         "learners": [learner.state_dict() for learner in learners],
     }
-    partial = f"{path}.partial"
-    torch.save(state, partial)
-    os.replace(partial, path)  # an interrupted save leaves the previous one
+    with replacing(path) as file:
+        torch.save(state, file)
 
 
 def _resume(
     path: Path | str | None,
-    origin: dict[str, str],
+    now: dict[str, str],
     layers: list[LolcatsAttention],
     learners: list[_LayerLearner],
 ) -> int:
     """Loads a checkpoint, if there is one, and returns how many batches it has seen."""
     if path is None or not Path(path).exists():
         return 0
-    state = torch.load(path, map_location="cpu")  # from there to where the parameters are
-    begun = state.get("origin", {})
-    if others := [name for name, value in origin.items() if begun.get(name) != value]:
-        was = f"was begun with another {' and another '.join(others)}"
-        raise ValueError(
-            f"transfer: {path} {was if begun else 'does not say what it was begun with'}; "
-            "delete it, or keep the checkpoint elsewhere"
-        )
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu")  # from there to where the parameters are
+        except Exception as error:  # what torch makes of other bytes: EOFError, struct.error, ...
+            raise ValueError(
+                f"transfer: {path} is no whole checkpoint ({type(error).__name__}); delete it"
+            ) from error
+    begun = state.get("origin", {}) if isinstance(state, dict) else {}
+    refuse_others("transfer", path, begun, now)
     for layer, learner, weights, progress_ in zip(
         layers, learners, state["layers"], state["learners"], strict=True
     ):
