@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 NAME = "lolcats"
 MASK_ROWS = 512  # that are compared at a time: a fraction of the memory of the mask itself
+BLOCKED = -1e3  # at most, in an additive mask: exp of it is 0 in fp64 as well
 Mode = Literal["hybrid", "transfer", "softmax"]
 Attend = Callable[[slice], "Transfer"]
 Learner = Callable[[Attend, int], Tensor]
@@ -241,7 +242,11 @@ def real_tokens(mask: Tensor | None, batch: int, tokens: int, past: int = 0) -> 
 
 
 def check_mask(
-    mask: Tensor, past: int, sliding_window: int | None, starts: Tensor | None = None
+    mask: Tensor,
+    past: int,
+    sliding_window: int | None,
+    starts: Tensor | None = None,
+    held: Tensor | None = None,
 ) -> None:
     """Refuses a [B, H | 1, T, Tk] mask that is not causality (within a sliding window, which the
     model's own attention may have; with ``starts`` [B, T] and nothing past, within the packed
@@ -249,6 +254,8 @@ def check_mask(
 
     Raises:
         NotImplementedError: naming what it may be.
+        ValueError: of the tokens of earlier calls it shows others than ``held`` [B] real ones, as
+            far as their number tells.
     """
     tokens = mask.shape[2]
     first = min(past, mask.shape[3] - tokens)
@@ -256,27 +263,55 @@ def check_mask(
     real = _attended(mask[:, :, :, new].diagonal(dim1=2, dim2=3))  # [B, H, T]
     key = torch.arange(mask.shape[3], device=mask.device)
     sequence = None if starts is None else starts.to(mask.device).cumsum(1)
+    # A mask of the new tokens alone, or of a sliding window, leaves out others of the past.
+    if first < past or (sliding_window and sliding_window < past + tokens):
+        held = None
     refused = bool((real != real[:, :1]).any())
     for start in range(0, tokens, MASK_ROWS):
         rows = slice(start, start + MASK_ROWS)
-        attended = _attended(mask[:, :, rows])
+        _check_values(mask[:, :, rows])
+        attended, asks = _attended(mask[:, :, rows]), real[:, :, rows, None]
+        if held is not None:
+            shown = attended[..., :past].sum(-1, keepdim=True)
+            if bool(((shown != held.to(mask.device)[:, None, None, None]) & asks).any()):
+                raise past_differs(held)
         query = torch.arange(first, first + tokens, device=mask.device)[rows, None]
-        allowed = (key <= query)[None, None].expand(1, 1, -1, -1)
+        allowed = (key <= query).repeat(*real.shape[:2], 1, 1)
         if sequence is not None:
             same = sequence[:, None, rows, None] == sequence[:, None, None, :]
             allowed = allowed & nn.functional.pad(same, (0, len(key) - tokens))
-        # Of the keys of earlier calls, the mask alone says which are padding.
-        expected = allowed & (key >= first)
+        allowed[..., new] &= real[:, :, None]
+        needed = allowed
+        if first:  # of the keys of earlier calls, the mask alone says which are padding
+            needed = needed & (key >= first)
         if sliding_window:
-            expected = expected & (key > query - sliding_window)
-        blocked = expected & ~attended
-        blocked[..., new] &= real[:, :, None]
-        wrong = blocked | attended & ~allowed
-        refused = refused or bool((wrong & real[:, :, rows, None]).any())
+            needed = needed & (key > query - sliding_window)
+        wrong = (needed > attended) | (attended > allowed)
+        refused = refused or bool((wrong & asks).any())
     if refused:
         raise NotImplementedError(
             "lolcats attention is causal and has padding; this attention_mask asks for more. "
             "Pack sequences by position_ids that restart, without a mask"
+        )
+
+
+def past_differs(held: Tensor) -> ValueError:
+    """The refusal of a mask that shows another number of past tokens than the ``held`` [B]."""
+    return ValueError(
+        "attention_mask shows another number of tokens of earlier calls than were real in them, "
+        f"{held.tolist()}: a recurrent state cannot hide what it holds, nor show padding, which it "
+        "does not hold"
+    )
+
+
+def _check_values(mask: Tensor) -> None:
+    """Refuses numbers that are neither "attend" nor "blocked"."""
+    if mask.dtype == torch.bool:
+        return
+    if not mask.is_floating_point() or bool(((mask != 0) & ~(mask <= BLOCKED)).any()):
+        raise NotImplementedError(
+            f"attention_mask of {mask.dtype} has other values than lolcats attention reads: bool, "
+            f"True to attend, or floats to add, 0 to attend and at most {BLOCKED:g} to block"
         )
 
 

@@ -9,6 +9,7 @@ config class and a model class are derived when first needed.
 from __future__ import annotations
 
 import re
+import warnings
 from functools import cache
 from typing import Any
 
@@ -32,9 +33,21 @@ class LolcatsModelConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> PreTrainedConfig:
-        return config_class(CONFIG_MAPPING[config_dict["base_model_type"]]).from_dict(
-            config_dict, **kwargs
-        )
+        """The config of a converted model.
+
+        Raises:
+            ValueError: it lacks what `convert` adds, or its base family is unknown.
+        """
+        for key in ("base_model_type", "lolcats"):
+            if not config_dict.get(key):
+                raise ValueError(f"the config of a converted model lacks {key!r}")
+        family = config_dict["base_model_type"]
+        if family not in CONFIG_MAPPING:
+            raise ValueError(
+                f"a converted {family!r} model: transformers {transformers.__version__} does not "
+                "know that family; it is perhaps too old"
+            )
+        return config_class(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
 
 
 AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
@@ -100,12 +113,22 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
     converted. Local (sliding window) layers beside global ones, as in Gemma, are linear already and
     stay.
 
+    The model then takes masks of padding [B, past + T], or of causality and padding [B, H | 1, T,
+    Tk] (bool, or additive with 0 and -inf). A call with another raises NotImplementedError; with
+    one that hides tokens which its cache holds, or shows padding of before, ValueError. Compiled
+    calls check neither.
+
+    Only causal language models load converted. A base model, or the language model inside a
+    composite one, can be converted, but a checkpoint of it, or of what holds it, loads without:
+    keep its `state_dict`, and convert again after loading.
+
     Raises:
         ValueError, TypeError: naming the model and the reason, if it cannot be converted; nothing
             is changed then.
 
     Warns:
-        UserWarning: the model's attention has dropout, which will not apply to converted layers.
+        UserWarning: the model's attention has dropout, which will not apply to converted layers;
+            the model has no language model head, so that it will not load converted.
 
     Example:
         >>> from lolcats_ops.hf import attention_layers
@@ -126,6 +149,13 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         model.config.base_model_type = model.config.model_type
         model.config.__class__ = config_class(model.config.__class__)
     model.config.lolcats = config.to_dict()
+    if model.get_output_embeddings() is None:
+        warnings.warn(
+            f"{type(model).__name__} has no language model head: neither a checkpoint of it nor of "
+            "a model that holds it will load converted. Keep its `lolcats` parameters by other "
+            "means (state_dict, then convert after loading)",
+            stacklevel=2,
+        )
     return model
 
 
@@ -149,15 +179,17 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: a folder written by `model.save_pretrained`, or a hub id.
-        kwargs: `dtype`, `device_map`, ... of transformers. The parameters of `lo.hf` stay fp32.
+        kwargs: `dtype`, `device_map`, `revision`, `subfolder`, `config`, ... of transformers. The
+            parameters of `lo.hf` stay fp32.
 
     Raises:
-        ValueError: the checkpoint is not a converted causal language model.
+        ValueError: the checkpoint is not a converted causal language model, or of a family that
+            this transformers does not know.
 
     Example:
         >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
     """
-    config = AutoConfig.from_pretrained(path)
+    config = kwargs.get("config") or AutoConfig.from_pretrained(path, **kwargs)
     if getattr(config, "lolcats", None) is None:
         raise ValueError(
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"

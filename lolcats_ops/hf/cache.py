@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 import lolcats_ops as lo
 from lolcats_ops.hf.attention import LolcatsAttention, attention_of
@@ -220,35 +225,97 @@ def find_beside(layers: list[CacheLayerMixin]) -> None:
             layer.beside = used.get(type(layer.instead_of))
 
 
+class LocalCacheLayer(DynamicSlidingWindowLayer):
+    """Keys and values of a local (sliding window) layer, and of `slack` tokens before them.
+
+    What transformers' own layer records for `crop` grows until somebody crops.
+    """
+
+    cumulative_length: int
+
+    def __init__(self, sliding_window: int, slack: int):
+        super().__init__(sliding_window)
+        self.slack = slack
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = DynamicLayer.update(self, key_states, value_states)
+        self.cumulative_length += key_states.shape[2]
+        kept = self.sliding_window - 1 + self.slack
+        self.keys, self.values = keys[:, :, -kept:], values[:, :, -kept:]
+        seen = self.sliding_window - 1 + key_states.shape[2]  # what the mask is made for
+        return keys[:, :, -seen:], values[:, :, -seen:]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back -tokens_to_remove tokens.
+
+        Raises:
+            ValueError: keys of the remaining window are gone.
+        """
+        if not self.is_initialized:
+            return
+        length = self.cumulative_length + tokens_to_remove
+        if self.keys.shape[2] + tokens_to_remove < min(length, self.sliding_window - 1):
+            raise ValueError(
+                f"{-tokens_to_remove} tokens cannot be taken back from a sliding window, needs at "
+                f"most the slack, {self.slack}"
+            )
+        DynamicLayer.crop(self, tokens_to_remove)
+        self.cumulative_length = length
+
+
 class LolcatsCache(DynamicCache):
     """A cache for a converted model from which the last `slack` tokens can be taken back.
 
     Plain generation needs none: converted layers put their own layer into any fresh cache. Make one
-    for assisted decoding, or to branch a prompt.
+    for assisted decoding, whose slack has to be the number of tokens that are proposed at once
+    (`num_assistant_tokens`, 20 unless set, or `prompt_lookup_num_tokens`), or to branch a prompt.
+
+    Raises:
+        TypeError, ValueError: `slack` is not an integer >= 0; the model is not converted.
 
     Example:
-        >>> cache = LolcatsCache(model, slack=16)  # doctest: +SKIP
+        >>> cache = LolcatsCache(model, slack=20)  # doctest: +SKIP
         >>> model.generate(**inputs, past_key_values=cache, assistant_model=small)  # doctest: +SKIP
     """
 
     def __init__(self, model: PreTrainedModel, slack: int = 0):
+        if isinstance(slack, bool) or not isinstance(slack, int):
+            raise TypeError(f"LolcatsCache: slack={slack!r} must be an integer")
+        if slack < 0:
+            raise ValueError(f"LolcatsCache: slack={slack} must be >= 0")
+        converted = [m.layer_idx for m in model.modules() if attention_of(m) is not None]
+        if not converted:
+            raise ValueError(f"LolcatsCache: {type(model).__name__} is not converted")
         super().__init__(config=model.config)
-        for module in model.modules():
-            if attention_of(module) is not None:
-                i = module.layer_idx
-                self.layers[i] = LolcatsCacheLayer(self.layers[i], slack)
+        for i, layer in enumerate(self.layers):
+            if slack and type(layer) is DynamicSlidingWindowLayer:
+                self.layers[i] = LocalCacheLayer(layer.sliding_window, slack)
+        for i in converted:
+            self.layers[i] = LolcatsCacheLayer(self.layers[i], slack)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens, from every layer or from none.
+        """Takes back the last -tokens_to_remove tokens, from every layer or from none; a positive
+        number is the length to crop to.
 
         Raises:
             ValueError: more than `slack` tokens.
         """
-        # The states go first: they have the same lengths, so that the first one says if any cannot.
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        # States go last: they have the same lengths, so that the first one says if any cannot, and
+        # the layers before, which crop by attributes of their own, get these back.
         states = [layer for layer in self.layers if isinstance(layer, LolcatsCacheLayer)]
         others = [layer for layer in self.layers if not isinstance(layer, LolcatsCacheLayer)]
-        for layer in (*states, *others):
-            layer.crop(tokens_to_remove)
+        before = [dict(vars(layer)) for layer in others]
+        try:
+            for layer in (*others, *states):
+                layer.crop(tokens_to_remove)
+        except Exception:
+            for layer, attributes in zip(others, before, strict=True):
+                vars(layer).update(attributes)
+            raise
 
 
 def cache_bytes(cache: Any) -> int:

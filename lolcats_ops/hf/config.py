@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -53,10 +53,13 @@ class LolcatsConfig:
     softmax_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "softmax_layers", tuple(sorted(self.softmax_layers)))
+        self._layers("softmax_layers")
         self._integer("window", 0)
         self._integer("sink", 0)
         self._integer("feature_dim", 1)
+        for name in ("two_sided", "share_kv_features", "affine"):
+            self._type(name, "True or False", bool)
+        self._type("gate_init", "a number", int, float)
         self._choice("window_kind", WINDOW_KINDS)
         self._choice("activation", ACTIVATIONS)
         self._choice("init", INITS)
@@ -69,15 +72,26 @@ class LolcatsConfig:
             raise ValueError(
                 f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate"
             )
-        if any(layer < 0 for layer in self.softmax_layers):
-            raise ValueError(f"LolcatsConfig: softmax_layers={self.softmax_layers} must be >= 0")
+
+    def _type(self, name: str, needed: str, *allowed: type) -> None:
+        value = getattr(self, name)
+        # True is an int for isinstance.
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            raise TypeError(f"LolcatsConfig: {name}={value!r} must be {needed}")
 
     def _integer(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"LolcatsConfig: {name}={value!r} must be an integer")
-        if value < least:
-            raise ValueError(f"LolcatsConfig: {name}={value} must be >= {least}")
+        self._type(name, "an integer", int)
+        if getattr(self, name) < least:
+            raise ValueError(f"LolcatsConfig: {name}={getattr(self, name)} must be >= {least}")
+
+    def _layers(self, name: str) -> None:
+        given = getattr(self, name)
+        layers = tuple(given) if isinstance(given, Iterable) else (None,)
+        if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+            raise TypeError(f"LolcatsConfig: {name}={given!r} must be integers, as in (0, 1)")
+        if any(layer < 0 for layer in layers):
+            raise ValueError(f"LolcatsConfig: {name}={given} must be >= 0")
+        object.__setattr__(self, name, tuple(sorted(layers)))
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)

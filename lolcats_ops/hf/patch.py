@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 import lolcats_ops as lo
 from lolcats_ops.hf.attention import (
@@ -30,6 +31,7 @@ from lolcats_ops.hf.attention import (
     check_mask,
     lolcats_attention,
     packed_starts,
+    past_differs,
 )
 from lolcats_ops.hf.cache import LolcatsCacheLayer, find_beside
 from lolcats_ops.hf.config import LolcatsConfig
@@ -62,13 +64,17 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             heads // module.num_key_value_groups,
             module.head_dim,
             config,
-            projection.weight.device,
+            next(_tensors(projection)).device,
         )
         module.lolcats = attention
         module.lolcats_softmax = Softmax(module.config, _dropout(module))
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    return itertools.chain(module.parameters(), module.buffers())  # quantized weights may be either
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -164,7 +170,10 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     if attention_layers(model):
         raise refuse("it is converted already; restore it first")
     if model.config.get_text_config(decoder=True) is not model.config:
-        raise refuse("it is composite; convert its language model on its own")
+        raise refuse(
+            "it is composite; convert its language model on its own (which will not load "
+            "converted: keep its `lolcats` parameters by state_dict, and convert after loading)"
+        )
     if not model._supports_attention_backend:
         raise refuse("it does not dispatch through transformers' AttentionInterface")
     if getattr(model.config, "is_causal", True) is False:
@@ -201,6 +210,12 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         )
     if not modules:
         raise refuse("softmax_layers leaves no layer to convert")
+    for projection in (m.o_proj for m in modules):
+        if not hasattr(projection, "in_features") or next(_tensors(projection), None) is None:
+            raise refuse(
+                f"its o_proj, a {type(projection).__module__}.{type(projection).__name__}, lacks "
+                "in_features, or tensors that say on which device it is"
+            )
     maps: dict[str, Any] = {"activation": config.activation, "two_sided": config.two_sided}
     for head_dim in {m.head_dim for m in modules}:
         choice = lo.backend_for(
@@ -214,31 +229,66 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
 def local_window(model: nn.Module) -> int | None:
     """The smallest sliding window that converted layers have as softmax layers, and lose: their
     teacher, like their student, attends all earlier tokens."""
-    windows = [
-        getattr(m if hasattr(m, "sliding_window") else m.config, "sliding_window", None)
-        for m, _ in _converted(model)
-    ]
+    windows = [_window(module) for module, _ in _converted(model)]
     return min((w for w in windows if w), default=None)
 
 
+def _window(module: Any) -> int | None:
+    holder = module if hasattr(module, "sliding_window") else module.config
+    return getattr(holder, "sliding_window", None)
+
+
 def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Checks a mask that the caller made, where nothing is compiled; transformers makes those of
-    causality and padding."""
+    """Checks masks that the caller made, before any layer changes its cache."""
     given = kwargs
     if args:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     cache, mask = given.get("past_key_values"), given.get("attention_mask")
-    find_beside(getattr(cache, "layers", []))
+    layers = getattr(cache, "layers", [])
+    find_beside(layers)
+    if mask is None or torch.compiler.is_compiling():
+        return
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        _check_past(mask, layers)
+        return
+    by_kind = mask if isinstance(mask, Mapping) else None
+    kinds = getattr(module.config, "layer_types", None) or {}
+    for each in (mask,) if by_kind is None else by_kind.values():
+        if isinstance(each, torch.Tensor):
+            each.lolcats_checked = False  # type: ignore[attr-defined]  # may have changed since
+    for attention, own in _converted(module):
+        i = attention.layer_idx
+        if own.mode != "softmax":
+            read = mask if by_kind is None else by_kind.get(kinds[i]) if kinds else None
+            layer = layers[i] if i < len(layers) else None
+            _check_once(attention, read, layer, given.get("position_ids"))
+
+
+def _check_past(mask: torch.Tensor, layers: list[Any]) -> None:
+    """Holds a [B, past + T] mask to what the cache has of the past; layers have the same."""
+    for layer in layers:
+        if isinstance(layer, LolcatsCacheLayer) and layer.state is not None:
+            shown, held = mask[:, : layer.cumulative_length], layer.state.length
+            if bool((shown.count_nonzero(1).to(held.device) != held).any()):
+                raise past_differs(held)
+            return
+
+
+def _check_once(
+    module: Any, mask: Any, layer: CacheLayerMixin | None, position_ids: torch.Tensor | None
+) -> None:
+    """Checks a [B, H | 1, T, Tk] mask that a layer is to read, for all layers that read it."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or torch.compiler.is_compiling():
         return
-    if all(layer.mode == "softmax" for layer in attention_layers(module)):
+    if getattr(mask, "lolcats_checked", False):
         return
-    past = 0 if cache is None else int(cache.get_seq_length())
-    # A block-diagonal mask is right beside the positions that say the same.
-    position_ids, starts = given.get("position_ids"), None
+    past, starts = 0 if layer is None else int(layer.get_seq_length()), None
     if not past and position_ids is not None:
-        starts = packed_starts(position_ids, mask, mask.shape[0])
-    check_mask(mask, past, getattr(module.config, "sliding_window", None), starts)
+        # A block-diagonal mask is right beside the positions that say the same.
+        starts = packed_starts(position_ids, mask, max(len(position_ids), len(mask)))
+    state = getattr(layer, "state", None)
+    check_mask(mask, past, _window(module), starts, None if state is None else state.length)
+    mask.lolcats_checked = True  # type: ignore[attr-defined]
 
 
 def _before_attention(
@@ -266,6 +316,7 @@ def _before_attention(
         if mode == "transfer":
             raise ValueError("attention transfer runs without a cache: pass use_cache=False")
         layer = _cache_layer(cache, module.layer_idx)
+    _check_once(module, mask, layer, kwargs.get("position_ids"))
     bounds, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
     first = layer is None or layer.cumulative_length == 0
     if bounds is None and position_ids is not None and first:

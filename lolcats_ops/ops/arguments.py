@@ -23,6 +23,11 @@ def parameter(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
+def contiguous(x: Tensor | None) -> Tensor | None:
+    """cu_seqlens, a mask or indices as the kernels take them."""
+    return x if x is None or x.is_contiguous() else x.contiguous()
+
+
 def parameters(features: Features | None) -> tuple[Tensor | None, Tensor | None]:
     """(weight, bias) of a feature map as the operators take them."""
     if features is None:

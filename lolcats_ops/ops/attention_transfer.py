@@ -13,6 +13,7 @@ from ..features import Features
 from ..reference import Transfer
 from .arguments import (
     attention_tensors,
+    contiguous,
     empty_parameters,
     empty_rows,
     present,
@@ -97,8 +98,8 @@ def attention_transfer(
     teacher, mse, cross, *_ = _call(
         chosen,
         *attention_tensors(q.detach(), k.detach(), v.detach(), feature_q, feature_k, gate),
-        cu_seqlens,
-        key_padding_mask,
+        contiguous(cu_seqlens),
+        contiguous(key_padding_mask),
         xent,
         window,
         window_code(window_kind),

@@ -13,6 +13,7 @@ from ..features import Features
 from ..state import HybridState
 from .arguments import (
     attention_tensors,
+    contiguous,
     empty_parameters,
     empty_rows,
     last_contiguous,
@@ -131,8 +132,8 @@ def hybrid_attention(
         out, _, _ = _call(
             chosen,
             *attention_tensors(q, k, v, feature_q, feature_k, gate),
-            cu_seqlens,
-            key_padding_mask,
+            contiguous(cu_seqlens),
+            contiguous(key_padding_mask),
             window,
             window_code(window_kind),
             sink,

@@ -13,7 +13,13 @@ from .. import reference
 from ..dispatch import select
 from ..features import Features
 from ..state import STATE_TENSORS, HybridState
-from .arguments import attention_tensors, empty_rows, scale_or_default, window_code
+from .arguments import (
+    attention_tensors,
+    contiguous,
+    empty_rows,
+    scale_or_default,
+    window_code,
+)
 from .native import (
     autocast,
     operators,
@@ -184,9 +190,9 @@ def step_(
     arguments = (
         *attention_tensors(q, k, v, feature_q, feature_k, gate),
         *pool,
-        state_indices,
-        cu_seqlens,
-        key_padding_mask,
+        contiguous(state_indices),
+        contiguous(cu_seqlens),
+        contiguous(key_padding_mask),
         state.window,
         window_code(state.window_kind),
         scale_or_default(scale, q),

@@ -12,6 +12,7 @@ from ..dispatch import select
 from ..features import Features
 from ..state import HybridState
 from .arguments import (
+    contiguous,
     empty_parameters,
     empty_rows,
     last_contiguous,
@@ -102,8 +103,8 @@ def linear_attention(
         *parameters(feature_k),
         None if state is None else state.kv,
         None if state is None else state.ksum,
-        cu_seqlens,
-        key_padding_mask,
+        contiguous(cu_seqlens),
+        contiguous(key_padding_mask),
         scale,
         normalize,
         eps,

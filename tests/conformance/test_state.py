@@ -232,6 +232,32 @@ def test_positions_may_be_large(backend, device):
     assert results[2].equal(results[3])
 
 
+def test_masks_bounds_and_indices_may_lie_anywhere():
+    q, k, v = torch.randn(3, 2, 1, 9, 8, generator=torch.Generator().manual_seed(0))
+    rest = (*2 * [lo.Features(torch.eye(8)[None])], torch.zeros(1))
+    real = torch.arange(9)[:, None].repeat(1, 2) < torch.tensor([9, 5])
+    got, want = (
+        lo.hybrid_attention(q, k, v, *rest, window=4, key_padding_mask=mask)
+        for mask in (real.t(), real.t().contiguous())
+    )
+    assert got.equal(want)
+    bounds = torch.tensor([0, 99, 4, 99, 9, 99])[::2]
+    got, want = (
+        lo.linear_attention(
+            q[:1], k[:1], v[:1], feature_q=rest[0], feature_k=rest[1], cu_seqlens=at
+        )
+        for at in (bounds, bounds.contiguous())
+    )
+    assert got.equal(want)
+    _, state = lo.hybrid_attention(q, k, v, *rest, window=4, return_state=True)
+    slots = torch.tensor([1, 99, 0, 99])[::2]
+    got, want = (
+        lo.hybrid_attention_step_(q, k, v, *rest, state.clone(), state_indices=at)
+        for at in (slots, slots.contiguous())
+    )
+    assert got.equal(want)
+
+
 def test_rewind_refuses_what_has_been_folded():
     x = prepare(case_of(3, "sliding", 0), 30, torch.float32)
     state = empty_state(x, slack=2)

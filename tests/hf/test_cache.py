@@ -14,7 +14,8 @@ import lolcats_ops as lo
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_cached_generation_equals_uncached_with_left_padding(family, prompt):
-    model = lo.hf.convert(tiny(family), NARROW)
+    untied = {"tie_word_embeddings": False}  # else Gemma repeats its last token
+    model = lo.hf.convert(tiny(family, **untied), NARROW)
     mask = torch.ones_like(prompt)
     mask[0, :5] = 0
     cached = generate(model, prompt, attention_mask=mask)
@@ -33,9 +34,29 @@ def test_cached_generation_equals_uncached_for_every_state_layout(window_kind, s
     assert torch.equal(generate(model, prompt), generate(model, prompt, use_cache=False))
 
 
-def test_beam_search_reorders_the_state(model, prompt):
-    cached = generate(model, prompt, 32, num_beams=3)
-    assert torch.equal(cached, generate(model, prompt, 32, num_beams=3, use_cache=False))
+@pytest.mark.parametrize("padding", [0, 5])
+def test_beam_search_reorders_the_state(model, prompt, padding):
+    options = {"num_beams": 3, "attention_mask": torch.ones_like(prompt)}
+    options["attention_mask"][0, :padding] = 0
+    cached = generate(model, prompt, 32, **options)
+    assert torch.equal(cached, generate(model, prompt, 32, use_cache=False, **options))
+
+
+def test_a_padded_prompt_may_be_generated_from_in_chunks(model, prompt):
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    chunks = generate(model, prompt, 32, attention_mask=mask, prefill_chunk_size=4)
+    assert torch.equal(chunks, generate(model, prompt, 32, attention_mask=mask))
+
+
+@torch.no_grad()
+def test_a_turn_padded_on_the_right_is_continued(model):
+    ids, mask = token_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, 9:12] = 0
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:, :12], attention_mask=mask[:, :12], past_key_values=cache)
+    got = generate(model, ids, 16, attention_mask=mask, past_key_values=cache)
+    assert torch.equal(got, generate(model, ids, 16, attention_mask=mask, use_cache=False))
 
 
 def test_generation_from_static_cache_equals_dynamic(model, prompt):
@@ -47,6 +68,41 @@ def test_speculated_tokens_are_taken_back(model, prompt):
     cache = lo.hf.LolcatsCache(model, slack=8)
     options = {"past_key_values": cache, "prompt_lookup_num_tokens": 3}
     assert torch.equal(generate(model, prompt[:1], **options), generate(model, prompt[:1]))
+
+
+LOCAL = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gemma3", LOCAL)])
+def test_what_an_assistant_proposes_needs_a_slack_of_20(family, changes, prompt):
+    model, assistant = lo.hf.convert(tiny(family, **changes), NARROW), tiny(family, **changes)
+    assistant.generation_config.assistant_confidence_threshold = 0  # proposes all, however unsure
+
+    def assisted(slack):
+        cache = lo.hf.LolcatsCache(model, slack=slack)
+        return generate(model, prompt[:1], past_key_values=cache, assistant_model=assistant)
+
+    assert torch.equal(assisted(20), generate(model, prompt[:1]))
+    with pytest.raises(ValueError, match="at most the slack, 16"):
+        assisted(16)
+
+
+@torch.no_grad()
+def test_local_layers_take_back_what_states_do_and_do_not_grow():
+    model = lo.hf.convert(tiny("gemma3", **LOCAL), NARROW)
+    ids, cache = token_ids(2, 60), lo.hf.LolcatsCache(model, slack=6)
+    expected, start = model(ids).logits, 0
+    for tokens, back in ((5, 2), (20, 6), (1, 0), (2, 1), (10, 3), (6, 4)):
+        got = model(ids[:, start : start + tokens], past_key_values=cache).logits
+        torch.testing.assert_close(got, expected[:, start : start + tokens], rtol=1e-4, atol=1e-4)
+        for _ in range(back):  # one after the other is as good as all at once
+            cache.crop(-1)
+        start += tokens - back
+        assert cache.layers[0].keys.shape[2] <= 8 - 1 + 6
 
 
 @torch.no_grad()
@@ -135,6 +191,38 @@ def test_a_refused_crop_changes_no_layer():
         cache.crop(-5)
     got = model(ids[:, 16:], past_key_values=cache).logits
     torch.testing.assert_close(got, model(ids).logits[:, 16:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_crop_that_a_local_layer_refuses_changes_no_layer():
+    model = lo.hf.convert(tiny("gemma3", **LOCAL), WIDE)
+    ids, cache = token_ids(1, 40), lo.hf.LolcatsCache(model, slack=2)
+    model(ids[:, :30], past_key_values=cache)  # no state has absorbed any
+    with pytest.raises(ValueError, match="sliding window"):
+        cache.crop(-5)
+    got = model(ids[:, 30:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids).logits[:, 30:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_positive_crop_is_a_length_for_every_layer():
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(0,))
+    model, ids = lo.hf.convert(tiny(), config), token_ids(1, 24)
+    cache = lo.hf.LolcatsCache(model, slack=6)
+    model(ids[:, :20], past_key_values=cache)
+    for length in (40, 17):
+        cache.crop(length)
+        assert [layer.get_seq_length() for layer in cache.layers] == [min(length, 20)] * 2
+    got = model(ids[:, 17:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids).logits[:, 17:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_is_refused_what_it_cannot_use(model):
+    for slack, error in ((-3, ValueError), ("3", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="LolcatsCache: slack="):
+            lo.hf.LolcatsCache(model, slack=slack)
+    with pytest.raises(ValueError, match="LolcatsCache: LlamaForCausalLM is not converted"):
+        lo.hf.LolcatsCache(tiny())
 
 
 def test_a_cache_without_slack_says_which_one_has_some(model, prompt):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.tiny_models import NARROW, WIDE, tiny, token_ids
+import transformers
+from helpers.tiny_models import NARROW, SHAPE, WIDE, tiny, token_ids
 
 import lolcats_ops as lo
 
@@ -103,7 +104,7 @@ def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "phi3", "qwen2", "qwen3", "smollm3"])
 def test_a_sliding_window_of_the_model_is_no_other_mask(family):
     sliding = {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}
     model = lo.hf.convert(tiny(family, **sliding), NARROW)
@@ -129,6 +130,99 @@ def test_other_masks_are_refused(model, change, heads):
     change(mask[:, -1:])
     with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
         model(token_ids(1, 20), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_masks_by_kind_of_layer_are_checked_before_any_layer_runs():
+    kinds = ["sliding_attention", "full_attention"]
+    model = lo.hf.convert(tiny("gemma3", layer_types=kinds, sliding_window=8), NARROW)
+    ids, full = token_ids(1, 20), torch.ones(20, 20).tril().bool().repeat(1, 1, 1, 1)
+    masks = dict(zip(kinds, (full.triu(-7), full), strict=True))
+    expected = model(ids).logits
+    torch.testing.assert_close(model(ids, attention_mask=masks).logits, expected)
+    full[:, :, 2:6, 2:6] = True
+    cache = transformers.DynamicCache(config=model.config)
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(ids, attention_mask=masks, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_masks_that_the_model_makes_are_checked():
+    config = transformers.HrmTextConfig(**SHAPE, prefix_lm=True)
+    model = lo.hf.convert(transformers.AutoModelForCausalLM.from_config(config).eval(), NARROW)
+    ids, prefix = token_ids(1, 20), torch.zeros(1, 20, dtype=torch.long)
+    expected = model(ids, use_cache=False).logits
+    got = model(ids, token_type_ids=prefix, use_cache=False).logits
+    torch.testing.assert_close(got, expected)
+    prefix[:, :6] = 1
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(ids, token_type_ids=prefix, use_cache=False)
+
+
+@torch.no_grad()
+def test_a_mask_is_checked_once_for_all_layers(model, prompt, monkeypatch):
+    calls, check = [], lo.hf.patch.check_mask
+    monkeypatch.setattr(lo.hf.patch, "check_mask", lambda *args: calls.append(1) or check(*args))
+    causal = torch.ones(12, 12).tril().bool()[None, None]
+    padding = torch.ones_like(prompt).index_fill_(1, torch.arange(3), 0)
+    for mask, checks in ((causal, 1), (causal, 2), (padding, 3)):
+        model(prompt, attention_mask=mask)
+        assert len(calls) == checks
+
+
+CAUSAL = torch.ones(20, 20).tril()[None, None]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [CAUSAL, CAUSAL.long(), CAUSAL.log() + 0.5, (1 - CAUSAL) * -100, CAUSAL.log() * 0],
+    ids=["ones", "integers", "a bias", "not very negative", "nan"],
+)
+def test_numbers_that_neither_attend_nor_block_are_refused(model, mask):
+    with pytest.raises(NotImplementedError, match="0 to attend and at most -1000 to block"):
+        model(token_ids(1, 20), attention_mask=mask)
+
+
+@torch.no_grad()
+def test_a_mask_may_block_by_any_very_negative_number(model):
+    ids = token_ids(1, 20)
+    expected = model(ids).logits
+    for blocked in (CAUSAL.log(), ((1 - CAUSAL) * -1e4).bfloat16()):
+        torch.testing.assert_close(model(ids, attention_mask=blocked).logits, expected)
+
+
+@torch.no_grad()
+def test_a_mask_that_shows_a_token_only_to_others_is_refused(model):
+    mask = CAUSAL.bool().clone()
+    mask[..., 5, 5] = False
+    with pytest.raises(NotImplementedError, match="attention_mask asks for more"):
+        model(token_ids(1, 20), attention_mask=mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("softmax_layers", [(), (0,)])
+@pytest.mark.parametrize("whole", [False, True], ids=["of keys", "of queries and keys"])
+@pytest.mark.parametrize("wrong", [slice(3, 9), slice(0, 2)], ids=["hides", "shows padding"])
+def test_the_past_that_a_mask_shows_is_what_the_cache_holds(softmax_layers, whole, wrong):
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=softmax_layers)
+    model, ids = lo.hf.convert(tiny(), config), token_ids(2, 30)
+    cache = transformers.DynamicCache(config=model.config)
+    mask = torch.ones(2, 30, dtype=torch.long)
+    mask[0, :2] = 0
+    expected = model(ids, attention_mask=mask).logits[:, 20:]
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+
+    def ask(shown):
+        if whole:
+            shown = shown.bool()[:, None, None] & torch.ones(30, 30).tril().bool()[20:]
+        return model(ids[:, 20:], attention_mask=shown, past_key_values=cache).logits
+
+    other = mask.clone()
+    other[:, wrong] = 1 - other[:, wrong]
+    with pytest.raises(ValueError, match=r"another number of tokens .* \[18, 20\]"):
+        ask(other)
+    torch.testing.assert_close(ask(mask), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_of_attention_are_refused(model, prompt):

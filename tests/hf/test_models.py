@@ -2,9 +2,11 @@
 themselves."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import accelerate
 import peft
@@ -83,8 +85,43 @@ def test_a_loaded_model_can_be_pickled_and_read_by_another_process(model, tmp_pa
 
 def test_from_pretrained_refuses_what_is_no_causal_language_model(tmp_path):
     body = transformers.LlamaModel(transformers.LlamaConfig(**SHAPE))
-    lo.hf.convert(body, NARROW).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="LlamaModel has no language model head"):
+        lo.hf.convert(body, NARROW)
+    body.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a LlamaModel; only causal"):
+        lo.hf.from_pretrained(tmp_path)
+
+
+def test_only_a_model_that_would_not_load_converted_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="nor of a model that holds it will load converted"):
+        lo.hf.convert(tiny().model, NARROW)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lo.hf.convert(MyLlama(transformers.LlamaConfig(**SHAPE)), NARROW).save_pretrained(tmp_path)
+        lo.hf.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_finds_the_config_where_it_finds_the_model(model, prompt, tmp_path):
+    model.save_pretrained(tmp_path / "sub")
+    expected = model(prompt).logits
+    for path, given in ((tmp_path, {}), (tmp_path / "sub", {"config": model.config})):
+        options = given or {"subfolder": "sub", "local_files_only": True, "dtype": "auto"}
+        assert torch.equal(lo.hf.from_pretrained(path, **options)(prompt).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"base_model_type": "futuremodel"}, "does not know that family"),
+        ({"base_model_type": None}, "lacks 'base_model_type'"),
+        ({"lolcats": None}, "lacks 'lolcats'"),
+    ],
+)
+def test_from_pretrained_says_what_is_wrong_with_a_config(model, tmp_path, changes, reason):
+    model.config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=reason):
         lo.hf.from_pretrained(tmp_path)
 
 
@@ -162,6 +199,34 @@ def test_layers_that_share_keys_are_refused():
 def test_models_that_no_kernel_could_run_are_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
         lo.hf.convert(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE | changes)))
+
+
+class Packed(torch.nn.Module):
+    """A projection that keeps its weight as quantized models do."""
+
+    def __init__(self, linear, keep):
+        super().__init__()
+        self.in_features, self.linear = linear.in_features, [linear]
+        if keep:
+            self.register_buffer("qweight", linear.weight.detach())
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
+def test_projections_that_have_no_tensor_or_size_are_refused(prompt):
+    model = tiny()
+    attention = model.model.layers[1].self_attn
+    projection = attention.o_proj
+    for other in (Packed(projection, keep=False), torch.nn.Sequential(projection)):
+        attention.o_proj, config = other, model.config
+        with pytest.raises(ValueError, match=f"o_proj, a .*{type(other).__name__}, lacks in_feat"):
+            lo.hf.convert(model, NARROW)
+        assert model.config is config
+    attention.o_proj = Packed(projection, keep=True)
+    expected = model(prompt).logits
+    got = lo.hf.convert(model, WIDE)(prompt).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_of_attention_is_said_not_to_apply():
@@ -266,6 +331,17 @@ def test_misuse_is_refused(model):
         ("activation", "relu", ValueError),  # two_sided
         ("gate_init", float("nan"), ValueError),
         ("feature_dim", 0, ValueError),
+        ("softmax_layers", 1, TypeError),
+        ("softmax_layers", "01", TypeError),
+        ("softmax_layers", (True,), TypeError),
+        ("softmax_layers", (1.0,), TypeError),
+        ("softmax_layers", (-1,), ValueError),
+        ("gate_init", "a", TypeError),
+        ("gate_init", True, TypeError),
+        ("gate_init", torch.tensor(0.1), TypeError),
+        ("affine", "no", TypeError),
+        ("two_sided", "no", TypeError),
+        ("share_kv_features", 1, TypeError),
     ],
 )
 def test_config_names_the_bad_field(field, value, error):
