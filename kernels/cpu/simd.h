@@ -181,10 +181,10 @@ static inline Vec exp_within(Vec x) {
 }
 static inline Vec above_least_exponent(Vec x) { return max(x, splat(-87.33f)); }
 static inline Vec exp_below_one(Vec x) { return exp_within(above_least_exponent(x)); }
+static inline Vec exp(Vec x) { return exp_below_one(min(x, splat(88.37f))); }
 // The largest number below 1. Where a maximum is told by equality, what comes close to it, and
 // whose exponential rounds to 1, must not pass for it.
 constexpr float BELOW_ONE = 1.0f - 0x1p-24f;
-static inline Vec exp(Vec x) { return exp_below_one(min(x, splat(88.37f))); }
 
 // e^x and e^-x to 2.5 ulp each, |x| <= 87: even and odd powers of r, added and subtracted, which is
 // less than a reciprocal.
