@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     parser = _parser(prog)
     arguments = sys.argv[1:] if arguments is None else arguments
     options, cases = parse(parser, arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"--threads is {options.threads}, needs 1 or more")
     console = Console(width=None if sys.stdout.isatty() else 140)
     if options.list:
         _list(cases)
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     if reason := why_absent(options.device):
         parser.exit(2, f"{prog}: no {options.device} here: {reason}\n")
     keep_freed_memory()
-    if options.threads:
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     columns = (
         TextColumn("{task.description:<48}"),

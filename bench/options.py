@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cases import CASES, Case, select
 from .device import DEVICES
 from .peers import find
+
+
+def _positive_seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
+    return value
 
 
 def make_parser(
@@ -37,7 +45,7 @@ def make_parser(
     )
     parser.add_argument(
         "--budget",
-        type=float,
+        type=_positive_seconds,
         default=budget_s,
         metavar="SECONDS",
         help="of samples for each implementation of a case (default %(default)s)",

@@ -1,5 +1,6 @@
 // The C ABI: check the arguments, lay out the sequences, run the kernels of the device and
 // instruction set in use.
+#include <cstdlib>
 #include <exception>
 #include <vector>
 
@@ -120,7 +121,9 @@ int ready(const Args* args) {
   if (!args) return fail("lolcats_ops: args is null");
   if (const int status = check(*args)) return status;
   if (cpu_kernels()) return LOL_OK;
-  fail("lolcats_ops: LOLCATS_ISA names an instruction set that this build or CPU lacks");
+  const char* wanted = std::getenv("LOLCATS_ISA");
+  fail("lolcats_ops: LOLCATS_ISA is %s, which this build or CPU lacks: see lol_cpu_isa_name()",
+       wanted ? wanted : "empty");
   return LOL_EUNSUPPORTED;
 }
 

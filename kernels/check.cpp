@@ -24,6 +24,7 @@ int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2];
   LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, a.q.shape[3], H, a.k.shape[1]));
   LOL_TRY(c.gate(a.gate, H));
+  LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.window(a.window, a.window_kind, a.sink));
   int64_t sequences;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &sequences));
@@ -35,6 +36,7 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
+  LOL_TRY(c.scale(a.scale));
   const bool maps = present(a.feature_q.weight) || present(a.feature_k.weight);
   if (maps) LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
   int64_t N;
@@ -157,6 +159,7 @@ int check(const lol_hybrid_attention_step_args& a) {
                 Hk = a.k.shape[1], V = a.v.shape[3];
   LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, Hk));
   LOL_TRY(c.gate(a.gate, H));
+  LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.window(a.window, a.window_kind, 0));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));

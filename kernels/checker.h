@@ -213,6 +213,10 @@ class Checker {
     return LOL_OK;
   }
 
+  int scale(double value) const {
+    if (std::isfinite(value)) return LOL_OK;
+    return fail("%s: scale is %g, needs a finite number", op_, value);
+  }
   int window(int64_t size, int32_t kind, int64_t sink) const {
     if (size < 0) return fail("%s: window is %lld, needs 0 or more", op_, (long long)size);
     if (sink < 0) return fail("%s: sink is %lld, needs 0 or more", op_, (long long)sink);

@@ -263,6 +263,8 @@ def info(
             "transformers": transformers.__version__,
             "backends": ", ".join(lo.backends()),
             "on this CPU": choice.backend or choice.why,
+            "instruction set": f"{_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}",
+            "threads": torch.get_num_threads(),
             "CUDA kernels": "built in" if _C.has_cuda() else dispatch.NO_CUDA_KERNELS,
         }
     table = Table(show_header=False, box=None)

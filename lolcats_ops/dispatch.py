@@ -64,7 +64,12 @@ def _kernel_limits(case: Case) -> str | None:
 
 def _cpu(case: Case) -> str | None:
     device = case.device.type
-    return f"it runs on cpu, not on {device}" if device != "cpu" else _kernel_limits(case)
+    if device != "cpu":
+        return f"it runs on cpu, not on {device}"
+    if _C.cpu_isa() is None:
+        wanted, offered = os.environ.get("LOLCATS_ISA"), ", ".join(_C.cpu_isas())
+        return f"LOLCATS_ISA is {wanted!r}, needs one of {offered}"
+    return _kernel_limits(case)
 
 
 def _cuda_limits(case: Case) -> str | None:

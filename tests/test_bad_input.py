@@ -1,5 +1,9 @@
 """Bad input: an error that names argument, value and need, and nothing changed."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +216,23 @@ def test_a_scale_to_be_trained_is_refused():
     scale = torch.tensor(0.5, requires_grad=True)
     with pytest.raises(TypeError, match="scale is a tensor that requires grad, needs a number"):
         lo.hybrid_attention(**good(), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [nan, float("inf")])
+def test_a_scale_that_is_not_finite_is_refused(scale):
+    with pytest.raises(ValueError, match="scale is .*, needs a finite number"):
+        lo.hybrid_attention(**good(), scale=scale)
+    with pytest.raises(ValueError, match="scale is .*, needs a finite number"):
+        lo.hybrid_attention_step_(**good(), state=empty(), scale=scale)
+
+
+def test_an_unknown_instruction_set_is_named_with_those_there_are():
+    script = "import lolcats_ops as lo; print(lo.backend_for('hybrid_attention').why)"
+    environment = {**os.environ, "LOLCATS_ISA": "abacus"}
+    said = subprocess.run(
+        [sys.executable, "-c", script], env=environment, check=True, text=True, capture_output=True
+    )
+    assert "LOLCATS_ISA is 'abacus', needs one of" in said.stdout
 
 
 def test_unsupported_cases_say_what_would_work():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -90,4 +91,6 @@ def scale_or_default(scale: float | None, q: Tensor) -> float:
     """``scale``, or D ** -0.5."""
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError("scale is a tensor that requires grad, needs a number: it gets no gradient")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}, needs a finite number")
     return q.shape[-1] ** -0.5 if scale is None else scale
