@@ -220,9 +220,9 @@ def test_a_scale_to_be_trained_is_refused():
 
 @pytest.mark.parametrize("scale", [nan, float("inf")])
 def test_a_scale_that_is_not_finite_is_refused(scale):
-    with pytest.raises(ValueError, match="scale is .*, needs a finite number"):
+    with pytest.raises(ValueError, match="scale is"):
         lo.hybrid_attention(**good(), scale=scale)
-    with pytest.raises(ValueError, match="scale is .*, needs a finite number"):
+    with pytest.raises(ValueError, match="scale is"):
         lo.hybrid_attention_step_(**good(), state=empty(), scale=scale)
 
 

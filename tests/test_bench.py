@@ -162,9 +162,11 @@ def test_nan_is_a_wrong_result():
     [
         (["--implementations", "lolcat"], "no implementation 'lolcat'"),
         (["--case", "nonsense"], "no case matches 'nonsense'"),
+        (["--threads", "0"], "--threads is 0, needs 1 or more"),
+        (["--budget", "nan"], "nan is no positive number of seconds"),
     ],
 )
-def test_unknown_names_are_wrong_usage(arguments, message, capsys):
+def test_what_does_not_exist_is_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
