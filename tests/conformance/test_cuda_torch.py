@@ -205,7 +205,7 @@ def test_the_case_of_a_call_says_what_is_launched_or_why_nothing_is(monkeypatch,
                 last.kernel, last.shared_bytes, error = None, 0, None
                 try:
                     call()
-                except RuntimeError as raised:
+                except (RuntimeError, ValueError) as raised:
                     error = str(raised).partition(": ")[2]
                 launches = launches_of(seen[-1])
                 assert launches.refusal == error, seen
