@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 import transformers
+from helpers import tiny_models
 
 import lolcats_ops as lo
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
@@ -196,16 +197,7 @@ def test_trained_features_are_in_checkpoints_and_adapters(tmp_path):
 
 
 def test_lora_adapts_all_linear_layers_of_the_attention():
-    config = transformers.Phi3Config(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        pad_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.Phi3ForCausalLM(config)
+    model = tiny_models.tiny("phi3")
     tuned = FinetuneConfig(**QUICK, max_steps=1, merge=False)
     adapted = lo.convert.finetune(model, token_rows(1, 40), tuned).model
     lora = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
