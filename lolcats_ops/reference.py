@@ -104,7 +104,8 @@ def hybrid_attention(
     if state is None and not return_state:
         tokens = _tokens(k, cu_seqlens, key_padding_mask)
         inside, outside = _sets(tokens, tokens, window, window_kind, sink)
-        student = _attend(q, k, v, feature_q, feature_k, gate, inside, outside, scale, affine)
+        weigh = affine and window + sink > 0
+        student = _attend(q, k, v, feature_q, feature_k, gate, inside, outside, scale, weigh)
         return student.out.masked_fill(~tokens.real[:, None, :, None], 0).to(q.dtype)
     if state is None:
         sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -185,8 +186,9 @@ def hybrid_attention_step_(
     v_all = v_all.masked_fill(~keys.real[:, None, :, None], 0)
 
     inside, outside = _sets(new, keys, window, kind, sink)
+    weigh = affine and window + sink > 0
     student = _attend(
-        q, k_all, v_all, feature_q, feature_k, gate, inside, outside, scale, affine, state
+        q, k_all, v_all, feature_q, feature_k, gate, inside, outside, scale, weigh, state
     )
     out = student.out.masked_fill(~new.real[:, None, :, None], 0).to(q.dtype)
 
@@ -230,7 +232,8 @@ def attention_transfer(
     q, k, v = q.detach(), k.detach(), v.detach()
     tokens = _tokens(k, cu_seqlens, key_padding_mask)
     inside, outside = _sets(tokens, tokens, window, window_kind, sink)
-    student = _attend(q, k, v, feature_q, feature_k, gate, inside, outside, scale, affine)
+    weigh = affine and window + sink > 0
+    student = _attend(q, k, v, feature_q, feature_k, gate, inside, outside, scale, weigh)
 
     real = tokens.real[:, None, :, None]
     scores = student.scores.masked_fill(~_causal(tokens, tokens), -INF)  # [B, H, T, T]
@@ -270,7 +273,7 @@ def _attend(
     inside: Tensor,  # [B, 1, T, S] the pairs in W
     outside: Tensor,  # [B, 1, T, S] the pairs in N, without those in `state`
     scale: float | None,
-    affine: bool,
+    affine: bool,  # False where all keys are linear, since their factor cancels
     state: HybridState | None = None,
 ) -> _Student:
     """SPEC 3, the one formula of hybrid_attention, its step and attention_transfer."""

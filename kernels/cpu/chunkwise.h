@@ -71,7 +71,8 @@ struct Problem {
     return gate ? 1.0f / (1.0f + expf(gate[h] < -80.0f ? 80.0f : -gate[h])) : 0.0f;
   }
   float lambda(int64_t h) const {
-    return !gate ? scale : affine ? 1.0f / (1.0f + expf(gate[h] > 80.0f ? 80.0f : gate[h])) : 1.0f;
+    if (!gate) return scale;
+    return affine && window.any() ? 1.0f / (1.0f + expf(gate[h] > 80.0f ? 80.0f : gate[h])) : 1.0f;
   }
 };
 

@@ -22,6 +22,9 @@ inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
     top = max(top, x);
     bottom = min(bottom, x);
   }
+  // An infinite z is no maximum to measure others by: all of such a token become NaN.
+  top += top - top;
+  bottom += bottom - bottom;
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
     const Vec x = load(z + i * BLOCK);

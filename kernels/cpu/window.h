@@ -11,6 +11,9 @@ struct Window {
   int kind;
   int64_t sink;
 
+  // Whether queries have softmax keys at all; every one has, or none has.
+  bool any() const { return size > 0 || sink > 0; }
+
   // First key of query i's softmax window, sinks apart; older keys, the sinks excepted, are linear.
   int64_t start(int64_t i) const {
     int64_t e = i + 1;

@@ -113,7 +113,8 @@ int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* p
   p.activation = activation_of(a.feature_k);
   p.gate = static_cast<const float*>(a.gate.data);
   p.scale = static_cast<float>(a.scale);
-  p.affine = a.affine != 0;
+  // Where all keys are linear their factor cancels, and could make a sum of small features zero.
+  p.affine = a.affine != 0 && (a.window > 0 || s.k_sink.shape[2] > 0);
   p.window = static_cast<int>(a.window);
   p.terrace = a.window_kind == LOL_TERRACE;
   p.sink = static_cast<int>(s.k_sink.shape[2]);

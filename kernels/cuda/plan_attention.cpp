@@ -105,7 +105,8 @@ int plan(const lol_hybrid_attention_args& a, int most_shared_bytes, Plan* plan,
          AttentionParams* params) {
   AttentionParams p = {};
   p.gate = static_cast<const float*>(a.gate.data);
-  p.affine = a.affine != 0;
+  // Where all keys are linear their factor cancels, and could make a sum of small features zero.
+  p.affine = a.affine != 0 && (a.window > 0 || a.sink > 0);
   p.normalize = true;
   // Longer than the tokens, a window holds all of them, and sinks are all of them.
   p.window = static_cast<int>(std::min(a.window, a.q.shape[2]));

@@ -211,7 +211,7 @@ def plan(
         sequences_of(q, cu_seqlens, key_padding_mask),
         window_of(min(size, WIDEST), kind, sink, tiles.chunk),
         arithmetic_of(q.dtype),
-        constant(affine),
+        constant(affine and (size > 0 or sink > 0)),  # else all weights have the factor
         constant(heads),
         constant(heads // k.shape[1]),
         constant(tiles.chunk),

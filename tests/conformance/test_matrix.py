@@ -181,6 +181,31 @@ def test_large_gates_leave_both_parts_finite(backend, device, window):
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", [*KERNELS, "reference"], indirect=True)
+def test_the_linear_parts_factor_cancels_where_there_is_no_other(backend, device):
+    """Features at their floor, times lambda, would be zero."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 20, 16, generator=rng).to(device)
+    phi = lo.Features(torch.zeros(2, 16, 8, device=device), activation="relu")
+    gate = torch.tensor([0.0, 60.0], device=device)
+    attend = partial(lo.hybrid_attention, q, k, v, phi, phi, gate, window=0, backend=backend)
+    y = attend(affine=True)
+    assert y.isfinite().all()
+    assert y.equal(attend())
+
+
+@pytest.mark.parametrize("backend", [*CPU, "reference"], indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_infinite_does_not_look_finite(dtype, activation, backend, device):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 100, 16, generator=rng).to(dtype)
+    k[0, 0, 40, 3] = torch.inf
+    phi = lo.Features(torch.randn(1, 16, 16, generator=rng), activation=activation)
+    y = lo.hybrid_attention(q, k, v, phi, phi, torch.zeros(1), window=8, backend=backend)
+    assert y[:, :, 48:].isnan().all()
+
+
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 def test_sums_of_long_sequences_stay_exact(backend, device):
     """A term is added to those of its block first, not to all that came before."""
