@@ -18,9 +18,9 @@ from .device import CEILINGS, synchronize
 from .peers import Peer
 
 SAMPLE_S = 2e-3  # calls shorter than this are timed several at once
-MIN_SAMPLES = 3
-MAX_SAMPLES = 100
-TURNS = 4  # of every call on a GPU, whose clocks change with its temperature
+SAMPLES = 160  # of a call at most
+# Of every call. CPUs that are shared change within seconds, GPUs with their temperature.
+TURNS = {"cpu": 16, "cuda": 4}
 
 Key = TypeVar("Key")  # what is timed
 
@@ -72,22 +72,22 @@ class LocalTimer:
 
 def sample(timers: Mapping[Key, Timer], budget_s: float, device: str) -> dict[Key, list[float]]:
     """Seconds per call, many of each, which take turns as their device needs it."""
-    return interleave(timers, budget_s) if device == "cpu" else cold_turns(timers, budget_s)
+    return turns_of_calls(timers, budget_s) if device == "cpu" else cold_turns(timers, budget_s)
 
 
 def cold_turns(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
     """Seconds per call on a GPU, in turns of many calls with an empty L2."""
     samples: dict[Key, list[float]] = {name: [] for name in timers}
-    for _ in range(TURNS):
+    for _ in range(TURNS["cuda"]):
         for name, timer in timers.items():
-            samples[name] += timer.cold(budget_s / TURNS)
+            samples[name] += timer.cold(budget_s / TURNS["cuda"])
     return samples
 
 
-def interleave(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
-    """Seconds per call in rounds A B C A B C ..., so that a slow minute of the machine hits all.
+def turns_of_calls(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
+    """Seconds per call, in turns of a call at least, which share out ``budget_s``.
 
-    Each stops after ``budget_s``, but never before three samples.
+    So the samples of slow and of fast calls are of the same time, whatever the machine does then.
     """
     number: dict[Key, int] = {}
     for name, timer in timers.items():
@@ -95,18 +95,15 @@ def interleave(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[f
         number[name] = max(1, ceil(SAMPLE_S / timer.seconds(1)))
     samples: dict[Key, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
-    active = list(timers)
-    while active:
-        for name in active:
-            seconds = timers[name].seconds(number[name])
-            samples[name].append(seconds / number[name])
-            spent[name] += seconds
-        active = [
-            name
-            for name in active
-            if len(samples[name]) < MIN_SAMPLES
-            or (spent[name] < budget_s and len(samples[name]) < MAX_SAMPLES)
-        ]
+    for turn in range(1, TURNS["cpu"] + 1):
+        share = turn / TURNS["cpu"]
+        for name, timer in timers.items():
+            enough = False
+            while not enough:
+                seconds = timer.seconds(number[name])
+                samples[name].append(seconds / number[name])
+                spent[name] += seconds
+                enough = spent[name] >= share * budget_s or len(samples[name]) >= share * SAMPLES
     return samples
 
 

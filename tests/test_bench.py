@@ -199,11 +199,14 @@ def test_timers_take_turns_until_their_budgets_are_spent():
             turns.append((self.name, number))
             return number * self.cost
 
-    samples = measure.interleave({"slow": Clock("slow", 1.0), "fast": Clock("fast", 1e-3)}, 0.01)
-    assert turns[4:10] == [("slow", 1), ("fast", 2)] * 3  # after two calls of each
-    assert samples["slow"] == [1.0] * measure.MIN_SAMPLES
-    assert samples["fast"] == pytest.approx([1e-3] * 5)
-    assert {name for name, _ in turns[10:]} == {"fast"}
+    clocks = {"slow": Clock("slow", 1.0), "fast": Clock("fast", 1e-3), "tiny": Clock("tiny", 1e-5)}
+    samples = measure.sample(clocks, 0.16, "cpu")
+    turn = [("slow", 1), *[("fast", 2)] * 5, *[("tiny", 200)] * 5]
+    assert turns[6:] == turn * 16  # after two calls of each
+    assert samples["slow"] == [1.0] * 16
+    assert samples["fast"] == pytest.approx([1e-3] * 80)
+    assert samples["tiny"] == pytest.approx([1e-5] * 80)
+    assert len(measure.sample(clocks, 60, "cpu")["tiny"]) == measure.SAMPLES
 
 
 def test_cases_that_bars_compare_take_turns(monkeypatch):
