@@ -222,10 +222,14 @@ void round_weights(const WeightTile& w, Sums& out) {
   pair_rows(w.weights, w.weights, n, BLOCK);
   const Vec ones = pair(splat(1.0f), splat(1.0f));
   for (int c = 0; c < BLOCK; c += LANES) {
-    Vec sum[2] = {load(out.den + c), Vec{}};
-    for (int i = 0; i < words_of_keys; i++)
-      sum[i % 2] = add_dot(sum[i % 2], load(w.weights + i * BLOCK + c), ones);
-    store(out.den + c, sum[0] + sum[1]);
+    Vec even = load(out.den + c), odd = {};
+    int i = 0;
+    for (; i + 1 < words_of_keys; i += 2) {
+      even = add_dot(even, load(w.weights + i * BLOCK + c), ones);
+      odd = add_dot(odd, load(w.weights + (i + 1) * BLOCK + c), ones);
+    }
+    if (i < words_of_keys) even = add_dot(even, load(w.weights + i * BLOCK + c), ones);
+    store(out.den + c, even + odd);
   }
 #else
   (void)w, (void)out;
@@ -290,10 +294,10 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
 
 void normalize(Sums& sums, int64_t n, int V) {
   const int ld = padded(V);
-  for (int64_t i = 0; i < n; i++) {
-    const float factor = 1.0f / sums.den[i];
-    for (int j = 0; j < ld; j += LANES)
-      store(sums.y + i * ld + j, factor * load(sums.y + i * ld + j));
+  float *y = sums.y, factors[BLOCK];
+  for (int c = 0; c < BLOCK; c += LANES) store(factors + c, 1.0f / load(sums.den + c));
+  for (int64_t i = 0; i < n; i++, y += ld) {
+    for (int j = 0; j < ld; j += LANES) store(y + j, factors[i] * load(y + j));
   }
 }
 

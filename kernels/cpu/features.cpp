@@ -110,10 +110,11 @@ struct InPairs {
   uint16_t* along_tokens;
   void one(int, Vec) const { __builtin_unreachable(); }
   void two(int i, Vec a, Vec b) const {
-    store(along_features + i / 2 * BLOCK, pair(a, b));
+    const Halves both = halves(a, b);
+    store(along_features + i / 2 * BLOCK, pairs_of(both));
     if (!along_tokens) return;
-    to_bf16(along_tokens + i * BLOCK, a);
-    to_bf16(along_tokens + (i + 1) * BLOCK, b);
+    store_first_half(along_tokens + i * BLOCK, both);
+    store_second_half(along_tokens + (i + 1) * BLOCK, both);
   }
 };
 #endif

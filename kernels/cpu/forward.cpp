@@ -62,11 +62,13 @@ class Pass {
     const Sums& sums = c.attend(block, h);
     store_rows(to, first, n, sums.y);
     const int64_t row0 = (s.batch * p_.heads() + h) * T;
-    for (int64_t i = 0; i < n; i++) {
-      const int64_t row = row0 + s.row(first + i - run_.past);
-      if (out_.m) out_.m[row] = sums.m[i];
-      if (out_.den) out_.den[row] = sums.den[i];
-    }
+    const auto store_statistic = [&](float* to, const float* of) {
+      if (!to) return;
+      if (!s.index) memcpy(to + row0 + s.row(first - run_.past), of, sizeof(float) * (size_t)n);
+      for (int64_t i = 0; s.index && i < n; i++) to[row0 + s.row(first + i - run_.past)] = of[i];
+    };
+    store_statistic(out_.m, sums.m);
+    store_statistic(out_.den, sums.den);
   }
 
  private:

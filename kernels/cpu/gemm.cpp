@@ -218,6 +218,14 @@ struct Slice {
   int64_t a_row, a_stride, b_stride;
 };
 
+// C (+)= tile 3 times tile B, by way of tile T.
+template <int T, int B, Into into>
+inline void add_to(float* c, int64_t ldc) {
+  into == Into::add ? tile_load<T>(c, ldc) : tile_zero<T>();
+  tile_add_dot<T, 3, B>();
+  tile_store<T>(c, ldc);
+}
+
 // R x P tiles of C. Two by two load a tile per product, the least that eight tiles allow.
 template <int R, int P, Into into>
 inline void tiles(const Slice* slice, int slices, int n, float* c, int64_t ldc) {
@@ -242,6 +250,34 @@ inline void tiles(const Slice* slice, int slices, int n, float* c, int64_t ldc) 
   if (R > 1 && P > 1) tile_store<3>(c11, ldc);
 }
 
+// A single slice: `columns` tiles of B stay, and those of C come and go through the three that are
+// left. Two by two would load A and B for hardly more than one product each.
+template <int columns, Into into>
+inline void rank_update(const Product& p, const Slice& s, int n) {
+  const float *a = s.a, *b = s.b + n;
+  float* c = p.c + n;
+  tile_load<4>(b, s.b_stride);
+  if (columns > 1) tile_load<5>(b + TILE, s.b_stride);
+  if (columns > 2) tile_load<6>(b + 2 * TILE, s.b_stride);
+  if (columns > 3) tile_load<7>(b + 3 * TILE, s.b_stride);
+  for (int m = 0; m < p.M; m += TILE, a += TILE * s.a_row, c += TILE * p.ldc) {
+    tile_load<3>(a, s.a_row);
+    add_to<0, 4, into>(c, p.ldc);
+    if (columns > 1) add_to<1, 5, into>(c + TILE, p.ldc);
+    if (columns > 2) add_to<2, 6, into>(c + 2 * TILE, p.ldc);
+    if (columns > 3) add_to<0, 7, into>(c + 3 * TILE, p.ldc);
+  }
+}
+template <Into into>
+inline void rank_updates(const Product& p, const Slice& s) {
+  int n = 0;
+  for (; n + 4 * TILE <= p.N; n += 4 * TILE) rank_update<4, into>(p, s, n);
+  const int columns = (p.N - n) / TILE;
+  if (columns == 3) rank_update<3, into>(p, s, n);
+  if (columns == 2) rank_update<2, into>(p, s, n);
+  if (columns == 1) rank_update<1, into>(p, s, n);
+}
+
 // All columns of R x TILE rows. Tiles of A want rows that are contiguous.
 template <int R, Into into>
 inline void strip(const Product& p, const Slice* slice, int slices, int m) {
@@ -264,6 +300,7 @@ inline void strip(const Product& p, const Slice* slice, int slices, int m) {
 
 template <Into into>
 inline void strips(const Product& p, const Slice* slice, int slices) {
+  if (slices == 1 && slice->a_stride == 1) return rank_updates<into>(p, *slice);
   int m = 0;
   for (; m + 2 * TILE <= p.M; m += 2 * TILE) strip<2, into>(p, slice, slices, m);
   if (m < p.M) strip<1, into>(p, slice, slices, m);
@@ -272,40 +309,47 @@ inline void strips(const Product& p, const Slice* slice, int slices) {
 // The matrix unit takes whole tiles, add_dot() the depth and the rows that are left. Bands are not
 // worth looking at: what they leave out of A or B is zero, and C is scratch there.
 void multiply_by_tiles(const Product& all, Into into) {
-  Term terms[MOST_TERMS];
-  for (int t = 0; t < all.terms; t++) (terms[t] = all.term[t]).skip = Skip::none;
-  Product p = all;
-  p.term = terms;
-  const int tiled_rows = p.M / TILE * TILE;
-  if (tiled_rows < p.M) {
-    Term below[MOST_TERMS];
-    for (int t = 0; t < p.terms; t++) (below[t] = terms[t]).a.data += tiled_rows * terms[t].a.row;
-    const Product rest = {p.M - tiled_rows,         p.N,   p.terms,   below,
-                          p.c + tiled_rows * p.ldc, p.ldc, p.requests};
-    multiply<Format::bf16_pairs>(rest, into);
+  const int tiled_rows = all.M / TILE * TILE;
+  Term left[MOST_TERMS];
+  const auto multiply_left = [&](int m, int rows, int terms, Into how) {
+    const Product rest = {rows, all.N, terms, left, all.c + m * all.ldc, all.ldc, all.requests};
+    multiply<Format::bf16_pairs>(rest, how);
+  };
+  if (tiled_rows < all.M) {
+    for (int t = 0; t < all.terms; t++) {
+      (left[t] = all.term[t]).skip = Skip::none;
+      left[t].a.data += tiled_rows * left[t].a.row;
+    }
+    multiply_left(tiled_rows, all.M - tiled_rows, all.terms, into);
   }
   if (tiled_rows == 0) return;
-  p.M = tiled_rows;
+  Product tiled = all;
+  tiled.M = tiled_rows;
   Slice slice[MOST_SLICES];
-  int slices = 0;
+  int slices = 0, terms_left = 0;
   const auto multiply_slices = [&] {
-    into == Into::add ? strips<Into::add>(p, slice, slices) : strips<Into::set>(p, slice, slices);
+    into == Into::add ? strips<Into::add>(tiled, slice, slices)
+                      : strips<Into::set>(tiled, slice, slices);
     into = Into::add;
     slices = 0;
   };
-  p.terms = 0;  // whose last words are left
   for (int t = 0; t < all.terms; t++) {
-    Term term = terms[t];
-    for (; words(Format::bf16_pairs, term.K) >= TILE; term.K -= 2 * TILE) {
-      slice[slices++] = {term.a.data, term.b, term.a.row, term.a.depth, term.ldb};
+    const Term& term = all.term[t];
+    const int whole = words(Format::bf16_pairs, term.K) / TILE * TILE;
+    for (int k = 0; k < whole; k += TILE) {
+      slice[slices++] = {term.a.data + k * term.a.depth, term.b + k * term.ldb, term.a.row,
+                         term.a.depth, term.ldb};
       if (slices == MOST_SLICES) multiply_slices();
-      term.a.data += TILE * term.a.depth;
-      term.b += TILE * term.ldb;
     }
-    if (term.K > 0) terms[p.terms++] = term;
+    if (whole > 0 && term.K <= 2 * whole) continue;
+    Term& rest = left[terms_left++] = term;
+    rest.skip = Skip::none;
+    rest.K -= 2 * whole;
+    rest.a.data += whole * rest.a.depth;
+    rest.b += whole * rest.ldb;
   }
   if (slices > 0) multiply_slices();
-  if (p.terms > 0 || into == Into::set) multiply<Format::bf16_pairs>(p, into);
+  if (terms_left > 0 || into == Into::set) multiply_left(0, tiled_rows, terms_left, into);
 }
 
 #endif

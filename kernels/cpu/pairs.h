@@ -9,12 +9,10 @@ namespace LOL_ISA {
 // dst[ceil(rows / 2) x cols] = pairs of rows of src[rows x cols], possibly in place.
 static inline void pair_rows(float* dst, const float* src, int rows, int cols) {
 #ifdef LOL_PAIRS
-  for (int i = 0; i < rows; i += 2) {
-    const float *a = src + i * (int64_t)cols, *b = a + cols;
-    float* to = dst + i / 2 * (int64_t)cols;
-    for (int c = 0; c < cols; c += LANES)
-      store(to + c, pair(load(a + c), i + 1 < rows ? load(b + c) : Vec{}));
+  for (; rows > 1; rows -= 2, src += 2 * cols, dst += cols) {
+    for (int c = 0; c < cols; c += LANES) store(dst + c, pair(load(src + c), load(src + cols + c)));
   }
+  for (int c = 0; c < rows * cols; c += LANES) store(dst + c, pair(load(src + c), Vec{}));
 #else
   (void)dst, (void)src, (void)rows, (void)cols;
 #endif
@@ -29,14 +27,18 @@ static inline void pair_both_ways(float* by_rows, float* by_columns, const float
                                   int cols) {
 #ifdef LOL_PAIRS
   uint16_t* to = (uint16_t*)by_columns;
-  for (int i = 0; i < rows; i += 2, src += 2 * cols, by_rows += cols, to += 2 * cols) {
-    const bool both = i + 1 < rows;
+  for (; rows > 1; rows -= 2, src += 2 * cols, by_rows += cols, to += 2 * cols) {
     for (int c = 0; c < cols; c += LANES) {
-      const Vec a = load(src + c), b = both ? load(src + cols + c) : Vec{};
-      store(by_rows + c, pair(a, b));
-      to_bf16(to + c, a);
-      if (both) to_bf16(to + cols + c, b);
+      const Halves both = halves(load(src + c), load(src + cols + c));
+      store(by_rows + c, pairs_of(both));
+      store_first_half(to + c, both);
+      store_second_half(to + cols + c, both);
     }
+  }
+  for (int c = 0; c < rows * cols; c += LANES) {
+    const Halves last = halves(load(src + c), Vec{});
+    store(by_rows + c, pairs_of(last));
+    store_first_half(to + c, last);
   }
 #else
   (void)by_rows, (void)by_columns, (void)src, (void)rows, (void)cols;
@@ -87,14 +89,16 @@ static inline void load_values(float* dst, const Tokens& t, int64_t position, in
     return (const uint16_t*)(sink ? t.sink_row(position + i) : t.row(position + i));
   };
   const int ld = padded(t.width);
-  for (int64_t i = 0; i < n; i += 2, dst += ld) {
-    const uint16_t *a = row(i), *b = i + 1 < n ? row(i + 1) : nullptr;
-    for (int j = 0; j < t.width; j += LANES) {
-      const VecU first = load_halves(a + j, t.width - j);
-      const VecU second = b ? load_halves(b + j, t.width - j) : VecU{};
-      store(dst + j, (Vec)(first | second << 16));
-    }
-  }
+  const int width = t.width;
+  const auto words_of = [&](const uint16_t* a, auto second_from) {
+    for (int j = 0; j < width; j += LANES)
+      store(dst + j, (Vec)(load_halves(a + j, width - j) | second_from(j) << 16));
+    dst += ld;
+  };
+  int64_t i = 0;
+  for (; i + 1 < n; i += 2)
+    words_of(row(i), [=, b = row(i + 1)](int j) { return load_halves(b + j, width - j); });
+  if (i < n) words_of(row(i), [](int) { return VecU{}; });
   memset(dst, 0, sizeof(float) * (size_t)((BLOCK / 2 - (n + 1) / 2) * ld));
 }
 

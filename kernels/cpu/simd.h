@@ -83,8 +83,11 @@ static inline VecI lane_index() {
   return v;
 }
 // NaN in the first argument stays. The ternary is what the instructions do, but GCC does not see it
-// through a constant argument, and blending costs twice as much on AVX2.
-#if LOL_LANES == 8 && defined(__AVX__)
+// through a constant argument, and blending costs twice as much.
+#if defined(__AVX512F__)
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)b, (__m512)a); }
+static inline Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)b, (__m512)a); }
+#elif LOL_LANES == 8 && defined(__AVX__)
 static inline Vec max(Vec a, Vec b) { return __builtin_ia32_maxps256(b, a); }
 static inline Vec min(Vec a, Vec b) { return __builtin_ia32_minps256(b, a); }
 #else
@@ -279,26 +282,52 @@ static inline Vec without_second(Vec pairs) { return (Vec)((VecU)pairs & 0xffffu
 static inline Vec second_of(Vec pairs) { return (Vec)((VecU)pairs & 0xffff0000u); }
 #endif
 #ifdef __AVX512BF16__
-static inline Vec pair(Vec first, Vec second) {
+// Both rounded, one behind the other,
+typedef __m512i Halves;
+static inline Halves halves(Vec first, Vec second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+static inline void store_first_half(uint16_t* p, Halves both) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_castsi512_si256(both));
+}
+static inline void store_second_half(uint16_t* p, Halves both) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_extracti64x4_epi64(both, 1));
+}
+// or as pairs.
+static inline Vec pairs_of(Halves both) {
   alignas(64) static const uint16_t INTERLEAVE[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                       11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
   return (Vec)_mm512_permutexvar_epi16(_mm512_load_si512(INTERLEAVE), both);
 }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 #elif defined(LOL_PAIRS)
-static inline Vec pair(Vec first, Vec second) {
-  uint16_t a[LANES], b[LANES];
-  to_bf16(a, first);
-  to_bf16(b, second);
-  return (Vec)(load_halves(a) | load_halves(b) << 16);
+struct Halves {
+  uint16_t of[2][LANES];
+};
+static inline Halves halves(Vec first, Vec second) {
+  Halves both;
+  to_bf16(both.of[0], first);
+  to_bf16(both.of[1], second);
+  return both;
+}
+static inline void store_first_half(uint16_t* p, const Halves& both) {
+  memcpy(p, both.of[0], 2 * LANES);
+}
+static inline void store_second_half(uint16_t* p, const Halves& both) {
+  memcpy(p, both.of[1], 2 * LANES);
+}
+static inline Vec pairs_of(const Halves& both) {
+  return (Vec)(load_halves(both.of[0]) | load_halves(both.of[1]) << 16);
 }
 static inline Vec add_dot(Vec sum, Vec a, Vec b) {
   return sum + second_of(a) * second_of(b) + first_of(a) * first_of(b);
 }
+#endif
+#ifdef LOL_PAIRS
+static inline Vec pair(Vec first, Vec second) { return pairs_of(halves(first, second)); }
 #endif
 
 // fp16, by the instructions for it or with integers. Shifting exponent and mantissa into place

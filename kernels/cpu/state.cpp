@@ -7,19 +7,19 @@ namespace {
 // to[i] (+)= the sum of the lanes of row(i), for four i at a time.
 template <class Row>
 void sum_lanes(float* to, int F, Into into, Row row) {
-  const auto sums_from = [&](int i) {
+  const auto sums_from = [&](int i, int last) {
     Vec lanes[4];
-    for (int r = 0; r < 4; r++) lanes[r] = row(i + r < F ? i + r : F - 1);
+    for (int r = 0; r < 4; r++) lanes[r] = row(r < last ? i + r : i + last);
     return sums_of_4(lanes);
   };
   int i = 0;
   for (; i + 4 <= F; i += 4) {
-    Vec4 sums = sums_from(i);
+    Vec4 sums = sums_from(i, 3);
     if (into == Into::add) sums += load_as<Vec4>(to + i);
     memcpy(to + i, &sums, sizeof(sums));
   }
   if (i == F) return;
-  const Vec4 sums = sums_from(i);
+  const Vec4 sums = sums_from(i, F - 1 - i);
   for (int r = 0; i + r < F; r++) to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
 }
 
@@ -45,13 +45,19 @@ void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* k
   static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
   const Vec ones = pair(splat(1.0f), splat(1.0f));
   const VecI key = 2 * lane_index();
-  sum_lanes(ksum, F, into, [&](int i) {
-    const Vec row = load(phi + i * LANES);
+  const auto sum_of = [&](auto counted) {
+    sum_lanes(ksum, F, into,
+              [&](int i) { return add_dot(Vec{}, counted(load(phi + i * LANES)), ones); });
+  };
+  if (n == BLOCK) {
+    sum_of([](Vec row) { return row; });
+  } else {
     // An odd last key comes without the second half of its word.
-    const Vec counted =
-        select(key + 1 < splat_int(n), row, select(key < splat_int(n), without_second(row), Vec{}));
-    return add_dot(Vec{}, counted, ones);
-  });
+    sum_of([=](Vec row) {
+      const Vec last = select(key < splat_int(n), without_second(row), Vec{});
+      return select(key + 1 < splat_int(n), row, last);
+    });
+  }
   for (int i = 0; n % 2 && i < F; i++) {
     const uint16_t* row = (const uint16_t*)(phi + i * LANES);
     const float* last = v + n / 2 * ld;
@@ -69,11 +75,13 @@ void add_products_of_pairs(float* to, const float* a, const float* tile, int F) 
 #ifdef LOL_PAIRS
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec first = load(to + c), second = {};
-    for (int i = 0; i < F; i += 2) {
-      const Vec word = load(tile + i / 2 * BLOCK + c);
-      first += a[i] * first_of(word);
-      if (i + 1 < F) second += a[i + 1] * second_of(word);
+    const float* word = tile + c;
+    int i = 0;
+    for (; i + 1 < F; i += 2, word += BLOCK) {
+      first += a[i] * first_of(load(word));
+      second += a[i + 1] * second_of(load(word));
     }
+    if (i < F) first += a[i] * first_of(load(word));
     store(to + c, first + second);
   }
 #else

@@ -117,24 +117,33 @@ static inline void store_row(char* dst, const float* src, int width, int dtype) 
   memcpy(dst + i * size, tail, (size_t)((width - i) * size));
 }
 
+// body(i, row) for the n tokens from `position` on.
+template <class Body>
+static inline void for_rows(const Tokens& t, int64_t position, int64_t n, bool sink, Body body) {
+  if (n > 0 && t.evenly_spaced(position, n)) {
+    char* row = t.row(position);
+    for (int64_t i = 0, stride = t.stride; i < n; i++, row += stride) body(i, row);
+  } else {
+    for (int64_t i = 0; i < n; i++) body(i, sink ? t.sink_row(position + i) : t.row(position + i));
+  }
+}
+
 // Row tile of the n tokens from `position` on, rows n .. BLOCK zero.
 static inline void load_rows(float* dst, const Tokens& t, int64_t position, int64_t n,
                              bool sink = false) {
-  const int ld = padded(t.width);
-  for (int64_t i = 0; i < n; i++) {
-    load_row(dst + i * ld, sink ? t.sink_row(position + i) : t.row(position + i), t.width, t.dtype);
-  }
+  const int ld = padded(t.width), width = t.width, dtype = t.dtype;
+  for_rows(t, position, n, sink,
+           [=](int64_t i, const char* row) { load_row(dst + i * ld, row, width, dtype); });
   memset(dst + n * ld, 0, 4 * (size_t)((BLOCK - n) * ld));
 }
 
 // Asks for the rows of the n tokens from `position` on, for work that has no products to ask for
 // them in the midst of,
 static inline void prefetch_rows(const Tokens& t, int64_t position, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    const char* row = t.row(position + i);
+  for_rows(t, position, n, false, [bytes = t.row_bytes()](int64_t, const char* row) {
     asm volatile("" : "+r"(row));  // GCC drops functions that do nothing but prefetch
-    for (int64_t at = 0; at < t.row_bytes(); at += 64) __builtin_prefetch(row + at, 0, 2);
-  }
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  });
 }
 // or has them asked for by the products to come: rows of one head lie too far apart for the
 // hardware to foresee a tile of them.
@@ -149,8 +158,9 @@ static inline void request_rows(const Tokens& t, int64_t position, int64_t n) {
 }
 
 static inline void store_rows(const Tokens& t, int64_t position, int64_t n, const float* src) {
-  const int ld = padded(t.width);
-  for (int64_t i = 0; i < n; i++) store_row(t.row(position + i), src + i * ld, t.width, t.dtype);
+  const int ld = padded(t.width), width = t.width, dtype = t.dtype;
+  for_rows(t, position, n, false,
+           [=](int64_t i, char* row) { store_row(row, src + i * ld, width, dtype); });
 }
 
 // [X x BLOCK] from BLOCK rows and back. Transposing works on multiples of 4, so tiles have up to 3
