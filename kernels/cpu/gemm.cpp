@@ -251,7 +251,7 @@ inline void tiles(const Slice* slice, int slices, int n, float* c, int64_t ldc) 
 }
 
 // A single slice: `columns` tiles of B stay, and those of C come and go through the three that are
-// left. Two by two would load A and B for hardly more than one product each.
+// left. Two by two would load a tile of A or B for every product, besides those of C.
 template <int columns, Into into>
 inline void rank_update(const Product& p, const Slice& s, int n) {
   const float *a = s.a, *b = s.b + n;
