@@ -40,8 +40,8 @@ FLOPs: what the formula needs, the same for all, nothing for masked tiles. The c
 what the roofline of torch.mm ({dtype}, {size}^3) and a copy ({copy} MB, bytes read and written)
 allows. {more} Extra memory is the peak of one call beyond its inputs and outputs."""
 TURNS = {
-    "cpu": "The implementations of a case, and of cases that a bar compares, run in turns, with "
-    "torch.mm and a copy among them, each as often and as long as the others, but a call at least.",
+    "cpu": "The implementations of a case, and of cases that a bar compares, run in turns "
+    "that are spread over the same time, with torch.mm and a copy among them.",
     "cuda": "Calls are timed by the GPU's own clock and begin with an empty L2 "
     "(triton.testing.do_bench), in turns with torch.mm and a copy.",
 }
