@@ -1,0 +1,69 @@
+// One attention call, as every op describes it to the shared algorithms.
+#pragma once
+#include "features.h"
+#include "window.h"
+
+namespace lol {
+namespace LOL_ISA {
+
+struct Problem {
+  lol_tensor q, k, v;
+  lol_features feature_q, feature_k;
+  const float* gate;  // [H]; null in linear attention: no softmax part
+  Window window;
+  float scale;
+  bool affine, normalize;
+  float eps;                    // added to den
+  Format format = Format::f32;  // of tiles
+  int weight_parts = 1;         // of maps
+  bool both_ways = false;       // tiles have their keys as rows and can be summed over V as well
+
+  // Products of bf16 by pairs, where the instruction set has them.
+  Problem by_pairs() const {
+    Problem p = *this;
+    if (q.dtype == LOL_BF16 && takes_pairs(feature_k)) p.format = Format::bf16_pairs;
+    p.weight_parts = weight_parts_for(feature_k.activation, false);
+    return p;
+  }
+
+  int64_t heads() const { return q.shape[1]; }
+  int64_t kv_heads() const { return k.shape[1]; }
+  int64_t state_heads() const {
+    return has_map(feature_k) ? feature_k.weight.shape[0] : kv_heads();
+  }
+  int64_t group() const { return heads() / state_heads(); }  // query heads per state
+  int64_t kv_head_of(int64_t state_head) const { return state_head / (state_heads() / kv_heads()); }
+  int64_t D() const { return q.shape[3]; }
+  int64_t V() const { return v.shape[3]; }
+  int64_t F() const { return feature_dim(feature_k, D()); }
+  int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
+  int64_t paired_map_size() const {
+    return format == Format::f32 ? 0 : weight_parts * paired_weight_size(D(), f());
+  }
+  FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
+  FeatureMap map_k(int64_t state_head) const {
+    return map_of(feature_k, state_head, state_heads(), D());
+  }
+  // Multiply-adds of the forward pass over all heads, for sharing it among threads.
+  int64_t work(int64_t tokens) const {
+    const int64_t span = 2 * (window.size + window.sink);
+    const int64_t keys = gate ? at_most(span, tokens + span / 2) : 0;
+    return heads() * tokens * (F() * (D() + 2 * V()) + keys * (D() + V()) / 2);
+  }
+  // Weights of the softmax and of the linear part.
+  // A gate counts as -80 at least, and for lambda as 80 at most, lest a query with one kind of keys
+  // alone divide zero by zero.
+  float g(int64_t h) const {
+    return gate ? 1.0f / (1.0f + expf(gate[h] < -80.0f ? 80.0f : -gate[h])) : 0.0f;
+  }
+  float lambda(int64_t h) const {
+    if (!gate) return scale;
+    return affine && window.any() ? 1.0f / (1.0f + expf(gate[h] > 80.0f ? 80.0f : gate[h])) : 1.0f;
+  }
+};
+
+Problem problem_of(const lol_hybrid_attention_args& args);
+Problem problem_of(const lol_linear_attention_args& args);
+
+}  // namespace LOL_ISA
+}  // namespace lol
