@@ -80,8 +80,7 @@ class Features:
         two_sided: softmax and exp also take -z, which doubles the width; the other activations are
             one-sided.
         skip: adds x before the activation; needs f == D.
-        eps: the clamp's floor; identity is not clamped. Gradients of a softmax by the CPU kernels
-            take a probability that was clamped for eps.
+        eps: the clamp's floor; identity is not clamped.
 
     Raises:
         TypeError, ValueError: arguments that do not fit together.

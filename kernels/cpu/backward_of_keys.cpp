@@ -154,10 +154,11 @@ void KeyGradients::finish_tile() {
   for (int i = 0; i < F_; i++) {
     for (int64_t j = n_; j < BLOCK; j++) dphi_[i * BLOCK + j] = 0.0f;
   }
-  features_backward(map_.map,
-                    {k_rows_, phi_, map_.weight_t, run_.partials.k(run_.slot, run_.state_head),
-                     run_.wants_inputs() ? run_.dk_at(start_) : nullptr, n_, scratch_},
-                    dphi_);
+  features_backward(
+      map_.map,
+      {k_rows_, keys_, phi_, map_.weight_t, run_.partials.k(run_.slot, run_.state_head),
+       run_.wants_inputs() ? run_.dk_at(start_) : nullptr, n_, scratch_},
+      dphi_);
 }
 
 // The queries at hand into dkv and dksum.

@@ -269,10 +269,11 @@ void QueryGradients::correct_delta(const RowSums& sums) {
 
 void QueryGradients::map_part() {
   const BackwardMap& own = block_.map();
-  features_backward(own.map,
-                    {block_.q_rows, block_.phi, own.weight_t, run_.partials.q(run_.slot, block_.h),
-                     run_.wants_inputs() ? dq_ : nullptr, block_.n, scratch_},
-                    dphi_);
+  features_backward(
+      own.map,
+      {block_.q_rows, block_.q, block_.phi, own.weight_t, run_.partials.q(run_.slot, block_.h),
+       run_.wants_inputs() ? dq_ : nullptr, block_.n, scratch_},
+      dphi_);
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ class EntropyBackwardWorker {
   // dphi into the gradient of a map's parameters.
   void spread(const FeatureMap& map, const float* x, const float* phi, const WeightGradient& to) {
     to_rows(x_rows_, x, map.D);
-    features_backward(map, {x_rows_, phi, nullptr, to, nullptr, 0, scratch_}, dphi_);
+    features_backward(map, {x_rows_, x, phi, nullptr, to, nullptr, 0, scratch_}, dphi_);
   }
 
   void queries_part(int64_t h, int64_t first) {

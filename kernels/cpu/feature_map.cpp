@@ -90,6 +90,7 @@ int feature_map_backward(const lol_feature_map_backward_args& a) {
     float* weight_t = arena.take(transposed_weight_size(D, f));
     transpose_weight(map, Format::f32, weight_t);
     MapBackward at = {x_rows,
+                      x,
                       phi,
                       weight_t,
                       WeightGradient::at(partials.data + w * partial, D, f),

@@ -1,6 +1,6 @@
 // The feature map on one tile (SPEC 1): phi(x) = clamp(act(x W + b (+ x)), eps), tokens along
-// lanes. FLOPs per token: 2 D f forward, 4 D f backward (dx and dW). Backward needs x and phi
-// alone, never z.
+// lanes. FLOPs per token: 2 D f forward, 4 D f backward (dx and dW). Backward takes features
+// instead of z; where probabilities are clamped by more than rounding it computes them again.
 #pragma once
 #include "pairs.h"
 
@@ -130,6 +130,7 @@ static inline int64_t transposed_weight_size(int64_t D, int64_t f) { return (f +
 // What the gradients of one tile of tokens are computed from and added to.
 struct MapBackward {
   const float* x_rows;      // as load_values gives it in the map's format
+  const float* x;           // [D x BLOCK] or pairs along D, as features_forward takes it
   const float* phi;         // [F x BLOCK], fp32
   const float* weight_t;    // transposed
   WeightGradient gradient;  // += x^T dz
@@ -137,7 +138,7 @@ struct MapBackward {
   int64_t n;
   float* scratch;  // scratch_size(D, f) floats
   static int64_t scratch_size(int64_t D, int64_t f) {
-    return at_least(lanes_size(f + 1), rows_size(D));
+    return at_least(lanes_size(2 * f), rows_size(D));
   }
 };
 // Turns dphi[F x BLOCK] into dz[f x BLOCK] and spreads it; dphi is lost.

@@ -69,6 +69,18 @@ void activation_backward(const FeatureMap& map, const float* phi, float* dphi, f
   }
 }
 
+// A clamped probability still has a part in its side's sum of 1. Up to this floor it serves as its
+// own value: what that adds to a gradient is less than fp32 rounds.
+constexpr float NEGLIGIBLE_EPS = 1e-9f;
+
+const float* probabilities(const FeatureMap& map, const MapBackward& at) {
+  if (map.activation != LOL_SOFTMAX || map.eps <= NEGLIGIBLE_EPS) return at.phi;
+  FeatureMap unclamped = map;
+  unclamped.eps = 0.0f;
+  features_forward(unclamped, at.x, at.scratch);
+  return at.scratch;
+}
+
 }  // namespace
 
 void transpose_weight(const FeatureMap& map, Format format, float* to) {
@@ -92,7 +104,7 @@ void features_backward(const FeatureMap& map, const MapBackward& at, float* dphi
     return;
   }
   float norm[BLOCK] = {};
-  activation_backward(map, at.phi, dphi, norm);
+  activation_backward(map, probabilities(map, at), dphi, norm);
   for (int i = 0; map.bias && i < map.f; i++) {
     Vec sum = {};
     for (int t = 0; t < BLOCK; t += LANES) sum += load(dphi + i * BLOCK + t);

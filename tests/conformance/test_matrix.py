@@ -137,6 +137,34 @@ def test_features_of_attention_are_exact_however_far_apart_they_are(
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp", "elu1", "relu"])
+@pytest.mark.parametrize("op", ["feature_map", "hybrid_attention", "attention_transfer"])
+def test_gradients_are_exact_however_many_features_are_clamped(backend, device, activation, op):
+    """With eps = 0.1 most of 16 probabilities are below it, and still have gradients."""
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(1, 2, 70, 16, generator=rng) for _ in range(4)]
+    inputs.append(torch.randn(2, 16, 16, generator=rng) / 4)
+
+    def gradients(dtype, where):
+        q, k, v, dy, weight = (x.to(dtype) for x in inputs)
+        phi = lo.Features(weight.requires_grad_(), activation=activation, eps=0.1)
+        options = {"window": 16, "backend": where}
+        gate = torch.zeros(2, dtype=dtype)
+        if op == "attention_transfer":
+            loss = lo.attention_transfer(q, k, v, phi, phi, gate, xent=True, **options).xent
+            return torch.autograd.grad(loss, weight)
+        if op == "feature_map":
+            y = lo.feature_map(q.requires_grad_(), phi, backend=where)[..., :16]
+            return torch.autograd.grad(y, (q, weight), dy)
+        y = lo.hybrid_attention(q.requires_grad_(), k.requires_grad_(), v, phi, phi, gate, **options)
+        return torch.autograd.grad(y, (q, k, weight), dy)
+
+    results = gradients(torch.float32, backend), gradients(torch.float64, "reference")
+    for got, want in zip(*results, strict=True):
+        assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 def test_only_equal_entries_share_the_gradient_of_a_maximum(backend, device, activation):
     """Scores and ``z`` of small q and k differ by less than exponentials can tell."""
