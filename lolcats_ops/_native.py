@@ -21,17 +21,31 @@ def _library(name: str) -> str:
 
 
 def get_include() -> str:
-    """Directory to compile against: it holds ``lolcats_ops/lolcats_ops.h``."""
+    """Directory to compile against: it holds ``lolcats_ops/lolcats_ops.h``.
+
+    >>> (Path(get_include()) / "lolcats_ops" / "lolcats_ops.h").is_file()
+    True
+    """
     return str(_root() / "include")
 
 
 def get_library() -> str:
-    """Path of the C library with the kernels, to link or ``dlopen``."""
+    """Path of the C library with the kernels, to link or ``dlopen``.
+
+    >>> library = ctypes.CDLL(get_library())
+    >>> callable(library.lol_hybrid_attention)
+    True
+    """
     return _library("lolcats_ops")
 
 
 def get_cmake_dir() -> str:
-    """Value of ``lolcats_ops_DIR`` (or ``CMAKE_PREFIX_PATH``) for CMake's ``find_package``."""
+    """Value of ``lolcats_ops_DIR`` (or ``CMAKE_PREFIX_PATH``) for CMake's ``find_package``; on the
+    command line ``python -m lolcats_ops --cmakedir``.
+
+    >>> sorted(path.name for path in Path(get_cmake_dir()).glob("*Config.cmake"))
+    ['lolcats_opsConfig.cmake']
+    """
     return str(_root() / "cmake")
 
 

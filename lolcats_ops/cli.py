@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -237,6 +239,8 @@ def info(
     import lolcats_ops as lo
 
     if config:
+        if model is not None:
+            raise typer.BadParameter("prints the defaults, of no MODEL", param_hint="--config")
         import yaml
 
         typer.echo(yaml.safe_dump(_config(None).model_dump(mode="json"), sort_keys=False), nl=False)
@@ -247,7 +251,8 @@ def info(
 
         import lolcats_ops.hf  # registers the model type of converted models
 
-        described = AutoConfig.from_pretrained(model)
+        with _naming(model):
+            described = AutoConfig.from_pretrained(model)
         rows = {"model type": described.model_type, "layers": described.num_hidden_layers}
         rows |= getattr(described, "lolcats", None) or {"lolcats": "not converted"}
     else:
@@ -334,11 +339,25 @@ def _as_converted(
     return settings.model_copy(update={"lolcats": has})
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Errors about a model that is no folder say so."""
+    if Path(path).is_file():
+        raise NotADirectoryError(f"{path} is a file; MODEL is a folder or a hub id")
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise FileNotFoundError(f"{path}: no such folder; and as a hub id: {error}") from error
+
+
 def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model on ``device``, None for the GPU if there is one, and its tokenizer.
 
     Raises:
         ValueError: naming the file that was not written to its end.
+        OSError: there is no such folder, nor such a model on the hub.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -350,8 +369,9 @@ def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTok
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
     try:
-        model = AutoModelForCausalLM.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        with _naming(path):
+            model = AutoModelForCausalLM.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
         files = (file for kind in kinds for file in sorted(Path(path).glob(kind)))

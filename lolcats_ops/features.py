@@ -41,6 +41,11 @@ def init_weight(
 
     Raises:
         ValueError: an unknown ``init``.
+
+    >>> init_weight(2, 3, 4)[1]
+    tensor([[1., 0., 0., 0.],
+            [0., 1., 0., 0.],
+            [0., 0., 1., 0.]])
     """
     weight = torch.zeros(heads, head_dim, width, dtype=dtype, device=device)
     if init == "identity":

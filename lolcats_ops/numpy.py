@@ -2,9 +2,12 @@
 but that a state is continued by ``hybrid_attention_step_`` alone.
 
 Arrays are float32, float16 or ``ml_dtypes.bfloat16`` with any strides, the last dimension
-contiguous; nothing is copied. Every function raises ValueError for shapes, dtypes and values that
-the kernels refuse, naming the argument. Gradients are in ``lolcats_ops._C``, under the schemas of
-``torch.ops.lolcats_ops``.
+contiguous; nothing is copied. Parameters (weights, biases, gates) are converted to float32.
+Gradients are in ``lolcats_ops._C``, under the schemas of ``torch.ops.lolcats_ops``.
+
+Every function raises, naming the argument:
+    TypeError: an argument of another type, an array of another dtype.
+    ValueError: shapes and values that the kernels refuse.
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Features:
-    """A learned feature map, SPEC 1: weight [Hf, D, f], bias [Hf, f] or None."""
+    """A learned feature map, SPEC 1: weight [Hf, D, f], bias [Hf, f] or None.
+
+    >>> Features(np.eye(4)[None]).out_features  # two sides of 4
+    8
+    """
 
     weight: Array
     bias: Array | None = None
@@ -31,6 +38,14 @@ class Features:
     two_sided: bool = True
     skip: bool = False
     eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        _check_parameter(self.weight, "Features: weight")
+        if self.bias is not None:
+            _check_parameter(self.bias, "Features: bias")
+        if self.weight.ndim != 3:
+            raise ValueError(f"Features: weight has shape {self.weight.shape}, needs [Hf, D, f]")
+        _code(self.activation, ACTIVATIONS, "Features: activation")
 
     @property
     def out_features(self) -> int:
@@ -45,12 +60,17 @@ class Features:
         return _contiguous(self.weight), None if self.bias is None else _contiguous(self.bias)
 
     def _settings(self) -> tuple[int, bool, bool, float]:
-        activation = _code(self.activation, ACTIVATIONS, "activation")
-        return activation, self._doubles, self.skip, self.eps
+        return ACTIVATIONS.index(self.activation), self._doubles, self.skip, self.eps
 
 
 class State(NamedTuple):
-    """The recurrent state of P sequences, SPEC 5, that :func:`hybrid_attention_step_` updates."""
+    """The recurrent state of P sequences, SPEC 5, that :func:`hybrid_attention_step_` updates.
+
+    >>> k, v = np.zeros((2, 1, 2, 7, 4), np.float32)
+    >>> state = State.empty(3, k, v, Features(np.eye(4)[None].repeat(2, 0)), ring=8, sink=1)
+    >>> state.kv.shape, state.k_ring.shape, state.v_sink.shape
+    ((3, 2, 8, 4), (3, 2, 8, 4), (3, 2, 1, 4))
+    """
 
     kv: Array  # [P, Hs, F, V] fp32
     ksum: Array  # [P, Hs, F] fp32
@@ -70,6 +90,13 @@ class State(NamedTuple):
         ``k`` and ``v`` ([., Hk, ., D|V]) give heads, widths and dtype. ``ring`` is at least the
         window (sliding) or two windows (terrace); what it has beyond can be rewound.
         """
+        for name, x in (("k", k), ("v", v)):
+            if len(np.shape(x)) != 4 or not hasattr(x, "dtype"):
+                raise TypeError(f"State.empty: {name} needs to be an array of 4 dimensions")
+        _check_map(feature_k, "State.empty: feature_k")
+        for name, count in (("batch", batch), ("ring", ring), ("sink", sink)):
+            if count < 0:
+                raise ValueError(f"State.empty: {name} is {count}, needs at least 0")
         (_, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
         heads, width = feature_k.weight.shape[0], feature_k.out_features
 
@@ -104,6 +131,7 @@ def feature_map(x: Array, features: Features) -> Array:
     >>> y.shape, bool(np.allclose(y.sum(-1), 2))
     ((1, 2, 5, 8), True)
     """
+    _check_map(features, "feature_map: features")
     return _C.feature_map(x, *features._parameters(), *features._settings())
 
 
@@ -124,15 +152,24 @@ def linear_attention(
 ) -> Any:
     """Causal linear attention, SPEC 4: y [B, H, T, V], or (y, (kv, ksum)) with ``return_state``.
 
-    Without feature maps q and k are the features.
+    q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, V]; without feature maps q and k are the features.
+    A state is kv [B, Hs, F, V] and ksum [B, Hs, F], fp32; Hs is the number of feature_k's maps,
+    without them Hk.
+
+    >>> q = np.random.default_rng(0).random((1, 2, 5, 4), np.float32)
+    >>> y, (kv, ksum) = linear_attention(q, q, q, return_state=True)
+    >>> y.shape, kv.shape, bool(np.allclose(ksum, q.sum(2)))
+    ((1, 2, 5, 4), (1, 2, 4, 4), True)
     """
     if (feature_q is None) != (feature_k is None):
         raise ValueError("linear_attention: feature_q and feature_k go together, got one of them")
     maps: tuple[Array | None, ...] = (None, None, None, None)
     settings = (0, False, False, 0.0)
     if feature_q is not None and feature_k is not None:
+        settings = _shared_settings("linear_attention", feature_q, feature_k)
         maps = (*feature_q._parameters(), *feature_k._parameters())
-        settings = _shared_settings(feature_q, feature_k)
+    if state is not None and not (isinstance(state, tuple) and len(state) == 2):
+        raise TypeError("linear_attention: state needs to be a tuple (kv, ksum)")
     out, _, kv, ksum = _C.linear_attention(
         *(q, k, v, *maps, *(state or (None, None)), cu_seqlens, key_padding_mask),
         *(scale, normalize, eps, *settings),
@@ -158,12 +195,20 @@ def hybrid_attention(
 ) -> Array:
     """Window softmax and linear attention under one denominator, SPEC 3: [B, H, T, V].
 
-    q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, V], gate [H] before the sigmoid.
+    q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, V], gate [H] before the sigmoid; cu_seqlens
+    [N + 1] int32 or int64 where B = 1, or key_padding_mask [B, T] bool, true for tokens.
+
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 50, 4), np.float32)
+    >>> phi = Features(np.eye(4)[None].repeat(2, 0))
+    >>> y = hybrid_attention(q, k, v, phi, phi, np.zeros(2, np.float32), window=8, sink=1)
+    >>> y.shape, bool(np.allclose(y[:, :, 0], v[:, :, 0]))  # the first token sees itself alone
+    ((1, 2, 50, 4), True)
     """
+    settings = _shared_settings("hybrid_attention", feature_q, feature_k)
     return _C.hybrid_attention(
-        *_inputs(q, k, v, feature_q, feature_k, gate),
+        *_inputs("hybrid_attention", q, k, v, feature_q, feature_k, gate),
         *(cu_seqlens, key_padding_mask, window, _window_code(window_kind), sink),
-        *(_scale(scale, q), affine, *_shared_settings(feature_q, feature_k)),
+        *(_scale(scale, q), affine, *settings),
     )[0]
 
 
@@ -182,11 +227,27 @@ def hybrid_attention_step_(
     scale: float | None = None,
     affine: bool = False,
 ) -> Array:
-    """Append T tokens per sequence to ``state``, in place, and return their outputs, SPEC 5."""
+    """Append T tokens per sequence to ``state``, in place, and return their outputs, SPEC 5.
+
+    q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, V]; state_indices [B] int32 or int64, the state of
+    each sequence, None where there are B. After an error the state is as it was.
+
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 1, 4), np.float32)
+    >>> phi = Features(np.eye(4)[None].repeat(2, 0))
+    >>> state = State.empty(1, k, v, phi, ring=8)
+    >>> y = hybrid_attention_step_(q, k, v, phi, phi, np.zeros(2, np.float32), state, window=8)
+    >>> y.shape, state.length
+    ((1, 2, 1, 4), array([1]))
+    """
+    settings = _shared_settings("hybrid_attention_step_", feature_q, feature_k)
+    if not isinstance(state, State):
+        raise TypeError(
+            f"hybrid_attention_step_: state is of type {type(state).__name__}, needs a State"
+        )
     return _C.hybrid_attention_step_(
-        *_inputs(q, k, v, feature_q, feature_k, gate),
+        *_inputs("hybrid_attention_step_", q, k, v, feature_q, feature_k, gate),
         *(*state, state_indices, None, None, window, _window_code(window_kind)),
-        *(_scale(scale, q), affine, *_shared_settings(feature_q, feature_k)),
+        *(_scale(scale, q), affine, *settings),
     )
 
 
@@ -207,36 +268,65 @@ def attention_transfer(
     cu_seqlens: Array | None = None,
     key_padding_mask: Array | None = None,
 ) -> Transfer:
-    """Softmax teacher and how far the hybrid student is from it, SPEC 7."""
+    """Softmax teacher and how far the hybrid student is from it, SPEC 7.
+
+    Arguments as in :func:`hybrid_attention`; ``xent`` asks for the cross-entropy of the weights,
+    too, which is 0 else.
+
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 50, 4), np.float32)
+    >>> phi = Features(np.eye(4)[None].repeat(2, 0))
+    >>> result = attention_transfer(q, k, v, phi, phi, np.zeros(2, np.float32), window=8)
+    >>> result.teacher.shape, result.mse > 0, result.xent
+    ((1, 2, 50, 4), True, 0.0)
+    """
+    settings = _shared_settings("attention_transfer", feature_q, feature_k)
     teacher, mse, cross_entropy, *_ = _C.attention_transfer(
-        *_inputs(q, k, v, feature_q, feature_k, gate),
+        *_inputs("attention_transfer", q, k, v, feature_q, feature_k, gate),
         *(cu_seqlens, key_padding_mask, xent, window, _window_code(window_kind), sink),
-        *(_scale(scale, q), affine, *_shared_settings(feature_q, feature_k)),
+        *(_scale(scale, q), affine, *settings),
     )
     return Transfer(teacher, float(mse), float(cross_entropy))
 
 
 def _inputs(
-    q: Array, k: Array, v: Array, feature_q: Features, feature_k: Features, gate: Array
+    op: str, q: Array, k: Array, v: Array, feature_q: Features, feature_k: Features, gate: Array
 ) -> tuple[Array | None, ...]:
+    _check_parameter(gate, f"{op}: gate")
     return q, k, v, *feature_q._parameters(), *feature_k._parameters(), _contiguous(gate)
+
+
+def _check_parameter(x: Any, name: str) -> None:
+    if not hasattr(x, "astype") or not hasattr(x, "ndim"):
+        raise TypeError(f"{name} is of type {type(x).__name__}, needs an array")
+    if not np.can_cast(x.dtype, np.float32, "same_kind"):
+        raise TypeError(f"{name} has dtype {x.dtype}, needs real numbers")
+
+
+def _check_map(features: Any, name: str) -> None:
+    if not isinstance(features, Features):
+        raise TypeError(f"{name} is of type {type(features).__name__}, needs {__name__}.Features")
 
 
 def _contiguous(parameter: Array) -> Array:
     return parameter.astype(np.float32, order="C", copy=False)
 
 
-def _shared_settings(q: Features, k: Features) -> tuple[int, bool, bool, float]:
+def _shared_settings(op: str, q: Features, k: Features) -> tuple[int, bool, bool, float]:
+    _check_map(q, f"{op}: feature_q")
+    _check_map(k, f"{op}: feature_k")
     if q._settings() != k._settings():
         raise ValueError(
-            "feature_q and feature_k differ in activation, two_sided, skip or eps: "
+            f"{op}: feature_q and feature_k differ in activation, two_sided, skip or eps: "
             f"{q._settings()} and {k._settings()}"
         )
     return q._settings()
 
 
 def _scale(scale: float | None, q: Array) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is not None:
+        return scale
+    width = (np.shape(q) or (0,))[-1]
+    return width**-0.5 if width else 1.0  # the library refuses such a q
 
 
 def _window_code(window_kind: str) -> int:

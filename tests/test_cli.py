@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from helpers.tiny_models import word_tokenizer
 from typer.testing import CliRunner
 
 import lolcats_ops as lo
@@ -25,13 +25,10 @@ TEXT = "the quick brown fox jumps over the lazy dog and runs away . " * 60
 def folder(tmp_path_factory):
     """A folder with a softmax model, a text and a configuration."""
     folder = tmp_path_factory.mktemp("cli")
-    words = sorted(set(TEXT.split()))
-    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = word_tokenizer(TEXT)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -40,9 +37,7 @@ def folder(tmp_path_factory):
         bos_token_id=0,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
-    ).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
     (folder / "lolcats.yaml").write_text(
         "lolcats: {window: 8, feature_dim: 16}\n"
@@ -155,7 +150,10 @@ def test_help_needs_no_torch_and_shows_examples(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["eval", "nowhere/at/all", "--text", __file__], 1, "nowhere/at/all"),
+        (["eval", "nowhere/at/all", "--text", __file__], 1, "nowhere/at/all: no such folder"),
+        (["info", "nowhere/at/all"], 1, "nowhere/at/all: no such folder"),
+        (["generate", __file__, "hi"], 1, "is a file; MODEL is a folder"),
+        (["info", "model", "--config"], 2, "of no MODEL"),
         (["eval", "model"], 2, "--text"),
         (["transfer", "a", "b", "--text", "no/such/file"], 2, "no/such/file"),
     ],

@@ -171,3 +171,33 @@ def test_unknown_instruction_set_is_refused_and_changes_nothing(isa):
 def test_scalar_code_runs_everywhere():
     assert "scalar" in _C.cpu_isas()
     assert _C.max_threads() >= 1
+
+
+@pytest.mark.parametrize("wrong", [[[1.0]], None, 1.0, "x"])
+@pytest.mark.parametrize("index", range(6))
+def test_an_argument_of_another_type_is_named(case, index, wrong):
+    arguments = list(case)
+    arguments[index] = wrong
+    name = ("q", "k", "v", "feature_q", "feature_k", "gate")[index]
+    with pytest.raises(TypeError, match=rf"hybrid_attention: {name} is "):
+        lnp.hybrid_attention(*arguments)
+
+
+@pytest.mark.parametrize("wrong", [[[1.0]], np.ones((2, 3, 4), complex), np.full((2, 3, 4), "x")])
+def test_parameters_are_real_arrays(wrong):
+    with pytest.raises(TypeError, match=r"Features: weight (is of type list|has dtype)"):
+        lnp.Features(wrong)
+    with pytest.raises(TypeError, match=r"Features: bias (is of type list|has dtype)"):
+        lnp.Features(np.ones((2, 3, 4)), wrong)
+
+
+def test_a_state_is_of_arrays_and_of_no_negative_size(case):
+    q, k, v, phi, _, gate = case
+    with pytest.raises(TypeError, match="k needs to be an array of 4 dimensions"):
+        lnp.State.empty(1, k.tolist(), v, phi, ring=8)
+    with pytest.raises(ValueError, match="ring is -1"):
+        lnp.State.empty(1, k, v, phi, ring=-1)
+    with pytest.raises(TypeError, match="state is of type NoneType, needs a State"):
+        lnp.hybrid_attention_step_(q, k, v, phi, phi, gate, None)
+    with pytest.raises(TypeError, match=r"state needs to be a tuple \(kv, ksum\)"):
+        lnp.linear_attention(q, q, q, state=3)

@@ -165,6 +165,15 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         ValueError: the model is not converted.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(
+        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8))
+        >>> type(restore(model).config).__name__, attention_layers(model)
+        ('LlamaConfig', [])
     """
     restore_layers(model)
     del model.config.lolcats, model.config.base_model_type

@@ -319,7 +319,16 @@ class LolcatsCache(DynamicCache):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values and states in a cache of transformers, converted layers or not."""
+    """Bytes of keys, values and states in a cache of transformers, converted layers or not.
+
+    Example:
+        >>> from transformers import DynamicCache
+        >>> cache = DynamicCache()
+        >>> keys, values = torch.zeros(2, 1, 4, 10, 16)
+        >>> _ = cache.update(keys, values, layer_idx=0)
+        >>> cache_bytes(cache)  # two tensors of 640 floats
+        5120
+    """
     total = 0
     for layer in cache.layers:
         if isinstance(layer, LolcatsCacheLayer):

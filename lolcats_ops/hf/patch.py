@@ -107,7 +107,15 @@ def _remove(module: nn.Module, hook: Any) -> None:
 
 
 def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
-    """The `lolcats` submodules of a converted model (or of one wrapped by PEFT), in layer order."""
+    """The `lolcats` submodules of a converted model (or of one wrapped by PEFT), in layer order;
+    none of a model that is not converted.
+
+    Example:
+        >>> attention_layers(nn.Linear(2, 2))
+        []
+        >>> [layer.gate.shape for layer in attention_layers(model)]  # doctest: +SKIP
+        [torch.Size([9]), torch.Size([9]), ...]
+    """
     return [found for module in model.modules() if (found := attention_of(module)) is not None]
 
 
@@ -117,6 +125,10 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
 
     Raises:
         ValueError: an unknown mode, or a model that is not converted.
+
+    Example:
+        >>> set_mode(model, "softmax")  # doctest: +SKIP
+        >>> reference = model(input_ids).logits  # doctest: +SKIP
     """
     if mode not in get_args(Mode):
         raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")

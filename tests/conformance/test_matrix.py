@@ -156,7 +156,9 @@ def test_gradients_are_exact_however_many_features_are_clamped(backend, device, 
         if op == "feature_map":
             y = lo.feature_map(q.requires_grad_(), phi, backend=where)[..., :16]
             return torch.autograd.grad(y, (q, weight), dy)
-        y = lo.hybrid_attention(q.requires_grad_(), k.requires_grad_(), v, phi, phi, gate, **options)
+        y = lo.hybrid_attention(
+            q.requires_grad_(), k.requires_grad_(), v, phi, phi, gate, **options
+        )
         return torch.autograd.grad(y, (q, k, weight), dy)
 
     results = gradients(torch.float32, backend), gradients(torch.float64, "reference")

@@ -2,6 +2,7 @@
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lolcats_ops as lo
 
@@ -40,6 +41,16 @@ def tiny(family="llama", **changes):
     torch.manual_seed(0)
     config = FAMILIES[family](**SHAPE, **changes)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def word_tokenizer(text):
+    """A tokenizer of a text's words, <eos> being 0."""
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", *sorted({*text.split()})])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>"
+    )
 
 
 def token_ids(*shape, seed=0):
