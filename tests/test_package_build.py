@@ -147,6 +147,24 @@ def test_plain_cmake_builds_tests_and_installs(tmp_path):
     build_and_test_c_project(tmp_path / "external", config.parent)
 
 
+AARCH64 = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, AARCH64)), reason="needs g++-aarch64-linux-gnu and qemu-user"
+)
+def test_c_library_computes_on_aarch64(tmp_path):
+    """Cross-compiled, on an emulated CPU."""
+    run(
+        *("cmake", "-S", REPOSITORY, "-B", tmp_path, "-DLOLCATS_BUILD_TESTS=ON"),
+        *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
+        *(f"-DCMAKE_C_COMPILER={AARCH64[0]}", f"-DCMAKE_CXX_COMPILER={AARCH64[1]}"),
+        f"-DCMAKE_CROSSCOMPILING_EMULATOR={AARCH64[2]};-L;/usr/aarch64-linux-gnu",
+    )
+    run("cmake", "--build", tmp_path, "--parallel", "2")
+    assert "100% tests passed" in run("ctest", "--test-dir", tmp_path, "--output-on-failure")
+
+
 def build_and_test_c_project(build, cmake_dir):
     source = REPOSITORY / "tests" / "ctest"
     run("cmake", "-S", source, "-B", build, f"-Dlolcats_ops_DIR={cmake_dir}")
