@@ -88,7 +88,7 @@ def convert(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model, "cpu")
+    loaded, tokenizer = _load_whole(model, "cpu")
     lo.hf.convert(loaded, settings.lolcats)
     _save(out, loaded, tokenizer, settings)
 
@@ -112,7 +112,7 @@ def transfer(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model, device)
+    loaded, tokenizer = _load_whole(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
     settings = _as_converted(settings, config, loaded)
@@ -144,7 +144,7 @@ def finetune(
     import lolcats_ops as lo
 
     settings = _config(config)
-    loaded, tokenizer = _load(model, "cpu")  # the Trainer chooses the device
+    loaded, tokenizer = _load_whole(model, "cpu")  # the Trainer chooses the device
     if not lo.hf.attention_layers(loaded):
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
     settings = _as_converted(settings, config, loaded)
@@ -380,6 +380,21 @@ def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTok
             raise
         raise ValueError(f"{broken} is not whole: {error}") from error
     return model.to(device), tokenizer
+
+
+def _load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same, of a model that is to be changed and saved.
+
+    Raises:
+        ValueError: ``path`` is an adapter on a model, of which transformers would save the adapter.
+    """
+    model, tokenizer = _load(path, device)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{path} is an adapter (PEFT) on {model.name_or_path}; merge it into that first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
+        )
+    return model, tokenizer
 
 
 def _rows(

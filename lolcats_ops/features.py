@@ -63,6 +63,15 @@ def init_weight(
     raise ValueError(f"init_weight: init is {init!r}, needs one of {', '.join(INITS)}")
 
 
+def check_init(caller: str, activation: str, init: str) -> None:
+    """Raises ValueError where the maps of ``activation`` cannot start as ``init``."""
+    if activation == "favor" and init != "orthogonal":
+        raise ValueError(
+            f"{caller}: init={init!r} with activation='favor', whose projection is random and "
+            "fixed: needs init='orthogonal'"
+        )
+
+
 def _orthogonal_(weight: Tensor, generator: torch.Generator | None) -> Tensor:
     heads, head_dim, width = weight.shape
     for start in range(0, width, head_dim):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .features import Features, init_weight
+from .features import Features, check_init, init_weight
 from .state import HybridState
 
 
@@ -19,7 +19,11 @@ class FeatureMap(nn.Module):
         heads, head_dim: Hf and D.
         width: f; None for D.
         bias: with a bias, zero at the start.
-        init: see ``lolcats_ops.features.init_weight``.
+        init: see ``lolcats_ops.features.init_weight``. favor, which is not trained, needs
+            "orthogonal".
+
+    Raises:
+        ValueError: an ``init`` that the activation does not have.
 
     >>> phi = FeatureMap(4, 16)
     >>> phi(torch.randn(1, 4, 10, 16)).shape
@@ -40,6 +44,7 @@ class FeatureMap(nn.Module):
         eps: float = 1e-12,
     ) -> None:
         super().__init__()
+        check_init("FeatureMap", activation, init)
         width = head_dim if width is None else width
         # The projection of Performer is random and stays so.
         self.weight = nn.Parameter(init_weight(heads, head_dim, width, init), activation != "favor")
@@ -92,6 +97,10 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.feature_q = FeatureMap(heads, head_dim, **features)
         self.feature_k = FeatureMap(kv_heads if share_kv_features else heads, head_dim, **features)
+        if features.get("activation") == "favor":  # an estimate of exp(q . k), by one projection
+            self.feature_q.weight.copy_(
+                self.feature_k.weight.repeat_interleave(heads // self.feature_k.weight.shape[0], 0)
+            )
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, **options: Any

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -204,6 +205,20 @@ def test_a_checkpoint_that_was_cut_short_is_named(folder, tmp_path, failure):
     code, said = failure("transfer", folder / "model", tmp_path, *options)
     assert code == 1
     assert f"{tmp_path / 'transfer.pt'} is no whole checkpoint" in said.splitlines()[-1]
+
+
+def test_an_adapter_is_not_converted_in_the_place_of_its_model(folder, tmp_path, failure):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
+    shutil.copy(folder / "model" / "tokenizer.json", tmp_path / "adapter")
+    shutil.copy(folder / "model" / "tokenizer_config.json", tmp_path / "adapter")
+    text = ("--text", folder / "text.txt")
+    for command, options in (("convert", ()), ("transfer", text), ("finetune", text)):
+        code, said = failure(command, tmp_path / "adapter", tmp_path / "out", *options)
+        assert code == 1
+        assert f"{tmp_path / 'adapter'} is an adapter (PEFT) on {folder / 'model'}; merge" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):

@@ -32,7 +32,8 @@ class LolcatsAttention(nn.Module):
 
     Attributes:
         feature_q: [H, D, f], the query map of each head.
-        feature_k: [H, D, f], or [Hk, D, f] with `share_kv_features`.
+        feature_k: [H, D, f], or [Hk, D, f] with `share_kv_features`. Those of favor are buffers:
+            nothing trains them.
         gate: [H], before the sigmoid.
         mode: "hybrid" (the linearized model), "transfer" (stage 1: the teacher's output flows on
             and `learner` is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
@@ -41,6 +42,9 @@ class LolcatsAttention(nn.Module):
             teacher's output [B, H, T, V].
         backend: `backend=` of the operators; None takes the best of the device.
     """
+
+    feature_q: Tensor
+    feature_k: Tensor
 
     def __init__(
         self, heads: int, kv_heads: int, head_dim: int, config: LolcatsConfig, device: torch.device
@@ -51,26 +55,34 @@ class LolcatsAttention(nn.Module):
         self.learner: Learner | None = None
         self.backend: str | None = None
 
-        def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device))
+        def fp32(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.float32, device=device)
 
         key_maps = kv_heads if config.share_kv_features else heads
-        self.feature_q = parameter(heads, head_dim, config.feature_dim)
-        self.feature_k = parameter(key_maps, head_dim, config.feature_dim)
-        self.gate = parameter(heads)
+        for name, maps in (("feature_q", heads), ("feature_k", key_maps)):
+            weight = fp32(maps, head_dim, config.feature_dim)
+            if config.activation == "favor":
+                self.register_buffer(name, weight)
+            else:
+                self.register_parameter(name, nn.Parameter(weight))
+        self.gate = nn.Parameter(fp32(heads))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The initial values of the parameters that no checkpoint has given theirs."""
-        for x in self.parameters():
-            if x.is_meta or getattr(x, "_is_hf_initialized", False):  # transformers' mark
-                continue
-            if x is self.gate:
-                x.fill_(self.config.gate_init)
-            else:
-                maps, head_dim, width = x.shape
-                x.copy_(init_weight(maps, head_dim, width, self.config.init, device=x.device))
+
+        def is_given(x: Tensor) -> bool:
+            return x.is_meta or getattr(x, "_is_hf_initialized", False)  # transformers' mark
+
+        if not is_given(self.gate):
+            self.gate.fill_(self.config.gate_init)
+        for x in (self.feature_q, self.feature_k):
+            if not is_given(x):
+                x.copy_(init_weight(*x.shape, self.config.init, device=x.device))
+        if self.config.activation == "favor" and not is_given(self.feature_q):
+            group = len(self.feature_q) // len(self.feature_k)
+            self.feature_q.copy_(self.feature_k.repeat_interleave(group, 0))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LolcatsAttention:
         def keep_fp32(tensor: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -90,7 +94,19 @@ def _model_class(
         "config_class": config,
         "_keep_in_fp32_modules_strict": strict,
     }
-    return type(f"Lolcats{base.__name__}", (base,), namespace)
+    derived = type(f"Lolcats{base.__name__}", (base,), namespace)
+    _share_conversions(derived, base)
+    return derived
+
+
+def _share_conversions(derived: type[PreTrainedModel], base: type[PreTrainedModel]) -> None:
+    """Weights of a family that checkpoints have under other names, or in other shapes (a mixture's
+    experts one by one), are found there by the derived class, too."""
+    own = base.__name__, getattr(base.config_class, "model_type", "")
+    found = (get_checkpoint_conversion_mapping(name) for name in own)
+    mapping = next((each for each in found if each is not None), None)
+    if mapping is not None:
+        register_checkpoint_conversion_mapping(derived.__name__, mapping, overwrite=True)
 
 
 def __getattr__(name: str) -> Any:
@@ -144,7 +160,9 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
     if not isinstance(config, LolcatsConfig):
         raise TypeError(f"convert: config is a {type(config).__name__}, needs a LolcatsConfig")
     convert_layers(model, config)
-    # The model's config says what it is, so that saving the model saves that.
+    # The model's config says what it is, so that saving the model saves that. One that was read
+    # from a file has the file's model_type besides that of its class.
+    vars(model.config).pop("model_type", None)
     if model.config.model_type != MODEL_TYPE:
         model.config.base_model_type = model.config.model_type
         model.config.__class__ = config_class(model.config.__class__)
@@ -178,6 +196,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     restore_layers(model)
     del model.config.lolcats, model.config.base_model_type
     model.config.__class__ = type(model.config).__mro__[1]
+    vars(model.config).pop("model_type", None)  # of the file that it was read from
     if type(model).__module__ == __name__:
         model.__class__ = type(model).__mro__[1]
     return model

@@ -21,8 +21,8 @@ from lolcats_ops.hf.attention import LolcatsAttention, attention_of
 class LolcatsCacheLayer(CacheLayerMixin):
     """The state of one converted layer; the same bytes after 10 tokens or 100 000.
 
-    transformers calls `update` before the attention, which only counts; the attention then calls
-    `attend`.
+    A converted layer announces itself (`expected`), transformers calls `update` before the
+    attention, which only counts, and the attention then calls `attend`.
     """
 
     supports_early_init = False  # the state needs to know D and V apart
@@ -34,6 +34,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.instead_of = instead_of
         self.beside: CacheLayerMixin | None = None  # a softmax layer that reads the same masks
         self.state: lo.HybridState | None = None
+        self.expected = False  # whether a converted layer is about to call
         self.cumulative_length = 0  # with padding, which state.length leaves out
         self.waiting = 0  # tokens that have been counted and not yet attended
         # [B, n] which of the last n tokens are real, as far back as the ring, or without slack of
@@ -43,6 +44,11 @@ class LolcatsCacheLayer(CacheLayerMixin):
     @property
     def is_croppable(self) -> bool:
         return self.slack > 0
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        # So says a static layer; with others beside it that do not, no mask would be made for it.
+        return self.beside is not None and self.beside.is_compileable
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +61,17 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Counts the new tokens.
+
+        Raises:
+            ValueError: the layer that calls is not converted (any more).
+        """
+        if not self.expected:
+            raise ValueError(
+                "this cache is one of converted layers, and its model has others: "
+                "start with a fresh one"
+            )
+        self.expected = False
         self.cumulative_length += key_states.shape[2]
         self.waiting = key_states.shape[2]
         return key_states, value_states

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lolcats_ops._codes import ACTIVATIONS, TWO_SIDED, WINDOW_KINDS
+from lolcats_ops.features import check_init
 
 INITS = ("identity", "kaiming", "normal", "orthogonal")  # not "zero": converted layers have no skip
 
@@ -25,7 +26,7 @@ class LolcatsConfig:
         activation: "softmax", "exp", "elu1", "relu", "identity" or "favor".
         two_sided: features of z and of -z (softmax and exp only).
         init: how feature weights start: "identity" (truncated), "kaiming", "normal" or
-            "orthogonal".
+            "orthogonal". favor needs the last: one projection for q and k, which is not trained.
         gate_init: raw gate; the softmax part is weighted by its sigmoid.
         share_kv_features: one key map per key/value head, so that the recurrent state is shared by
             a group of query heads and is that much smaller; False gives each query head its own.
@@ -68,6 +69,7 @@ class LolcatsConfig:
                 f"LolcatsConfig: two_sided=True with activation={self.activation!r}: "
                 f"only {' and '.join(TWO_SIDED)} have two sides"
             )
+        check_init("LolcatsConfig", self.activation, self.init)
         if not -1e4 < self.gate_init < 1e4:
             raise ValueError(
                 f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate"

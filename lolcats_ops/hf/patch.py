@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ from lolcats_ops.hf.cache import LolcatsCacheLayer, find_beside
 from lolcats_ops.hf.config import LolcatsConfig
 
 AttentionInterface.register(NAME, lolcats_attention)
+# Of layer_types: attention to all earlier tokens, or to those of a window.
+KNOWN_KIND = re.compile("^(full_)?attention$|sliding|chunked")
 
 
 class Softmax(NamedTuple):
@@ -222,6 +225,16 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         )
     if not modules:
         raise refuse("softmax_layers leaves no layer to convert")
+    others = {
+        kinds[m.layer_idx]
+        for m in modules
+        if m.layer_idx < len(kinds) and not KNOWN_KIND.search(kinds[m.layer_idx])
+    }
+    if others:
+        raise refuse(
+            f"its layers of type {', '.join(sorted(others))} do not attend all earlier tokens, or "
+            "cache more than keys and values; they can be softmax_layers"
+        )
     for projection in (m.o_proj for m in modules):
         if not hasattr(projection, "in_features") or next(_tensors(projection), None) is None:
             raise refuse(
@@ -350,6 +363,7 @@ def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
             )
         slack = getattr(layer, "lolcats_slack", 0)
         layer = cache.layers[index] = LolcatsCacheLayer(layer, slack)
+    layer.expected = True
     return layer
 
 

@@ -302,6 +302,28 @@ def test_static_caches_serve_softmax_layers_as_well(softmax_layer, prompt):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("softmax_layer", [0, 1])
+def test_static_caches_serve_softmax_layers_without_a_mask(softmax_layer):
+    config = lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(softmax_layer,))
+    model, ids = lo.hf.convert(tiny(), config), token_ids(2, 20)
+    expected = model(ids, use_cache=False).logits
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    got = [model(ids[:, i:j], past_key_values=cache).logits for i, j in ((0, 9), (9, 10), (10, 20))]
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("filled", [True, False])
+def test_a_restored_model_is_refused_the_cache_of_a_converted_one(model, filled):
+    cache, ids = lo.hf.LolcatsCache(model), token_ids(1, 20)
+    if filled:
+        model(ids[:, :10], past_key_values=cache)
+    lo.hf.restore(model)
+    with pytest.raises(ValueError, match="its model has others: start with a fresh one"):
+        model(ids[:, 10:], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_a_layer_that_attends_twice_is_refused_a_cache(prompt):
     model = transformers.AutoModelForCausalLM.from_config(transformers.DiffLlamaConfig(**SHAPE))
     expected = model.eval()(prompt).logits

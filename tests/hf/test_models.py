@@ -62,6 +62,62 @@ def test_saved_model_reloads_bitwise_and_restores(model, tmp_path):
         assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_from_a_checkpoint_is_saved_and_loaded_in_every_family(family, tmp_path):
+    """Checkpoints of some have weights under other names than the model, or one by one."""
+    ids = token_ids(1, 20)
+    tiny(family).save_pretrained(tmp_path / "original")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    original = model(ids).logits
+    expected = lo.hf.convert(model, NARROW)(ids).logits
+    for name in ("first", "second"):  # what was loaded converted is saved and loaded as well
+        model.save_pretrained(tmp_path / name)
+        model = lo.hf.from_pretrained(tmp_path / name)
+        assert torch.equal(model(ids).logits, expected)
+    lo.hf.restore(model).save_pretrained(tmp_path / "restored")
+    restored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "restored")
+    assert torch.equal(restored(ids).logits, original)
+    assert type(restored.config) is FAMILIES[family]
+
+
+@torch.no_grad()
+def test_a_loaded_model_is_restored_and_converted_again(model, tmp_path):
+    model.save_pretrained(tmp_path / "once")
+    again = lo.hf.convert(lo.hf.restore(lo.hf.from_pretrained(tmp_path / "once")), WIDE)
+    again.save_pretrained(tmp_path / "again")
+    loaded = lo.hf.from_pretrained(tmp_path / "again")
+    assert loaded.config.lolcats["window"] == WIDE.window
+    assert torch.equal(loaded(token_ids(1, 20)).logits, again(token_ids(1, 20)).logits)
+    assert type(lo.hf.restore(loaded).config) is type(lo.hf.restore(again).config)
+
+
+def test_a_model_may_be_made_of_a_converted_ones_config(tmp_path):
+    tiny().save_pretrained(tmp_path)  # what is read from a file has its model_type
+    model = lo.hf.convert(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), NARROW)
+    other = transformers.AutoModelForCausalLM.from_config(model.config)
+    assert type(other.config) is type(model.config)
+    assert type(lo.hf.restore(other).config) is transformers.LlamaConfig
+
+
+def test_the_projection_of_favor_is_one_for_queries_and_keys_and_stays(tmp_path):
+    favor = lo.hf.LolcatsConfig(
+        window=8, feature_dim=16, activation="favor", two_sided=False, init="orthogonal"
+    )
+    model = lo.hf.convert(tiny(), favor)
+    layer = lo.hf.attention_layers(model)[0]
+    before = layer.feature_q.clone()
+    assert torch.equal(layer.feature_k, before)
+    report = lo.convert.transfer(model, token_ids(2, 40))
+    assert report.parameters == sum(layer.gate.numel() for layer in lo.hf.attention_layers(model))
+    assert torch.equal(layer.feature_q, before)
+    model.save_pretrained(tmp_path)
+    loaded = lo.hf.from_pretrained(tmp_path)
+    assert torch.equal(lo.hf.attention_layers(loaded)[0].feature_k, before)
+    with pytest.raises(ValueError, match="needs init='orthogonal'"):
+        lo.hf.LolcatsConfig(activation="favor", two_sided=False)
+
+
 PICKLED = """
 import pickle, sys
 sys.stdout.buffer.write(pickle.dumps(pickle.load(sys.stdin.buffer)))
@@ -176,6 +232,24 @@ REFUSED = {
     "Gemma2": (transformers.Gemma2Config, "attn_logit_softcapping"),
     "GptOss": (transformers.GptOssConfig, "sink"),
 }
+
+
+def test_layers_that_choose_what_they_attend_are_refused():
+    config = transformers.MiniMaxM3VLTextConfig(
+        **SHAPE,
+        layer_types=["full_attention", "minimax_m3_sparse"],
+        mlp_layer_types=["dense", "dense"],
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=4,
+        index_topk_blocks=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="layers of type minimax_m3_sparse do not attend all"):
+        lo.hf.convert(model, NARROW)
+    lo.hf.convert(model, lo.hf.LolcatsConfig(window=8, softmax_layers=(1,)))
 
 
 def test_layers_that_share_keys_are_refused():
