@@ -37,6 +37,7 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
   LOL_TRY(c.scale(a.scale));
+  LOL_TRY(c.floor("eps", a.eps));
   const bool maps = present(a.feature_q.weight) || present(a.feature_k.weight);
   if (maps) LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
   int64_t N;

@@ -35,6 +35,9 @@ inline bool countable(const lol_tensor& t) {
 }
 inline int64_t numel(const lol_tensor& t) {
   int64_t n = 1;
+  for (int i = 0; i < t.ndim; i++) {
+    if (t.shape[i] == 0) return 0;  // whatever the others: their product may be no number
+  }
   for (int i = 0; i < t.ndim; i++) n *= t.shape[i];
   return n;
 }
@@ -89,9 +92,10 @@ class Checker {
 
   int contiguous(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(shape(name, t, dtype, expected));
+    if (numel(t) == 0) return LOL_OK;
     int64_t stride = 1;
     for (int i = t.ndim - 1; i >= 0; i--) {
-      if (numel(t) > 0 && t.shape[i] > 1 && t.stride[i] != stride)
+      if (t.shape[i] > 1 && t.stride[i] != stride)
         return fail("%s: %s%s must be contiguous", op_, name.argument, name.member);
       stride *= t.shape[i];
     }
@@ -179,7 +183,7 @@ class Checker {
     }
     if (f.activation == LOL_FAVOR && (f.skip || present(f.bias)))
       return fail("%s: %s.activation favor takes neither bias nor skip", op_, name);
-    if (!(f.eps >= 0)) return fail("%s: %s.eps is %g, needs >= 0", op_, name, (double)f.eps);
+    LOL_TRY(floor({name, ".eps"}, f.eps));
     if (f.skip && width != D) {
       return fail("%s: %s.skip adds x, so f = %lld must equal D = %lld", op_, name,
                   (long long)width, (long long)D);
@@ -214,8 +218,13 @@ class Checker {
   }
 
   int scale(double value) const {
-    if (std::isfinite(value)) return LOL_OK;
-    return fail("%s: scale is %g, needs a finite number", op_, value);
+    if (std::isfinite((float)value)) return LOL_OK;
+    return fail("%s: scale is %g, needs a finite number of float32", op_, value);
+  }
+  int floor(Name name, double value) const {
+    if (value >= 0 && std::isfinite((float)value)) return LOL_OK;
+    return fail("%s: %s%s is %g, needs a finite number of float32, >= 0", op_, name.argument,
+                name.member, value);
   }
   int window(int64_t size, int32_t kind, int64_t sink) const {
     if (size < 0) return fail("%s: window is %lld, needs 0 or more", op_, (long long)size);

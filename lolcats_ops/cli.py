@@ -9,9 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    raise SystemExit(f"lolcats: {error}: pip install 'lolcats_ops[hf]'") from error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +53,9 @@ console = Console()
 ModelPath = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or hub id of a transformers model.")
 ]
-OutPath = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.")]
+OutPath = Annotated[
+    Path, typer.Argument(metavar="OUT", help="Folder to write the model to.", file_okay=False)
+]
 TextFiles = Annotated[
     list[Path], typer.Option("--text", help="UTF-8 text file; repeat for several.", exists=True)
 ]
@@ -253,7 +258,8 @@ def info(
 
         with _naming(model):
             described = AutoConfig.from_pretrained(model)
-        rows = {"model type": described.model_type, "layers": described.num_hidden_layers}
+        layers = getattr(described.get_text_config(), "num_hidden_layers", "unknown")
+        rows = {"model type": described.model_type, "layers": layers}
         rows |= getattr(described, "lolcats", None) or {"lolcats": "not converted"}
     else:
         import torch
@@ -366,8 +372,11 @@ def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTok
     from lolcats_ops.convert.files import is_whole
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: this PyTorch finds no CUDA device")
+    try:
+        torch.empty(1, device=device).item()
+    except Exception as error:  # a name that is none, or of what this PyTorch lacks
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: this PyTorch finds no such device: {why}") from error
     try:
         with _naming(path):
             model = AutoModelForCausalLM.from_pretrained(path)
@@ -411,9 +420,12 @@ def _save(
     tokenizer: PreTrainedTokenizerBase,
     settings: ConversionConfig,
 ) -> None:
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    settings.save(out / "lolcats.yaml")
+    from lolcats_ops.convert.files import replacing_files
+
+    with replacing_files(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        settings.save(folder / "lolcats.yaml")
     console.print(f"saved {out}")
 
 

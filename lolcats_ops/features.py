@@ -64,7 +64,10 @@ def init_weight(
 
 
 def check_init(caller: str, activation: str, init: str) -> None:
-    """Raises ValueError where the maps of ``activation`` cannot start as ``init``."""
+    """Raises ValueError where the maps of ``activation`` cannot start as ``init``.
+
+    >>> check_init("FeatureMap", "favor", "orthogonal")
+    """
     if activation == "favor" and init != "orthogonal":
         raise ValueError(
             f"{caller}: init={init!r} with activation='favor', whose projection is random and "
@@ -149,8 +152,8 @@ class Features:
             raise ValueError(f"Features: skip needs f == D, but weight has D={head_dim}, f={width}")
         if self.activation == "favor" and (self.skip or self.bias is not None):
             raise ValueError("Features: favor takes neither bias nor skip")
-        if not 0 <= self.eps < math.inf:
-            raise ValueError(f"Features: eps is {self.eps}, needs >= 0 and finite")
+        if not 0 <= self.eps <= torch.finfo(torch.float32).max:
+            raise ValueError(f"Features: eps is {self.eps}, needs a finite number of float32, >= 0")
         # One-sided activations have one meaning, whatever the flag: readers of two_sided see it.
         two_sided = self.two_sided and self.activation in TWO_SIDED
         object.__setattr__(self, "two_sided", two_sided)

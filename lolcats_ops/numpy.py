@@ -6,8 +6,8 @@ contiguous; nothing is copied. Parameters (weights, biases, gates) are converted
 Gradients are in ``lolcats_ops._C``, under the schemas of ``torch.ops.lolcats_ops``.
 
 Every function raises, naming the argument:
-    TypeError: an argument of another type, an array of another dtype.
-    ValueError: shapes and values that the kernels refuse.
+    TypeError: an argument of another type, an array of a dtype that no operator knows.
+    ValueError: shapes, dtypes and values that this one refuses.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -157,14 +158,24 @@ class HybridState:
         has been folded.
 
         Raises:
+            TypeError: n is no integer, nor a tensor of them.
             ValueError: n < 0, n > length, or tokens of the remaining window have already left the
-                ring.
+                ring; a tensor of another shape than [P].
 
         >>> HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2).rewind(1)
         Traceback (most recent call last):
         ...
         ValueError: HybridState.rewind: n is 1, needs 0 <= n <= length, which is [0]
         """
+        if isinstance(n, Tensor):
+            if n.dtype == torch.bool or n.is_floating_point() or n.is_complex():
+                raise TypeError(f"HybridState.rewind: n is {n.dtype}, needs integers")
+            if n.shape not in ((), self.length.shape):
+                raise ValueError(
+                    f"HybridState.rewind: n has shape {list(n.shape)}, needs [{self.batch}]"
+                )
+        elif isinstance(n, bool) or not isinstance(n, Integral):
+            raise TypeError(f"HybridState.rewind: n is {n!r}, needs an integer or a tensor of them")
         length = self.length - n
         if bool(((length < 0) | (length > self.length)).any()):
             raise ValueError(
@@ -176,7 +187,7 @@ class HybridState:
         if bool((self.folded > oldest).any()):
             raise ValueError(
                 f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv, "
-                f"needs at most the slack, {self.slack}"
+                f"needs at most what is left of the slack of {self.slack}"
             )
         self.length.copy_(length)
         return self
@@ -207,7 +218,7 @@ class HybridState:
         """Empties all sequences, or the slots ``indices``, in place and returns self."""
         # Keys need no clearing: length and folded say which slots are live.
         for t in (self.kv, self.ksum, self.length, self.folded):
-            t.zero_() if indices is None else t.index_fill_(0, indices, 0)
+            t.zero_() if indices is None else t.index_fill_(0, indices.long(), 0)
         return self
 
 

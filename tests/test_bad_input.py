@@ -216,14 +216,26 @@ def test_a_scale_to_be_trained_is_refused():
     scale = torch.tensor(0.5, requires_grad=True)
     with pytest.raises(TypeError, match="scale is a tensor that requires grad, needs a number"):
         lo.hybrid_attention(**good(), scale=scale)
+    q = good()["q"]
+    for name in ("scale", "eps"):
+        with pytest.raises(TypeError, match=f"{name} is a tensor that requires grad"):
+            lo.linear_attention(q, q, q, **{name: scale})
 
 
-@pytest.mark.parametrize("scale", [nan, float("inf")])
-def test_a_scale_that_is_not_finite_is_refused(scale):
+@pytest.mark.parametrize("number", [nan, float("inf"), 1e39])
+def test_numbers_that_float32_does_not_hold_are_refused(number):
     with pytest.raises(ValueError, match="scale is"):
-        lo.hybrid_attention(**good(), scale=scale)
+        lo.hybrid_attention(**good(), scale=number)
     with pytest.raises(ValueError, match="scale is"):
-        lo.hybrid_attention_step_(**good(), state=empty(), scale=scale)
+        lo.hybrid_attention_step_(**good(), state=empty(), scale=number)
+    q = good()["q"]
+    for name in ("scale", "eps"):
+        with pytest.raises(ValueError, match=f"{name} is"):
+            lo.linear_attention(q, q, q, **{name: number})
+    with pytest.raises(ValueError, match="eps is"):
+        lo.Features(torch.ones(2, 4, 4), eps=number)
+    with pytest.raises(ValueError, match=r"eps is -1\.0, needs a finite number of float32, >= 0"):
+        lo.linear_attention(q, q, q, eps=-1.0)
 
 
 def test_an_unknown_instruction_set_is_named_with_those_there_are():
@@ -263,8 +275,8 @@ def test_unsupported_cases_say_what_would_work():
         ({"bias": torch.ones(3)}, "bias has shape [3], needs [Hf, f] = [2, 5]"),
         ({"skip": True}, "skip needs f == D, but weight has D=4, f=5"),
         ({"activation": "favor", "bias": torch.ones(2, 5)}, "favor takes neither bias nor skip"),
-        ({"eps": -1.0}, "eps is -1.0, needs >= 0"),
-        ({"eps": float("inf")}, "eps is inf, needs >= 0 and finite"),
+        ({"eps": -1.0}, "eps is -1.0, needs a finite number"),
+        ({"eps": float("inf")}, "eps is inf, needs a finite number"),
         ({"eps": None}, "eps is None, needs a number"),
         ({"bias": [1.0]}, "bias is a list, needs a tensor"),
         ({"two_sided": "no"}, "two_sided is 'no', needs a bool"),

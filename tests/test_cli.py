@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.tiny_models import word_tokenizer
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 import lolcats_ops as lo
@@ -82,8 +83,9 @@ def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
         lolcats("finetune", folder / "model", tmp_path / "no", *text, *config)
     assert not (tmp_path / "no").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError):  # before it trains
-        lolcats("finetune", tmp_path / "stage1", tmp_path / "file", *text, *config)
+    arguments = map(str, ("finetune", tmp_path / "stage1", tmp_path / "file", *text, *config))
+    result = CliRunner().invoke(app, [*arguments])
+    assert (result.exit_code, "Invalid value for 'OUT'" in result.output) == (2, True)
     for prompt in ("", "  "):
         with pytest.raises(ValueError, match=f"prompt '{prompt}' has no tokens"):
             lolcats("generate", tmp_path / "stage1", prompt)
@@ -205,6 +207,29 @@ def test_a_checkpoint_that_was_cut_short_is_named(folder, tmp_path, failure):
     code, said = failure("transfer", folder / "model", tmp_path, *options)
     assert code == 1
     assert f"{tmp_path / 'transfer.pt'} is no whole checkpoint" in said.splitlines()[-1]
+
+
+def test_a_model_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, monkeypatch):
+    out, config = tmp_path / "out", folder / "lolcats.yaml"
+    lolcats("convert", folder / "model", out, "--config", config)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*args, **kwargs):
+        raise SafetensorError("no space left")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    (tmp_path / "other.yaml").write_text("lolcats: {window: 16, feature_dim: 8}")
+    with pytest.raises(OSError, match="no space left"):
+        lolcats("convert", folder / "model", out, "--config", tmp_path / "other.yaml")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("device", ["tpuu", "5", "xpu"])
+def test_a_device_that_is_not_there_is_named(device, folder, failure):
+    options = ("--text", folder / "text.txt", "--device", device)
+    code, said = failure("eval", folder / "model", *options)
+    assert code == 1
+    assert said.splitlines()[-1].startswith(f"lolcats: --device {device}: this PyTorch finds no")
 
 
 def test_an_adapter_is_not_converted_in_the_place_of_its_model(folder, tmp_path, failure):

@@ -417,3 +417,64 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 def test_an_unconverted_model_has_nothing_to_transfer():
     with pytest.raises(ValueError, match="not converted"):
         lo.convert.transfer(tiny(), token_rows(1, 8))
+
+
+def test_a_layer_without_values_keeps_finite_features(model):
+    """A pruned one: its teacher is 0, and has no variance to be normalized by."""
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
+    lo.convert.transfer(model, token_rows(2, 32))
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_loss_that_is_not_finite_ends_finetune_and_changes_nothing(model):
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    config = FinetuneConfig(learning_rate=1e38, warmup=0, gradient_accumulation=1)
+    with pytest.raises(RuntimeError, match=r"the loss of step \d+ is .*1e\+38 may be too large"):
+        lo.convert.finetune(model, token_rows(4, 32), config)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_what_a_stage_cannot_begin_with_is_refused_before_it_trains(model, tmp_path):
+    rows = token_rows(2, 32)
+    before = lo.hf.attention_layers(model)[0].gate.clone()
+    with pytest.raises(FileNotFoundError, match="is in no folder that exists"):
+        lo.convert.transfer(model, rows, checkpoint=tmp_path / "no" / "stage1.pt")
+    with pytest.raises(TypeError, match="config is a dict, needs a TransferConfig"):
+        lo.convert.transfer(model, rows, {})
+    with pytest.raises(TypeError, match="config is a TransferConfig, needs a FinetuneConfig"):
+        lo.convert.finetune(model, rows, TransferConfig())
+    with pytest.raises(ValueError, match="resume=True without an output_dir"):
+        lo.convert.finetune(model, rows, resume=True)
+    assert torch.equal(lo.hf.attention_layers(model)[0].gate, before)
+    config = FinetuneConfig(max_steps=1, merge=False)
+    adapted = lo.convert.finetune(model, rows, config).model
+    with pytest.raises(ValueError, match="the model has adapters"):
+        lo.convert.finetune(adapted, rows, config)
+
+
+def test_a_text_that_is_named_twice_is_read_twice(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words")
+    assert lo.convert.read_texts([path, path]) == ["words", "words"]
+    with pytest.raises(TypeError, match="one path, needs a list"):
+        lo.convert.read_texts(str(path))
+    with pytest.raises(ValueError, match="at least one text"):
+        lo.convert.pack([], tiny_models.word_tokenizer("a"), 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("lolcats", "window", True),
+        ("lolcats", "window", 10**20),
+        ("lolcats", "affine", "yes"),
+        ("transfer", "batch_size", True),
+        ("transfer", "learning_rate", math.inf),
+        ("finetune", "seed", -1),
+        ("finetune", "seed", 2**33),
+    ],
+)
+def test_values_of_a_configuration_are_not_turned_into_others(section, field, value):
+    with pytest.raises(ValueError, match=field):
+        ConversionConfig(**{section: {field: value}})

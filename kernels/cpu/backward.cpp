@@ -43,40 +43,69 @@ class Backward {
                               [&] { clear_padded(); }));
   }
 
-  // Threads take segments, once the states at their borders are known.
+  // Threads take segments, once the states at their borders are known, and the states' gradients:
+  // at the same time, unless these wait for the delta that the queries' pass corrects.
   int by_segments() {
     const SegmentStates before(p_, segments_), after(p_, segments_);
     if (!before.ok() || !after.ok()) return LOL_ENOMEM;
-    const int64_t Hs = p_.state_heads();
-    const auto borders = [&](int64_t w, Arena arena) {
-      const Sequence& s = batch_.sequences[w / 2 / Hs];
-      const int64_t head = w / 2 % Hs;
-      if (w % 2) {
-        gradients_after(run_of(s, head, 0, 0), segments_, final_gradient(s, head), after, arena);
-      } else {
-        states_before(p_, segments_, s, head, initial(s, head), before, arena);
-      }
+    const bool waits = b_.corrects_delta();
+    const int64_t Hs = p_.state_heads(), heads = batch_.count * Hs;
+    const auto sequence_of = [&](int64_t w) -> const Sequence& { return batch_.sequences[w / Hs]; };
+    const auto states = [&](int64_t w, Arena arena) {
+      const Sequence& s = sequence_of(w);
+      states_before(p_, segments_, s, w % Hs, initial(s, w % Hs), before, arena);
     };
-    const auto work = [&](int64_t w, Arena arena) {
-      const int64_t slot = w / Hs, head = w % Hs;
-      const int64_t group = partials_.group_of(slot), j = partials_.segment_of(slot);
-      for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
-        const Sequence& s = batch_.sequences[i];
-        const int64_t last = segments_.count(s) - 1;
-        if (j > last) continue;
-        const BackwardRun run = run_of(s, head, slot, j);
-        queries(run, j ? before.at(s, j, head) : initial(s, head), {}, arena);
-        backward_of_keys(run, j < last ? after.at(s, j, head) : final_gradient(s, head),
-                         j ? StateSums{} : initial_gradient(s, head), arena);
-      }
+    const auto gradients = [&](int64_t w, Arena arena) {
+      const Sequence& s = sequence_of(w);
+      BackwardRun run = run_of(s, w % Hs, 0, 0);
+      if (waits) run.new_delta = nullptr;
+      gradients_after(run, segments_, final_gradient(s, w % Hs), after, arena);
     };
-    const int status = run_workers(2 * batch_.count * Hs, scratch(), all_work(), borders);
-    if (status != LOL_OK) return status;
-    return finish(
-        run_workers(partials_.slots() * Hs, scratch(), all_work(), work, [&] { clear_padded(); }));
+    const auto of_queries = [&](const BackwardRun& run, int64_t j, Arena arena) {
+      const int64_t head = run.state_head;
+      queries(run, j ? before.at(run.s, j, head) : initial(run.s, head), {}, arena);
+    };
+    const auto of_keys = [&](const BackwardRun& run, int64_t j, Arena arena) {
+      const int64_t head = run.state_head, last = segments_.count(run.s) - 1;
+      backward_of_keys(run, j < last ? after.at(run.s, j, head) : final_gradient(run.s, head),
+                       j ? StateSums{} : initial_gradient(run.s, head), arena);
+    };
+    const auto clear_rows = [&] { clear_padded(); };
+    int status;
+    if (waits) {
+      status = run_workers(heads, scratch(), all_work(), states);
+      if (status == LOL_OK) status = each_segment(of_queries, clear_rows);
+      if (status == LOL_OK) status = run_workers(heads, scratch(), all_work(), gradients);
+      if (status == LOL_OK) status = each_segment(of_keys, [] {});
+    } else {
+      status = run_workers(2 * heads, scratch(), all_work(), [&](int64_t w, Arena arena) {
+        w % 2 ? gradients(w / 2, arena) : states(w / 2, arena);
+      });
+      const auto both = [&](const BackwardRun& run, int64_t j, Arena arena) {
+        of_queries(run, j, arena);
+        of_keys(run, j, arena);
+      };
+      if (status == LOL_OK) status = each_segment(both, clear_rows);
+    }
+    return finish(status);
   }
 
  private:
+  // work(run, segment, arena) for every segment that there is.
+  template <class Work, class Prepare>
+  int each_segment(Work work, Prepare prepare) const {
+    const int64_t Hs = p_.state_heads();
+    const auto of_slot = [&](int64_t w, Arena arena) {
+      const int64_t slot = w / Hs, group = partials_.group_of(slot);
+      const int64_t j = partials_.segment_of(slot);
+      for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
+        const Sequence& s = batch_.sequences[i];
+        if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j), j, arena);
+      }
+    };
+    return run_workers(partials_.slots() * Hs, scratch(), all_work(), of_slot, prepare);
+  }
+
   bool wants_inputs() const { return b_.dq.data != nullptr; }
   bool has_delta() const { return b_.delta || !p_.normalize; }
   int64_t all_work() const { return 3 * p_.work(batch_.real_tokens); }

@@ -37,6 +37,10 @@ struct BackwardProblem {
   lol_tensor dq = {}, dk = {}, dv = {};          // absent: not wanted (all three)
   ParameterGradients parameters = {};
   float *dkv0 = nullptr, *dksum0 = nullptr;
+
+  // Whether delta comes from a y that was rounded to 16 bits. The pass forward in time, which finds
+  // out by how much, then leaves the right one to the other.
+  bool corrects_delta() const { return !delta && p.normalize && p.q.dtype != LOL_F32; }
 };
 
 int backward(const BackwardProblem& b, const Batch& batch);

@@ -37,9 +37,16 @@ class QueryGradients {
         block_.prefetch(h, first + BLOCK);
         memset(dq_, 0, sizeof(float) * (size_t)rows_size(D_));
         RowSums sums = {};
-        if (p_.gate) softmax_part(sums);
         feature_gradients();
-        if (p_.normalize) correct_delta(sums);
+        if (p_.gate) {
+          softmax_part(sums);
+        } else if (p_.normalize) {
+          correct_delta(sums);
+        }
+        if (run_.b.corrects_delta()) {
+          take_from_features(sums.excess);
+          block_.store_delta();
+        }
         map_part();
         if (run_.wants_inputs()) store_rows(tokens_of(run_.b.dq, run_.s, h), first, block_.n, dq_);
       }
@@ -48,9 +55,10 @@ class QueryGradients {
   }
 
  private:
-  // Of each query's window: R = sum u dp, how many keys share the maximum score, and sum u.
+  // Of each query's window: R = sum u dp, how many keys share the maximum score, and sum u; and
+  // what u times it is still in each dp since delta was corrected.
   struct RowSums {
-    float r[BLOCK], ties[BLOCK], u[BLOCK];
+    float r[BLOCK], ties[BLOCK], u[BLOCK], excess[BLOCK];
   };
 
   void softmax_part(RowSums& sums);
@@ -66,7 +74,10 @@ class QueryGradients {
   void score_gradients(WeightTile* piece, int count, float g, RowSums& sums);
   void apply_score_gradients(WeightTile* piece, int count, float g, const RowSums& sums);
   void feature_gradients();
-  void correct_delta(const RowSums& sums);
+  template <class Weigh>
+  void pairs_of_features(Weigh weigh);
+  void correct_delta(RowSums& sums);
+  void take_from_features(const float* excess);
   void map_part();
   void value_products(const KeyTile& tile, const Band& band, float* dp) const;
   Operand by_query(const float* tile, int n, float* scratch) const;
@@ -127,7 +138,7 @@ void QueryGradients::score_gradients(WeightTile* piece, int count, float g, RowS
       clear_outside(dp_at(t), band, c, n);
       for_band(band, c, [&](int j, auto keep) {
         const int at = j * BLOCK + c;
-        const Vec s = p_.scale * load(piece[t].weights + at);
+        const Vec s = rounded(p_.scale * load(piece[t].weights + at));
         const Vec u = keep(select(s == m, most, min(g * exp_below_one_for<format>(s - m), less)));
         const Vec du = keep(u * (by_den * load(dp_at(t) + at) - shift));
         r += du;
@@ -154,11 +165,11 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
     float *u = piece[t].weights, *ds = dp_at(t);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec share = load(sums.r + c) / max(load(sums.ties + c), splat(1.0f));
-      const Vec by_den = load(block_.by_den + c);
+      const Vec by_den = load(block_.by_den + c), excess = load(sums.excess + c);
       for (int j = band.lo[c]; j < band.hi[c + LANES - 1]; j++) {
         const int at = j * BLOCK + c;
-        const Vec weight = load(u + at);
-        store(ds + at, p_.scale * (load(ds + at) - select(weight == splat(g), share, Vec{})));
+        const Vec weight = load(u + at), of_maximum = select(weight == splat(g), share, Vec{});
+        store(ds + at, p_.scale * (load(ds + at) - weight * excess - of_maximum));
         store(u + at, by_den * weight);
       }
     }
@@ -184,16 +195,20 @@ void QueryGradients::softmax_part(RowSums& sums) {
   raise_maximum(piece, count);
   if (!pieces.more()) {
     score_gradients(piece, count, g, sums);
+    correct_delta(sums);
     if (run_.wants_inputs()) apply_score_gradients(piece, count, g, sums);
   } else {
     while ((count = pieces.next(piece, c_.scores, D_))) raise_maximum(piece, count);
     pieces.restart();
     while ((count = pieces.next(piece, c_.scores, D_))) score_gradients(piece, count, g, sums);
+    correct_delta(sums);
+    RowSums again = sums;  // of dp that are computed again, with the new delta
+    memset(again.excess, 0, sizeof(again.excess));
     pieces.restart();
     while (run_.wants_inputs() && (count = pieces.next(piece, c_.scores, D_))) {
       RowSums seen = {};
       score_gradients(piece, count, g, seen);
-      apply_score_gradients(piece, count, g, sums);
+      apply_score_gradients(piece, count, g, again);
     }
   }
 }
@@ -212,29 +227,40 @@ void QueryGradients::feature_gradients() {
     const int ldv = format_ == Format::f32 ? padded(V_) : padded(V_) / 2;
     gemm(format_, F_, BLOCK, V_, rows(c_.state.readable, ldv), block_.dy, BLOCK, dphi_, BLOCK,
          Into::set);
+    float of_center[BLOCK] = {};
+    if (c_.center()) add_products(format_, of_center, c_.center(), block_.dy, V_);
     for (int c = 0; c < BLOCK; c += LANES) {
-      const Vec times = load(factor + c), less = load(shift + c);
+      const Vec times = load(factor + c), less = load(shift + c) - times * load(of_center + c);
       for (int i = 0; i < F_; i++) {
         float* d = dphi_ + i * BLOCK + c;
         store(d, times * load(d) - c_.state.ksum[i] * less);
       }
     }
   }
+  pairs_of_features([&](const KeyTile& tile, const Band& band, int n, float* dp) {
+    value_products(tile, band, dp);
+    for (int c = 0; c < BLOCK; c += LANES) {
+      const Vec times = load(factor + c), less = load(shift + c);
+      clear_outside(dp, band, c, n);
+      for_band(band, c, [&](int j, auto keep) {
+        float* d = dp + j * BLOCK + c;
+        store(d, keep(times * load(d) - less));
+      });
+    }
+  });
+}
+
+// dphi_q with sum_N w phi_k over the linear keys that are not in the state; `weigh` writes w of a
+// tile [n x BLOCK] within its band.
+template <class Weigh>
+void QueryGradients::pairs_of_features(Weigh weigh) {
   const Starts starts(p_.window, block_.first, block_.n);
   const int64_t linear_end = p_.window.start(block_.first + block_.n - 1);
   for (int64_t start = c_.state.folded; start < linear_end; start += BLOCK) {
     KeyTile& tile = c_.tiles.at(start);
     const int n = (int)tile.n;
     const Band band = linear_band(starts, start, n);
-    value_products(tile, band, dp_);
-    for (int c = 0; c < BLOCK; c += LANES) {
-      const Vec times = load(factor + c), less = load(shift + c);
-      clear_outside(dp_, band, c, n);
-      for_band(band, c, [&](int j, auto keep) {
-        float* d = dp_ + j * BLOCK + c;
-        store(d, keep(times * load(d) - less));
-      });
-    }
+    weigh(tile, band, n, dp_);
     if (format_ != Format::f32) pair_rows(dp_, dp_, n, BLOCK);
     gemm(format_, F_, BLOCK, n, c_.tiles.phi_by_keys(tile), dp_, BLOCK, dphi_, BLOCK, Into::add,
          Skip::keys_of_n, &band);
@@ -242,29 +268,47 @@ void QueryGradients::feature_gradients() {
 }
 
 // With L = dphi_q . phi_q, R + L is delta times eps' share of den if delta is exact; but y has been
-// rounded, and the difference is what delta is off by. Where much of a gradient cancels, that
-// shows: in the gate's, a multiple of R summed over all queries, where R has the window's share of
-// it; and in dphi_q where features have much in common, by the keys in the state. In fp32 it is
-// noise.
-void QueryGradients::correct_delta(const RowSums& sums) {
-  const float g = p_.g(block_.h), lambda = p_.lambda(block_.h);
-  const bool in_features = p_.q.dtype != LOL_F32 && !c_.state.empty;
+// rounded, and the difference is what delta is off by, times den. Where v has much in common, or
+// features have, gradients are small differences beside it. From here on delta and R are without
+// it, and dp is when `excess` has been taken from it.
+void QueryGradients::correct_delta(RowSums& sums) {
+  const float g = p_.g(block_.h);
   Vec of_gate = {};
   for (int c = 0; c < BLOCK; c += LANES) {
     Vec l = {};
     for (int i = 0; i < F_; i++)
       l += load(block_.phi + i * BLOCK + c) * load(dphi_ + i * BLOCK + c);
-    const Vec r = load(sums.r + c), inverse = 1.0f / load(block_.den + c);
-    const Vec off = r + l - p_.eps * load(block_.by_den + c) * load(block_.delta + c);
-    of_gate += r - load(sums.u + c) * inverse * off;
-    for (int i = 0; in_features && i < F_; i++) {
-      float* d = dphi_ + i * BLOCK + c;
-      store(d, load(d) - c_.state.ksum[i] * (lambda * inverse * off));
-    }
+    const Vec by_den = load(block_.by_den + c), delta = load(block_.delta + c);
+    const Vec off = load(sums.r + c) + l - p_.eps * by_den * delta;
+    const Vec excess = off / load(block_.den + c);
+    const Vec r = load(sums.r + c) - load(sums.u + c) * excess;
+    of_gate += r;
+    store(sums.r + c, r);
+    store(sums.excess + c, excess);
+    store(block_.delta + c, delta + select(by_den == Vec{}, Vec{}, excess / by_den));
   }
   if (!p_.gate) return;
   run_.partials.gate(run_.slot, block_.h) +=
       horizontal_sum(of_gate) * (p_.affine ? 1.0f : 1.0f - g);
+}
+
+// What every linear key has contributed to dphi_q too much.
+void QueryGradients::take_from_features(const float* excess) {
+  const float lambda = p_.lambda(block_.h);
+  for (int c = 0; !c_.state.empty && c < BLOCK; c += LANES) {
+    const Vec less = lambda * load(excess + c);
+    for (int i = 0; i < F_; i++) {
+      float* d = dphi_ + i * BLOCK + c;
+      store(d, load(d) - c_.state.ksum[i] * less);
+    }
+  }
+  pairs_of_features([&](const KeyTile&, const Band& band, int n, float* dp) {
+    for (int c = 0; c < BLOCK; c += LANES) {
+      const Vec less = lambda * load(excess + c);
+      clear_outside(dp, band, c, n);
+      for_band(band, c, [&](int j, auto keep) { store(dp + j * BLOCK + c, keep(-less)); });
+    }
+  });
 }
 
 void QueryGradients::map_part() {

@@ -56,6 +56,11 @@ void QueryBlock::load(int64_t head, int64_t position) {
   }
 }
 
+void QueryBlock::store_delta() {
+  const int64_t row0 = (run_.s.batch * run_.p.heads() + h) * run_.p.q.shape[2];
+  for (int64_t i = 0; i < n; i++) new_delta_[row0 + run_.s.row(first + i)] = delta[i];
+}
+
 void QueryBlock::prefetch(int64_t head, int64_t position) const {
   const int64_t count = at_most(BLOCK, run_.s.tokens - position);
   if (position < 0 || count <= 0) return;

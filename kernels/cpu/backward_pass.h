@@ -50,6 +50,7 @@ class QueryBlock {
   QueryBlock(const BackwardRun& run, float* new_delta, Arena& arena);
   void load(int64_t head, int64_t position);
   void prefetch(int64_t head, int64_t position) const;
+  void store_delta();  // for the pass backward in time
   const BackwardMap& map() const { return maps_[h - run_.first_head()]; }
 
   int64_t h, first, n;

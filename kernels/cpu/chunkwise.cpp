@@ -3,10 +3,23 @@
 namespace lol {
 namespace LOL_ISA {
 
+namespace {
+
+// Rows of kv that are folded before they are made readable, while they still are in L1: 8 or 12 KiB
+// for V = 64, and whole groups of the products' rows.
+#ifdef LOL_MATRIX_UNIT
+constexpr int64_t HOT_ROWS = 2 * TILE;
+#else
+constexpr int64_t HOT_ROWS = 48;
+#endif
+
+}  // namespace
+
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
-         rows_size(p.V()) + p.group() * p.paired_map_size() + (p.F() + 1) * padded(p.V()) / 2 + 64;
+         rows_size(p.V()) + p.group() * p.paired_map_size() + (p.F() + 1) * padded(p.V()) / 2 +
+         (HOT_ROWS + 2) * padded(p.V()) + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
@@ -30,6 +43,11 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
     with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.paired_map_size(),
                        p.weight_parts);
   state.readable = arena.take((p.F() + 1) * padded(p.V()) / 2);
+  if (along != Along::values) return;
+  center_ = arena.take(padded(p.V()));
+  values_ = arena.take(padded(p.V()));
+  rows_ = arena.take(HOT_ROWS * padded(p.V()));
+  fill(values_, padded(p.V()), 0.0f);
 }
 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
@@ -56,14 +74,6 @@ void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
   }
 }
 
-// Rows of kv that are folded before they are made readable, while they still are in L1: 8 or 12 KiB
-// for V = 64, and whole groups of the products' rows.
-#ifdef LOL_MATRIX_UNIT
-constexpr int64_t HOT_ROWS = 2 * TILE;
-#else
-constexpr int64_t HOT_ROWS = 48;
-#endif
-
 void Chunkwise::fold(int64_t end, Features part) {
   end = at_most(end, tiles.total());
   const int ld = padded(p_.V());
@@ -72,6 +82,7 @@ void Chunkwise::fold(int64_t end, Features part) {
     const int n = (int)at_most(tile.n, end - state.folded);
     const Operand phi = tiles.phi_by_keys(tile);
     const Into into = state.empty ? Into::set : Into::add;
+    add_to_center(tile);
     for (int64_t i = part.begin; i < part.end; i += HOT_ROWS) {
       const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
       fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
@@ -87,11 +98,33 @@ void Chunkwise::keep_readable(Features part) {
   const int ld = padded(p_.V()), rows = (int)(part.end - part.begin);
   if (p_.format == Format::f32 || along_ == Along::nothing) return;
   const int64_t at = part.begin * ld;
-  if (along_ == Along::features) {
-    pair_rows(state.readable + at / 2, state.kv + at, rows, ld);
-  } else {
-    pair_columns(state.readable + at / 2, state.kv + at, rows, ld);
+  if (along_ == Along::features) return pair_rows(state.readable + at / 2, state.kv + at, rows, ld);
+  if (!centered_) return pair_columns(state.readable + at / 2, state.kv + at, rows, ld);
+  for (int i = 0; i < rows; i++) {
+    const float* from = state.kv + at + i * ld;
+    for (int j = 0; j < ld; j += LANES)
+      store(rows_ + i * ld + j, load(from + j) - state.ksum[part.begin + i] * load(center_ + j));
   }
+  pair_columns(state.readable + at / 2, rows_, rows, ld);
+}
+
+void Chunkwise::add_to_center(const KeyTile& tile) {
+#ifdef LOL_PAIRS
+  if (!center_) return;
+  const int ld = padded(p_.V()), n = words(p_.format, (int)tile.n);
+  centered_ += tile.n;
+  for (int j = 0; j < ld; j += LANES) {
+    Vec sum = load(values_ + j);
+    for (int i = 0; i < n; i++) {
+      const Vec word = load(tile.v + i * ld + j);
+      sum += first_of(word) + second_of(word);
+    }
+    store(values_ + j, sum);
+    store(center_ + j, sum * (1.0f / (float)centered_));
+  }
+#else
+  (void)tile;
+#endif
 }
 
 FeatureMap Chunkwise::map_q(int64_t h) const {

@@ -46,7 +46,7 @@ class Pairs {
       for (int c = 0; c < BLOCK; c += LANES) {
         const int at = j * BLOCK + c;
         const VecI seen = in_band(w.causal, c, j);
-        const Vec s = p_.scale * load(w.teacher + at);
+        const Vec s = rounded(p_.scale * load(w.teacher + at));
         const Vec unnormalised = select(in_band(w.linear, c, j), lambda * load(w.student + at),
                                         g * exp_below_one(s - load(m + c)));
         store(w.student + at, select(seen, unnormalised / load(den + c), Vec{}));

@@ -58,7 +58,7 @@ void softmax_weights(const WeightTile* piece, int count, float scale, float g, S
       clear_outside(piece[t].weights, piece[t].softmax, c, piece[t].tile->n);
       for_band(piece[t].softmax, c, [&](int j, auto keep) {
         float* w = piece[t].weights + j * BLOCK + c;
-        const Vec e = keep(g * exp_below_one_for<format>(scale * load(w) - shift));
+        const Vec e = keep(g * exp_below_one_for<format>(rounded(scale * load(w)) - shift));
         if (format == Format::f32) den += e;
         store(w, e);
       });

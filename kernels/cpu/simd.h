@@ -82,6 +82,21 @@ static inline VecI lane_index() {
   for (int i = 0; i < LANES; i++) v[i] = i;
   return v;
 }
+// x as it has been rounded: else a product and a difference become one multiply-add. Where x is the
+// maximum that is taken away, what is left has to be 0, not what rounding took, which exp of large
+// numbers shows.
+static inline Vec rounded(Vec x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__SSE__) && LOL_LANES <= 8
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
 // NaN in the first argument stays. The ternary is what the instructions do, but GCC does not see it
 // through a constant argument, and blending costs twice as much.
 #if defined(__AVX512F__)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lolcats_ops.hf import LolcatsConfig
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Finite = Field(allow_inf_nan=False, strict=True)
 
 
 class _Section(BaseModel):
@@ -21,7 +31,7 @@ class DataConfig(_Section):
     """How text becomes training sequences."""
 
     # Tokens per packed sequence; of one alone, none is predicted.
-    length: Annotated[int, Field(ge=2)] = 1024
+    length: Annotated[int, Field(ge=2, strict=True)] = 1024
 
 
 class TransferConfig(_Section):
@@ -31,17 +41,17 @@ class TransferConfig(_Section):
     optimizer step each.
     """
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # peak of OneCycle, as published
+    learning_rate: Annotated[float, Field(gt=0), Finite] = 1e-2  # peak of OneCycle, as published
     batch_size: Positive = 8  # sequences per forward pass of the model
     micro_batch: Positive = 1  # sequences per optimizer step of a layer
     # Queries and keys do not depend on what is learned, so one forward pass can serve several
     # rounds of steps. More rounds cost less than more passes; they also see less text.
     rounds: Positive = 1
     epochs: Positive = 1
-    mse: Annotated[float, Field(ge=0)] = 1.0
-    xent: Annotated[float, Field(ge=0)] = 0.0
+    mse: Annotated[float, Field(ge=0), Finite] = 1.0
+    xent: Annotated[float, Field(ge=0), Finite] = 0.0
     normalize: bool = True  # mse / var(teacher): published errors of layers differ by up to 2400x
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> TransferConfig:
@@ -53,7 +63,7 @@ class TransferConfig(_Section):
 class FinetuneConfig(_Section):
     """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0), Finite] = 1e-4
     batch_size: Positive = 1
     gradient_accumulation: Positive = 8
     epochs: Positive = 2
@@ -67,7 +77,32 @@ class FinetuneConfig(_Section):
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     train_features: bool = False  # also train feature maps and gates
     merge: bool = True  # fold the LoRA weights into the model
-    seed: int = 0
+    seed: Seed = 0
+
+
+def _attention(fields: Any) -> Any:
+    """A LolcatsConfig of its own making: pydantic would turn True into a window of 1."""
+    if not isinstance(fields, Mapping):
+        return fields
+    try:
+        return LolcatsConfig.from_dict(fields)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+Config = TypeVar("Config", bound=_Section)
+
+
+def checked(caller: str, config: Any, kind: type[Config]) -> Config:
+    """``config``, or the defaults for None.
+
+    Raises:
+        TypeError: something else.
+    """
+    config = kind() if config is None else config
+    if not isinstance(config, kind):
+        raise TypeError(f"{caller}: config is a {type(config).__name__}, needs a {kind.__name__}")
+    return config
 
 
 class ConversionConfig(_Section):
@@ -79,7 +114,7 @@ class ConversionConfig(_Section):
         True
     """
 
-    lolcats: LolcatsConfig = LolcatsConfig()
+    lolcats: Annotated[LolcatsConfig, BeforeValidator(_attention)] = LolcatsConfig()
     data: DataConfig = DataConfig()
     transfer: TransferConfig = TransferConfig()
     finetune: FinetuneConfig = FinetuneConfig()

@@ -15,6 +15,7 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
 
     Raises:
         OSError: a file that cannot be read. ValueError: no files, or one that is no text.
+        TypeError: one path for paths.
 
     Example:
         >>> from tempfile import NamedTemporaryFile
@@ -24,20 +25,22 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
         ...     read_texts([file.name])
         ['Call me Ishmael.']
     """
-    texts = {str(path): _read(Path(path)) for path in paths}
+    if isinstance(paths, str | Path):
+        raise TypeError("read_texts: paths is one path, needs a list of them")
+    texts = [_read(Path(path)) for path in paths]
     if not texts:
         raise ValueError("read_texts: needs at least one file")
-    for path, text in texts.items():
-        if not text.strip():
-            raise ValueError(f"read_texts: {path} holds no text")
-    return list(texts.values())
+    return texts
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
+    if not text.strip():
+        raise ValueError(f"read_texts: {path} holds no text")
+    return text
 
 
 def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
@@ -62,8 +65,11 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
         raise TypeError("pack: texts is one string, needs a list of them")
     if length < 1:
         raise ValueError(f"pack: length is {length}, needs at least 1")
+    texts = list(texts)
+    if not texts:
+        raise ValueError("pack: needs at least one text")
     ids: list[int] = []
-    for encoded in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]:
+    for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
         ids += encoded
         if tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)

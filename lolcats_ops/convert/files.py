@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found]
+
+WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json")
 
 
 @contextmanager
@@ -23,6 +26,27 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         file.flush()
         os.fsync(file.fileno())  # else a power cut may leave the new name without its bytes
     os.replace(partial, path)
+
+
+@contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A new folder to save a model in, whose files take the place of those of a model in ``folder``
+    once all are written: an error before that leaves these.
+
+    Raises:
+        OSError: what cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+        try:
+            yield Path(new)
+        except SafetensorError as error:
+            raise OSError(f"{folder}: {error}") from error
+        for pattern in WEIGHTS:  # of other names, if there are more or fewer
+            for old in folder.glob(pattern):
+                old.unlink()
+        for file in Path(new).iterdir():
+            os.replace(file, folder / file.name)
 
 
 def is_whole(path: Path) -> bool:

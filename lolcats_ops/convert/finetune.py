@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lolcats_ops.convert.config import FinetuneConfig
+from lolcats_ops.convert.config import FinetuneConfig, checked
 from lolcats_ops.convert.data import token_rows
 from lolcats_ops.convert.files import is_whole, replacing
 from lolcats_ops.convert.origin import origin, refuse_others
@@ -64,6 +65,11 @@ class _Report(transformers.TrainerCallback):
         if logs and "loss" in logs:
             self.losses.append(float(logs["loss"]))
             self.bar.advance(loss=self.losses[-1])
+            if not math.isfinite(self.losses[-1]):
+                raise RuntimeError(
+                    f"finetune: the loss of step {state.global_step} is {self.losses[-1]}; the "
+                    f"learning rate of {args.learning_rate:g} may be too large"
+                )
 
 
 def finetune(
@@ -93,7 +99,8 @@ def finetune(
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
             converted, or an `output_dir` with checkpoints of another model, of other data or of
-            another configuration (`merge` aside).
+            another configuration (`merge` aside); a model with adapters.
+        RuntimeError: a loss that is not finite.
 
     Warns:
         UserWarning: a checkpoint that was not written to its end, which is passed over.
@@ -101,8 +108,14 @@ def finetune(
     Example:
         >>> model = finetune(model, rows, FinetuneConfig(max_steps=20)).model  # doctest: +SKIP
     """
-    config = config or FinetuneConfig()
+    config = checked("finetune", config, FinetuneConfig)
     data = token_rows("finetune", data, model, 2)
+    if resume and not output_dir:
+        raise ValueError("finetune: resume=True without an output_dir, which has the checkpoints")
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "finetune: the model has adapters (PEFT); merge_and_unload() them first, or unload()"
+        )
     if config.train_features and not attention_layers(model):
         raise ValueError("finetune: train_features=True, but the model is not converted")
     targets = _targets(model, config)
@@ -139,6 +152,7 @@ def finetune(
             warmup_steps=config.warmup,
             weight_decay=0.0,
             logging_steps=1,
+            logging_nan_inf_filter=False,  # which would show them as 0
             dataloader_pin_memory=torch.accelerator.is_available(),
             disable_tqdm=True,
             report_to="none",

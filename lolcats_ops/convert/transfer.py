@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lolcats_ops.convert.config import TransferConfig
+from lolcats_ops.convert.config import TransferConfig, checked
 from lolcats_ops.convert.data import token_rows
 from lolcats_ops.convert.files import replacing
 from lolcats_ops.convert.origin import origin, refuse_others
@@ -58,7 +58,8 @@ class _LayerLearner:
             teacher, mse, xent = attend(rows)
             teacher = teacher.detach()
             if self.config.normalize:
-                mse = mse / teacher.float().var()
+                variance = teacher.float().var()
+                mse = mse / variance.where(variance > 0, 1)  # a pruned layer's teacher is 0
             loss = self.config.mse * mse
             if self.config.xent:
                 loss = loss + self.config.xent * xent
@@ -118,8 +119,10 @@ def transfer(
         >>> lo.hf.convert(model)  # doctest: +SKIP
         >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
     """
-    config = config or TransferConfig()
+    config = checked("transfer", config, TransferConfig)
     data = token_rows("transfer", data, model)
+    if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
+        raise FileNotFoundError(f"transfer: checkpoint={checkpoint} is in no folder that exists")
     window = local_window(model)
     if window is not None and data.shape[1] > window:
         warnings.warn(

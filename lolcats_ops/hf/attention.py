@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -79,7 +79,8 @@ class LolcatsAttention(nn.Module):
             self.gate.fill_(self.config.gate_init)
         for x in (self.feature_q, self.feature_k):
             if not is_given(x):
-                x.copy_(init_weight(*x.shape, self.config.init, device=x.device))
+                maps, head_dim, width = x.shape
+                x.copy_(init_weight(maps, head_dim, width, self.config.init, device=x.device))
         if self.config.activation == "favor" and not is_given(self.feature_q):
             group = len(self.feature_q) // len(self.feature_k)
             self.feature_q.copy_(self.feature_k.repeat_interleave(group, 0))
@@ -117,6 +118,15 @@ class LolcatsAttention(nn.Module):
             device=key.device,
         )
 
+    def refuse(self, asked: Mapping[str, Any]) -> None:
+        """Raises NotImplementedError for what this attention does not have."""
+        for name in ("dropout", "softcap", "output_attentions", "block_indices", "s_aux"):
+            value = asked.get(name)
+            if isinstance(value, Tensor):
+                raise NotImplementedError(f"lolcats attention has no {name}")
+            if value:
+                raise NotImplementedError(f"lolcats attention has no {name} (got {value})")
+
     def forward(
         self,
         query: Tensor,
@@ -139,11 +149,7 @@ class LolcatsAttention(nn.Module):
             NotImplementedError: attention dropout, soft capping or weights to return, which this
                 attention does not have; packed sequences that are to be cached.
         """
-        asked: dict[str, Any] = {"dropout": dropout}
-        asked |= {name: kwargs.get(name) for name in ("softcap", "output_attentions")}
-        for name, value_ in asked.items():
-            if value_:
-                raise NotImplementedError(f"lolcats attention has no {name} (got {value_})")
+        self.refuse({"dropout": dropout, **kwargs})
         query, key, value = autocast(query, key, value)
         batch, _, tokens, _ = query.shape
         config, (feature_q, feature_k) = self.config, self.features()

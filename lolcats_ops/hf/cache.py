@@ -33,6 +33,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.slack = slack
         self.instead_of = instead_of
         self.beside: CacheLayerMixin | None = None  # a softmax layer that reads the same masks
+        self.beside_static = False  # whether any layer beside it is a static one
         self.state: lo.HybridState | None = None
         self.expected = False  # whether a converted layer is about to call
         self.cumulative_length = 0  # with padding, which state.length leaves out
@@ -46,9 +47,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
         return self.slack > 0
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         # So says a static layer; with others beside it that do not, no mask would be made for it.
-        return self.beside is not None and self.beside.is_compileable
+        return self.beside_static
 
     @property
     def nbytes(self) -> int:
@@ -232,14 +233,17 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
 def find_beside(layers: list[CacheLayerMixin]) -> None:
     """Tells converted layers of the softmax layers beside them, once these hold something."""
-    used = {
-        type(layer): layer
+    others = [
+        layer
         for layer in reversed(layers)
         if getattr(layer, "is_initialized", False) and not isinstance(layer, LolcatsCacheLayer)
-    }
+    ]
+    used = {type(layer): layer for layer in others}
+    static = any(layer.is_compileable for layer in others)
     for layer in layers if used else ():
-        if isinstance(layer, LolcatsCacheLayer) and layer.beside is None:
-            layer.beside = used.get(type(layer.instead_of))
+        if isinstance(layer, LolcatsCacheLayer):
+            layer.beside = layer.beside or used.get(type(layer.instead_of))
+            layer.beside_static = static
 
 
 class LocalCacheLayer(DynamicSlidingWindowLayer):

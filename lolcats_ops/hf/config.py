@@ -83,8 +83,10 @@ class LolcatsConfig:
 
     def _integer(self, name: str, least: int) -> None:
         self._type(name, "an integer", int)
-        if getattr(self, name) < least:
-            raise ValueError(f"LolcatsConfig: {name}={getattr(self, name)} must be >= {least}")
+        if not least <= getattr(self, name) < 2**31:
+            raise ValueError(
+                f"LolcatsConfig: {name}={getattr(self, name)} must be >= {least} and below 2**31"
+            )
 
     def _layers(self, name: str) -> None:
         given = getattr(self, name)

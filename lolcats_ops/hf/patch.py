@@ -336,10 +336,15 @@ def _before_attention(
             f"layer {module.layer_idx} keeps a recurrent state: paged caches (generate_batch, "
             "continuous batching) do not work with it, a transformers Cache does"
         )
+    module.lolcats.refuse(kwargs)  # before the cache has counted any token
     layer = None
     if cache is not None:
         if mode == "transfer":
             raise ValueError("attention transfer runs without a cache: pass use_cache=False")
+        if kwargs.get("cu_seq_lens_q") is not None and not torch.is_grad_enabled():
+            raise NotImplementedError(
+                "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
+            )
         layer = _cache_layer(cache, module.layer_idx)
     _check_once(module, mask, layer, kwargs.get("position_ids"))
     bounds, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 
 from .._codes import ACTIVATIONS, WINDOW_KINDS
 from ..features import Features, out_features
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 def last_contiguous(x: Tensor) -> Tensor:
@@ -82,6 +83,18 @@ def attention_tensors(
     )
 
 
+def check_number(name: str, value: float | None, least: float = -LARGEST) -> None:
+    """Raises TypeError for a tensor that wants a gradient, which it would not get, ValueError for
+    what float32 does not hold, or less than ``least``."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} is a tensor that requires grad, needs a number: it gets no gradient"
+        )
+    if isinstance(value, float) and not least <= value <= LARGEST:
+        bound = f", >= {least}" if least > -LARGEST else ""
+        raise ValueError(f"{name} is {value}, needs a finite number of float32{bound}")
+
+
 def window_code(window_kind: str) -> int:
     """The window kind's number in the C ABI."""
     return WINDOW_KINDS.index(window_kind)
@@ -89,8 +102,5 @@ def window_code(window_kind: str) -> int:
 
 def scale_or_default(scale: float | None, q: Tensor) -> float:
     """``scale``, or D ** -0.5."""
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        raise TypeError("scale is a tensor that requires grad, needs a number: it gets no gradient")
-    if isinstance(scale, float) and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}, needs a finite number")
+    check_number("scale", scale)
     return q.shape[-1] ** -0.5 if scale is None else scale

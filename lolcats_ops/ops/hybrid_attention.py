@@ -69,7 +69,8 @@ def hybrid_attention(
             those given.
         return_state: also return the state after the last token. With a state, in or out, the call
             is inference only.
-        cu_seqlens: [N + 1] int, bounds of N sequences packed into B = 1.
+        affine: whether lam is 1 - g.
+        cu_seqlens: [N + 1] int, bounds of N sequences packed into B = 1; rows past the last are 0.
         key_padding_mask: [B, T] bool, True where the token is real. Padded queries return 0.
         backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
 

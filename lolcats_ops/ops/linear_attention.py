@@ -12,6 +12,7 @@ from ..dispatch import select
 from ..features import Features
 from ..state import HybridState
 from .arguments import (
+    check_number,
     contiguous,
     empty_parameters,
     empty_rows,
@@ -48,10 +49,11 @@ def linear_attention(
         v: [B, Hk, T, V].
         feature_q, feature_k: the maps, each with H or Hk heads and alike in all but parameters;
             None (both) takes q and k as the features.
+        scale, eps: numbers; ``eps`` is at least 0.
         normalize: False returns the numerator alone.
         state: continue after these tokens: one sequence per row, or per packed sequence.
         return_state: also return the state after the last token.
-        cu_seqlens: [N + 1] int, bounds of N sequences packed into B = 1.
+        cu_seqlens: [N + 1] int, bounds of N sequences packed into B = 1; rows past the last are 0.
         key_padding_mask: [B, T] bool, True where the token is real. Padded queries return 0.
         backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
 
@@ -61,7 +63,7 @@ def linear_attention(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot
-            run the case.
+            run the case; numbers that float32 does not hold, a negative eps.
 
     Source: Transformers are RNNs, arXiv 2006.16236.
 
@@ -74,6 +76,8 @@ def linear_attention(
     op = "linear_attention"
     q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
+    check_number("scale", scale)
+    check_number("eps", eps, 0)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, window=0, sink=0, ring=0)

@@ -167,6 +167,74 @@ def test_gradients_are_exact_however_many_features_are_clamped(backend, device, 
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 6.6e-3), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("window", [0, 16, 250, 600])
+def test_what_values_have_in_common_does_not_drown_gradients(backend, device, dtype, bound, window):
+    """y is rounded to 16 bits, and so is kv where products are by pairs; gradients are differences
+    of products with them."""
+    rng = torch.Generator().manual_seed(0)
+    T = max(300, window + 100)
+    q, k, v, dy = (torch.randn(1, 2, T, 32, generator=rng) for _ in range(4))
+    v += torch.randn(1, 2, 1, 32, generator=rng)
+    weights = [torch.randn(2, 32, 32, generator=rng) / 6 for _ in "qk"]
+
+    def gradients(computed, parameter_dtype, where):
+        *inputs, out = (x.to(dtype).to(computed) for x in (q, k, v, dy))
+        leaves = [*inputs, *(x.to(parameter_dtype) for x in (*weights, torch.zeros(2)))]
+        leaves = [x.requires_grad_() for x in leaves]
+        maps = lo.Features(leaves[3]), lo.Features(leaves[4])
+        y = lo.hybrid_attention(*leaves[:3], *maps, leaves[5], window=window, backend=where)
+        return torch.autograd.grad(y, leaves, out)
+
+    results = (
+        gradients(dtype, torch.float32, backend),
+        gradients(torch.float64, torch.float64, "reference"),
+    )
+    for name, got, want in zip(("q", "k", "v", "Wq", "Wk", "gate"), *results, strict=True):
+        assert (got - want).norm() <= bound * want.norm(), name
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("scale", [1.1e2, 1.1e4, 1.1e6, 1.1e8])
+def test_the_largest_of_huge_scores_takes_all_of_the_weight(backend, device, scale):
+    """exp of what is left when a maximum is taken from itself is 1, however large the maximum."""
+    rng = torch.Generator().manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(1, 2, 70, 16, generator=rng), dim=-1)
+    v, dy = (torch.randn(1, 2, 70, 16, generator=rng) for _ in range(2))
+    options = {"window": 16, "scale": scale}
+
+    def results(dtype, where):
+        keys, values, weight = (x.to(dtype) for x in (k, v, torch.zeros(2, 16, 16)))
+        phi, gate = lo.Features(weight), torch.full((2,), 20.0, dtype=dtype)
+        arguments = (keys, keys, values.requires_grad_(), phi, phi, gate)
+        y = lo.hybrid_attention(*arguments, **options, backend=where)
+        teacher = lo.attention_transfer(*arguments, **options, backend=where).teacher
+        return y.detach(), *torch.autograd.grad(y, values, dy.to(dtype)), teacher
+
+    both = results(torch.float32, backend), results(torch.float64, "reference")
+    for got, want in zip(*both, strict=True):
+        assert (got - want).norm() < 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_a_relu_of_few_features_is_as_exact_as_others(backend, device):
+    """Rounded weights would move z across 0."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 300, 16, generator=rng).bfloat16() for _ in range(3))
+    weight = torch.randn(4, 16, 4, generator=rng) / 4
+    outputs = []
+    for dtype, parameter_dtype, where in (
+        (torch.bfloat16, torch.float32, backend),
+        (torch.float64, torch.float64, "reference"),
+    ):
+        phi = lo.Features(weight.to(parameter_dtype), activation="relu", eps=1e-4)
+        x = (t.to(dtype) for t in (q, k, v))
+        gate = torch.zeros(4, dtype=parameter_dtype)
+        outputs.append(lo.hybrid_attention(*x, phi, phi, gate, window=0, backend=where))
+    assert (outputs[0] - outputs[1]).norm() <= 3.3e-3 * outputs[1].norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 def test_only_equal_entries_share_the_gradient_of_a_maximum(backend, device, activation):
     """Scores and ``z`` of small q and k differ by less than exponentials can tell."""

@@ -393,3 +393,18 @@ def test_state_select_clone_and_reset():
     want, _ = reference_of(x, 1)
     state.reset()
     assert_close("out after a reset", feed(x, state, [0, 9]), want, torch.float32)
+
+
+def test_rewind_takes_integers_alone():
+    state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2)
+    for n in (1.5, "1", None, True, torch.tensor([1.5]), torch.tensor([True])):
+        with pytest.raises(TypeError, match=r"HybridState\.rewind: n is"):
+            state.rewind(n)
+    with pytest.raises(ValueError, match=r"n has shape \[3\], needs \[1\]"):
+        state.rewind(torch.zeros(3, dtype=torch.int64))
+
+
+def test_slots_to_reset_have_any_integer_dtype():
+    state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4)
+    state.length.fill_(3)
+    assert state.reset(torch.tensor([0], dtype=torch.int32)).length.item() == 0
