@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -251,7 +252,11 @@ def info(
         typer.echo(yaml.safe_dump(_config(None).model_dump(mode="json"), sort_keys=False), nl=False)
         return
     rows: dict[str, object]
-    if model is not None:
+    adapter = Path(model or "") / "adapter_config.json"
+    if adapter.is_file() and not adapter.with_name("config.json").is_file():
+        said = json.loads(adapter.read_bytes())
+        rows = {"adapter on": said.get("base_model_name_or_path"), "rank": said.get("r")}
+    elif model is not None:
         from transformers import AutoConfig
 
         import lolcats_ops.hf  # registers the model type of converted models

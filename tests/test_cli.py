@@ -244,6 +244,7 @@ def test_an_adapter_is_not_converted_in_the_place_of_its_model(folder, tmp_path,
         assert code == 1
         assert f"{tmp_path / 'adapter'} is an adapter (PEFT) on {folder / 'model'}; merge" in said
     assert not (tmp_path / "out").exists()
+    assert str(folder / "model") in lolcats("info", tmp_path / "adapter").replace("\n", "")
 
 
 def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):

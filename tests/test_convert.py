@@ -478,3 +478,9 @@ def test_a_text_that_is_named_twice_is_read_twice(tmp_path):
 def test_values_of_a_configuration_are_not_turned_into_others(section, field, value):
     with pytest.raises(ValueError, match=field):
         ConversionConfig(**{section: {field: value}})
+
+
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune])
+def test_a_stage_trains_under_inference_mode(model, stage):
+    with torch.inference_mode():
+        assert stage(model, token_rows(2, 32)).losses

@@ -72,6 +72,7 @@ class _Report(transformers.TrainerCallback):
                 )
 
 
+@torch.inference_mode(False)  # tensors made under inference mode have no gradient
 def finetune(
     model: PreTrainedModel,
     data: Tensor,

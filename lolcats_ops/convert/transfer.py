@@ -84,6 +84,7 @@ class _LayerLearner:
         self.schedule.load_state_dict(state["schedule"])
 
 
+@torch.inference_mode(False)  # tensors made under inference mode have no gradient
 def transfer(
     model: PreTrainedModel,
     data: Tensor,

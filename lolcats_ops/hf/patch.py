@@ -38,8 +38,9 @@ from lolcats_ops.hf.cache import LolcatsCacheLayer, find_beside
 from lolcats_ops.hf.config import LolcatsConfig
 
 AttentionInterface.register(NAME, lolcats_attention)
-# Of layer_types: attention to all earlier tokens, or to those of a window.
-KNOWN_KIND = re.compile("^(full_)?attention$|sliding|chunked")
+# Of layer_types: attention to all earlier tokens, or to those of a window, beyond which what is
+# linear may go. Chunks, which begin anew, are no windows.
+KNOWN_KIND = re.compile("^(full_)?attention$|sliding")
 
 
 class Softmax(NamedTuple):

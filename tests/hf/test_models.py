@@ -234,6 +234,18 @@ REFUSED = {
 }
 
 
+def test_layers_that_attend_within_chunks_are_refused():
+    config = transformers.Llama4TextConfig(
+        **SHAPE,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        intermediate_size_mlp=64,
+        layer_types=["chunked_attention"] * 2,
+    )
+    with pytest.raises(ValueError, match="layers of type chunked_attention do not attend all"):
+        lo.hf.convert(transformers.AutoModelForCausalLM.from_config(config), NARROW)
+
+
 def test_layers_that_choose_what_they_attend_are_refused():
     config = transformers.MiniMaxM3VLTextConfig(
         **SHAPE,
