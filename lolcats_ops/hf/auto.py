@@ -211,8 +211,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
             parameters of `lo.hf` stay fp32.
 
     Raises:
-        ValueError: the checkpoint is not a converted causal language model, or of a family that
-            this transformers does not know.
+        ValueError: the checkpoint is not a converted causal language model, is of a family that
+            this transformers does not know, or lacks weights of the pretrained model.
 
     Example:
         >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
@@ -228,4 +228,12 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
             f"from_pretrained: {path} holds a {' or '.join(kinds)}; "
             "only causal language models load converted"
         )
-    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    wants_info = kwargs.pop("output_loading_info", False)
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    lost = sorted(name for name in info["missing_keys"] if ".lolcats." not in name)
+    if lost:
+        raise ValueError(
+            f"from_pretrained: {path} lacks weights that the model has, {len(lost)} in all: "
+            f"{', '.join(lost[:3])}"
+        )
+    return (model, info) if wants_info else model

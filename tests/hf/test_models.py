@@ -192,6 +192,14 @@ def test_from_pretrained_loads_what_a_class_of_ones_own_saved(prompt, tmp_path):
     assert lo.hf.from_pretrained(tmp_path)(prompt).logits.equal(model(prompt).logits)
 
 
+def test_from_pretrained_refuses_a_checkpoint_that_lacks_weights(model, tmp_path):
+    weights = model.state_dict()
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"lacks weights .* 1 in all: model\.layers\.1\.mlp"):
+        lo.hf.from_pretrained(tmp_path)
+
+
 def test_from_pretrained_refuses_a_softmax_model(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama model, not a converted one"):
