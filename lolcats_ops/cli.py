@@ -62,7 +62,11 @@ TextFiles = Annotated[
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="YAML file; see `lolcats info --config`.", exists=True),
+    typer.Option(
+        "--config",
+        help="YAML file, see `lolcats info --config`; what it leaves out is as in MODEL's own.",
+        exists=True,
+    ),
 ]
 Device = Annotated[
     str | None,
@@ -117,7 +121,7 @@ def transfer(
     """
     import lolcats_ops as lo
 
-    settings = _config(config)
+    settings = _config(config, model)
     loaded, tokenizer = _load_whole(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
@@ -149,7 +153,7 @@ def finetune(
     """
     import lolcats_ops as lo
 
-    settings = _config(config)
+    settings = _config(config, model)
     loaded, tokenizer = _load_whole(model, "cpu")  # the Trainer chooses the device
     if not lo.hf.attention_layers(loaded):
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
@@ -319,10 +323,15 @@ def bench(context: typer.Context) -> None:
     suite.main(context.args, prog="lolcats bench")
 
 
-def _config(path: Path | None) -> ConversionConfig:
+def _config(path: Path | None, model: str | None = None) -> ConversionConfig:
+    """The settings of a file; those that it does not name are as ``model`` was made with."""
     from lolcats_ops.convert import ConversionConfig
 
-    return ConversionConfig() if path is None else ConversionConfig.load(path)
+    given = ConversionConfig() if path is None else ConversionConfig.load(path)
+    made_with = Path(model or "") / "lolcats.yaml"
+    if model is None or not made_with.is_file():
+        return given
+    return ConversionConfig.load(made_with).updated(given)
 
 
 def _as_converted(

@@ -18,7 +18,7 @@ from examples.demo.__main__ import run as run_demo
 from examples.demo.settings import DemoConfig
 from lolcats_ops import _C
 from lolcats_ops.cli import app, main
-from lolcats_ops.convert import FinetuneConfig, TransferConfig
+from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away . " * 60
 
@@ -125,6 +125,19 @@ def test_interrupted_commands_go_on(folder, tmp_path):
 def test_convert_saves_a_swapped_model(folder, tmp_path):
     lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
     assert lo.hf.attention_layers(lo.hf.from_pretrained(tmp_path))[0].config.window == 8
+
+
+def test_a_stage_goes_on_with_the_settings_of_the_one_before(folder, tmp_path):
+    text = ("--text", folder / "text.txt")
+    config = tmp_path / "c.yaml"
+    config.write_text("lolcats: {window: 8, feature_dim: 16}\ndata: {length: 32}\n"
+                      "transfer: {batch_size: 3}\nfinetune: {max_steps: 1}\n")  # fmt: skip
+    lolcats("transfer", folder / "model", tmp_path / "stage1", *text, "--config", config)
+    config.write_text("finetune: {rank: 2}")
+    lolcats("finetune", tmp_path / "stage1", tmp_path / "stage2", *text, "--config", config)
+    saved = ConversionConfig.load(tmp_path / "stage2" / "lolcats.yaml")
+    assert (saved.lolcats.window, saved.data.length, saved.transfer.batch_size) == (8, 32, 3)
+    assert (saved.finetune.max_steps, saved.finetune.rank) == (1, 2)
 
 
 def test_version_is_printed():

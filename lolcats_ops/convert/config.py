@@ -139,6 +139,24 @@ class ConversionConfig(_Section):
             wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
             raise ValueError(f"{path}: {'; '.join(wrong)}") from error
 
+    def updated(self, other: ConversionConfig) -> ConversionConfig:
+        """These settings with those that ``other`` was given, rather than took by default.
+
+        Example:
+            >>> made_with = ConversionConfig(data=DataConfig(length=64))
+            >>> both = made_with.updated(ConversionConfig(finetune=FinetuneConfig(rank=4)))
+            >>> both.data.length, both.finetune.rank
+            (64, 4)
+        """
+        sections: dict[str, Any] = {}
+        for name in other.model_fields_set:
+            section, own = getattr(other, name), getattr(self, name)
+            if isinstance(section, _Section):
+                given = {field: getattr(section, field) for field in section.model_fields_set}
+                section = own.model_copy(update=given)
+            sections[name] = section
+        return self.model_copy(update=sections)
+
     def save(self, path: Path | str) -> None:
         """Writes all fields as YAML."""
         Path(path).write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
