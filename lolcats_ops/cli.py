@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 try:
     import typer
@@ -16,12 +14,6 @@ try:
     from rich.table import Table
 except ModuleNotFoundError as error:
     raise SystemExit(f"lolcats: {error}: pip install 'lolcats_ops[hf]'") from error
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from lolcats_ops.convert import ConversionConfig
 
 # Heavy imports happen inside the commands: `lolcats --help` must not load torch.
 
@@ -97,10 +89,13 @@ def convert(
     """
     import lolcats_ops as lo
 
-    settings = _config(config)
-    loaded, tokenizer = _load_whole(model, "cpu")
+    from . import _cli_models as models
+
+    settings = models.settings_of(config)
+    loaded, tokenizer = models.load_whole(model, "cpu")
     lo.hf.convert(loaded, settings.lolcats)
-    _save(out, loaded, tokenizer, settings)
+    models.save(out, loaded, tokenizer, settings)
+    console.print(f"saved {out}")
 
 
 @app.command()
@@ -121,16 +116,19 @@ def transfer(
     """
     import lolcats_ops as lo
 
-    settings = _config(config, model)
-    loaded, tokenizer = _load_whole(model, device)
+    from . import _cli_models as models
+
+    settings = models.settings_of(config, model)
+    loaded, tokenizer = models.load_whole(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
-    settings = _as_converted(settings, config, loaded)
-    rows = _rows(text, tokenizer, settings)
+    settings = models.as_converted(settings, config, loaded)
+    rows = models.token_rows(text, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "transfer.pt" if resume else None
     report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
-    _save(out, loaded, tokenizer, settings)
+    models.save(out, loaded, tokenizer, settings)
+    console.print(f"saved {out}")
     first, last = (sum(layer[i] for layer in report.losses) / len(report.losses) for i in (0, -1))
     console.print(
         f"mean loss over layers {first:.4g} -> {last:.4g}, {report.parameters:,} parameters"
@@ -153,18 +151,21 @@ def finetune(
     """
     import lolcats_ops as lo
 
-    settings = _config(config, model)
-    loaded, tokenizer = _load_whole(model, "cpu")  # the Trainer chooses the device
+    from . import _cli_models as models
+
+    settings = models.settings_of(config, model)
+    loaded, tokenizer = models.load_whole(model, "cpu")  # the Trainer chooses the device
     if not lo.hf.attention_layers(loaded):
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
-    settings = _as_converted(settings, config, loaded)
-    rows = _rows(text, tokenizer, settings)
+    settings = models.as_converted(settings, config, loaded)
+    rows = models.token_rows(text, tokenizer, settings)
     out.mkdir(parents=True, exist_ok=True)
     checkpoints = out / "checkpoints" if resume else None
     report = lo.convert.finetune(
         loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
     )
-    _save(out, report.model, tokenizer, settings)
+    models.save(out, report.model, tokenizer, settings)
+    console.print(f"saved {out}")
     went = "nothing was left to train"
     if report.losses:
         went = f"loss {report.losses[0]:.4g} -> {report.losses[-1]:.4g}"
@@ -188,9 +189,10 @@ def generate(
     """
     from transformers import TextStreamer
 
-    from lolcats_ops.convert.data import token_rows
+    from . import _cli_models as models
+    from .convert.data import token_rows
 
-    loaded, tokenizer = _load(model, device)
+    loaded, tokenizer = models.load(model, device)
     if chat:
         if tokenizer.chat_template is None:
             raise ValueError(f"generate: {model} has no chat template; leave --chat out")
@@ -228,7 +230,9 @@ def evaluate(
     """
     import lolcats_ops as lo
 
-    loaded, tokenizer = _load(model, device)
+    from . import _cli_models as models
+
+    loaded, tokenizer = models.load(model, device)
     rows = lo.convert.pack(lo.convert.read_texts(text), tokenizer, length)[:sequences]
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
@@ -253,7 +257,8 @@ def info(
             raise typer.BadParameter("prints the defaults, of no MODEL", param_hint="--config")
         import yaml
 
-        typer.echo(yaml.safe_dump(_config(None).model_dump(mode="json"), sort_keys=False), nl=False)
+        defaults = lo.convert.ConversionConfig().model_dump(mode="json")
+        typer.echo(yaml.safe_dump(defaults, sort_keys=False), nl=False)
         return
     rows: dict[str, object]
     adapter = Path(model or "") / "adapter_config.json"
@@ -263,9 +268,9 @@ def info(
     elif model is not None:
         from transformers import AutoConfig
 
-        import lolcats_ops.hf  # registers the model type of converted models
+        from . import _cli_models as models
 
-        with _naming(model):
+        with models.naming(model):
             described = AutoConfig.from_pretrained(model)
         layers = getattr(described.get_text_config(), "num_hidden_layers", "unknown")
         rows = {"model type": described.model_type, "layers": layers}
@@ -321,126 +326,6 @@ def bench(context: typer.Context) -> None:
     except ImportError as error:
         raise ImportError(f"bench: {error}; pip install --editable '.[bench]'") from error
     suite.main(context.args, prog="lolcats bench")
-
-
-def _config(path: Path | None, model: str | None = None) -> ConversionConfig:
-    """The settings of a file; those that it does not name are as ``model`` was made with."""
-    from lolcats_ops.convert import ConversionConfig
-
-    given = ConversionConfig() if path is None else ConversionConfig.load(path)
-    made_with = Path(model or "") / "lolcats.yaml"
-    if model is None or not made_with.is_file():
-        return given
-    return ConversionConfig.load(made_with).updated(given)
-
-
-def _as_converted(
-    settings: ConversionConfig, config: Path | None, model: PreTrainedModel
-) -> ConversionConfig:
-    """``settings`` with the attention that the model has, which ``config`` must not contradict."""
-    import yaml
-
-    from lolcats_ops.hf import LolcatsConfig
-
-    has = LolcatsConfig.from_dict(model.config.lolcats)
-    given = yaml.safe_load(config.read_bytes()) or {} if config else {}
-    named = {*given.get("lolcats", {})} - {"init", "gate_init"}  # those are of the beginning
-    asked = settings.lolcats.to_dict()
-    others = [
-        f"{name}={value}"
-        for name, value in has.to_dict().items()
-        if name in named and value != asked[name]
-    ]
-    if others:
-        raise ValueError(
-            f"{config} asks for another attention than the converted model has, which is "
-            + ", ".join(others)
-        )
-    return settings.model_copy(update={"lolcats": has})
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Errors about a model that is no folder say so."""
-    if Path(path).is_file():
-        raise NotADirectoryError(f"{path} is a file; MODEL is a folder or a hub id")
-    try:
-        yield
-    except OSError as error:
-        if Path(path).is_dir():
-            raise
-        raise FileNotFoundError(f"{path}: no such folder; and as a hub id: {error}") from error
-
-
-def _load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model on ``device``, None for the GPU if there is one, and its tokenizer.
-
-    Raises:
-        ValueError: naming the file that was not written to its end.
-        OSError: there is no such folder, nor such a model on the hub.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import lolcats_ops.hf  # noqa: F401  registers the model type of converted models
-    from lolcats_ops.convert.files import is_whole
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(1, device=device).item()
-    except Exception as error:  # a name that is none, or of what this PyTorch lacks
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--device {device}: this PyTorch finds no such device: {why}") from error
-    try:
-        with _naming(path):
-            model = AutoModelForCausalLM.from_pretrained(path)
-            tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:
-        kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
-        files = (file for kind in kinds for file in sorted(Path(path).glob(kind)))
-        broken = next((file for file in files if not is_whole(file)), None)
-        if broken is None:
-            raise
-        raise ValueError(f"{broken} is not whole: {error}") from error
-    return model.to(device), tokenizer
-
-
-def _load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The same, of a model that is to be changed and saved.
-
-    Raises:
-        ValueError: ``path`` is an adapter on a model, of which transformers would save the adapter.
-    """
-    model, tokenizer = _load(path, device)
-    if getattr(model, "peft_config", None):
-        raise ValueError(
-            f"{path} is an adapter (PEFT) on {model.name_or_path}; merge it into that first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
-        )
-    return model, tokenizer
-
-
-def _rows(
-    paths: list[Path], tokenizer: PreTrainedTokenizerBase, settings: ConversionConfig
-) -> Tensor:
-    from lolcats_ops.convert import pack, read_texts
-
-    return pack(read_texts(paths), tokenizer, settings.data.length)
-
-
-def _save(
-    out: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: ConversionConfig,
-) -> None:
-    from lolcats_ops.convert.files import replacing_files
-
-    with replacing_files(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        settings.save(folder / "lolcats.yaml")
-    console.print(f"saved {out}")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._codes import ACTIVATIONS, TWO_SIDED
 
+LARGEST = torch.finfo(torch.float32).max
 INITS = ("identity", "zero", "kaiming", "normal", "orthogonal")
 
 
@@ -152,7 +153,7 @@ class Features:
             raise ValueError(f"Features: skip needs f == D, but weight has D={head_dim}, f={width}")
         if self.activation == "favor" and (self.skip or self.bias is not None):
             raise ValueError("Features: favor takes neither bias nor skip")
-        if not 0 <= self.eps <= torch.finfo(torch.float32).max:
+        if not 0 <= self.eps <= LARGEST:
             raise ValueError(f"Features: eps is {self.eps}, needs a finite number of float32, >= 0")
         # One-sided activations have one meaning, whatever the flag: readers of two_sided see it.
         two_sided = self.two_sided and self.activation in TWO_SIDED

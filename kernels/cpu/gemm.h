@@ -6,6 +6,7 @@
 // Attention is banded: query i sees the key rows [lo_i, hi_i). A Band says so, and products skip
 // the micro-tiles it leaves out, so that a triangle costs a triangle.
 #pragma once
+#include "exponentials.h"
 #include "matrix_unit.h"
 
 namespace lol {

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from .._codes import ACTIVATIONS, WINDOW_KINDS
-from ..features import Features, out_features
-
-LARGEST = torch.finfo(torch.float32).max
+from ..features import LARGEST, Features, out_features
 
 
 def last_contiguous(x: Tensor) -> Tensor:

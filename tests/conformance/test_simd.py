@@ -1,4 +1,4 @@
-"""What cpu/simd.h says of its functions, over the range of floats and of numbers of 16 bits."""
+"""What cpu/exponentials.h and simd.h say of their functions, over the range of floats."""
 
 import os
 import subprocess

@@ -1,11 +1,11 @@
-// Compares the functions of cpu/simd.h with double precision, over the bit patterns of all floats,
-// every STRIDE-th of them:
+// Compares the functions of cpu/exponentials.h and simd.h with double precision, over the bit
+// patterns of all floats, every STRIDE-th of them:
 //
 //     accuracy [STRIDE]
 //
 // prints a line for each claim: its name, the worst error and where that is. It is compiled with
 // the flags of an instruction set, like the kernels.
-#include "cpu/simd.h"
+#include "cpu/exponentials.h"
 
 #include <algorithm>
 #include <cmath>

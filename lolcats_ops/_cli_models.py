@@ -1,0 +1,126 @@
+"""What the commands of cli.py load and save: models, their tokenizers and settings, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .convert import ConversionConfig, pack, read_texts
+from .convert.files import is_whole, replacing_files
+from .hf import LolcatsConfig  # which registers the model type of converted models
+
+
+def settings_of(path: Path | None, model: str | None = None) -> ConversionConfig:
+    """The settings of a file; those that it does not name are as ``model`` was made with."""
+    given = ConversionConfig() if path is None else ConversionConfig.load(path)
+    made_with = Path(model or "") / "lolcats.yaml"
+    if model is None or not made_with.is_file():
+        return given
+    return ConversionConfig.load(made_with).updated(given)
+
+
+def as_converted(
+    settings: ConversionConfig, config: Path | None, model: PreTrainedModel
+) -> ConversionConfig:
+    """``settings`` with the attention that the model has, which ``config`` must not contradict."""
+    has = LolcatsConfig.from_dict(model.config.lolcats)
+    given = yaml.safe_load(config.read_bytes()) or {} if config else {}
+    named = {*given.get("lolcats", {})} - {"init", "gate_init"}  # those are of the beginning
+    asked = settings.lolcats.to_dict()
+    others = [
+        f"{name}={value}"
+        for name, value in has.to_dict().items()
+        if name in named and value != asked[name]
+    ]
+    if others:
+        raise ValueError(
+            f"{config} asks for another attention than the converted model has, which is "
+            + ", ".join(others)
+        )
+    return settings.model_copy(update={"lolcats": has})
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Errors about a model that is no folder say so."""
+    if Path(path).is_file():
+        raise NotADirectoryError(f"{path} is a file; MODEL is a folder or a hub id")
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise FileNotFoundError(f"{path}: no such folder; and as a hub id: {error}") from error
+
+
+def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model on ``device``, None for the GPU if there is one, and its tokenizer.
+
+    Raises:
+        ValueError: naming the file that was not written to its end.
+        OSError: there is no such folder, nor such a model on the hub.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device).item()
+    except Exception as error:  # a name that is none, or of what this PyTorch lacks
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {device}: this PyTorch finds no such device: {why}") from error
+    try:
+        with naming(path):
+            model = AutoModelForCausalLM.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
+        files = (file for kind in kinds for file in sorted(Path(path).glob(kind)))
+        broken = next((file for file in files if not is_whole(file)), None)
+        if broken is None:
+            raise
+        raise ValueError(f"{broken} is not whole: {error}") from error
+    return model.to(device), tokenizer
+
+
+def load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same, of a model that is to be changed and saved.
+
+    Raises:
+        ValueError: ``path`` is an adapter on a model, of which transformers would save the adapter.
+    """
+    model, tokenizer = load(path, device)
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            f"{path} is an adapter (PEFT) on {model.name_or_path}; merge it into that first: "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
+        )
+    return model, tokenizer
+
+
+def token_rows(
+    paths: list[Path], tokenizer: PreTrainedTokenizerBase, settings: ConversionConfig
+) -> Tensor:
+    """Texts as the sequences that the settings ask for."""
+    return pack(read_texts(paths), tokenizer, settings.data.length)
+
+
+def save(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: ConversionConfig,
+) -> None:
+    """Writes all that a folder of a model holds, or nothing."""
+    with replacing_files(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        settings.save(folder / "lolcats.yaml")

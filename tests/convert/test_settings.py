@@ -1,0 +1,162 @@
+"""Data, perplexity, configuration, and what all stages have in common."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_models
+from helpers.training import token_rows
+
+import lolcats_ops as lo
+from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
+def test_a_model_keeps_its_mode(model, training, stage):
+    def fail(*_):
+        raise RuntimeError("no")
+
+    model.train(training)
+    done = stage(model, token_rows(1, 40))
+    assert getattr(done, "model", model).training == training
+    model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no"):
+        stage(model, token_rows(1, 40))
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_perplexity_is_that_of_the_loss(model):
+    rows = token_rows(3, 40)
+    with torch.no_grad():
+        expected = math.exp(model.eval()(rows, labels=rows).loss)
+    assert lo.convert.evaluate(model, rows, batch_size=2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_config_round_trips_through_yaml(tmp_path):
+    config = ConversionConfig(
+        lolcats=lo.hf.LolcatsConfig(window=32, softmax_layers=(1,)),
+        transfer=TransferConfig(rounds=3),
+        finetune=FinetuneConfig(target_modules=("q_proj",)),
+    )
+    config.save(tmp_path / "c.yaml")
+    assert ConversionConfig.load(tmp_path / "c.yaml") == config
+    ConversionConfig().save(tmp_path / "d.yaml")
+    assert ConversionConfig.load(tmp_path / "d.yaml") == ConversionConfig()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("transfer: {epoch: 1}", r": transfer\.epoch: Extra inputs"),
+        ("transfer: {mse: 0, xent: 0}", ": transfer: .* mse and xent are both 0"),
+        ("data: {length: 1}", r": data\.length: .* greater than or equal to 2"),
+        ("lolcats: {sink: -1}", ": lolcats: .* sink=-1 must be >= 0"),
+        ("- transfer", " is a list, needs a mapping"),
+        ("transfer", " is a str, needs a mapping"),
+        ("''", " is a str, needs a mapping"),
+        ("lolcats: [", " is not YAML"),
+        (b"\xff\xfa\x00", " is not YAML"),
+    ],
+)
+def test_a_configuration_that_is_wrong_is_named(content, reason, tmp_path):
+    content = content if isinstance(content, bytes) else content.encode()
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"c\.yaml{reason}"):
+        ConversionConfig.load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
+def test_data_of_a_wrong_shape_is_refused(model, stage):
+    with pytest.raises(ValueError, match=r"data is \[5\], needs \[N, T\]"):
+        stage(model, torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize("stage", [lo.convert.finetune, lo.convert.evaluate])
+def test_rows_of_one_token_predict_nothing(model, stage):
+    with pytest.raises(ValueError, match=r"data is \[3, 1\], needs \[N, T\] with .* T >= 2"):
+        stage(model, token_rows(3, 1))
+
+
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
+def test_data_that_are_no_tokens_of_the_model_are_refused(model, stage):
+    rows = token_rows(2, 40)
+    for data, kind in ((rows.tolist(), "a list"), (rows.float(), "float32"), (rows > 0, "bool")):
+        with pytest.raises(TypeError, match=f"data is .*{kind}, needs an integer tensor"):
+            stage(model, data)
+    for wrong, bounds in ((97, "0 to 97"), (-1, "-1 to 96")):
+        rows[0, 0], rows[0, 1], rows[0, 2] = wrong, 0, min(96, abs(wrong) * 96)
+        with pytest.raises(ValueError, match=f"ids from {bounds}, the model's vocabulary 97"):
+            stage(model, rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_token_rows_have_any_integer_dtype(model, dtype):
+    rows = token_rows(1, 40)
+    expected = lo.convert.evaluate(model, rows)
+    assert lo.convert.evaluate(model, rows.to(dtype)) == expected
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "error"), [("one string", 2, TypeError), (["a b"], 0, ValueError)]
+)
+def test_pack_names_what_is_wrong(texts, length, error):
+    with pytest.raises(error, match=r"^pack: "):
+        lo.convert.pack(texts, None, length)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match="bytes is not UTF-8 text"):
+        lo.convert.read_texts([tmp_path / "bytes"])
+
+
+def test_what_a_stage_cannot_begin_with_is_refused_before_it_trains(model, tmp_path):
+    rows = token_rows(2, 32)
+    before = lo.hf.attention_layers(model)[0].gate.clone()
+    with pytest.raises(FileNotFoundError, match="is in no folder that exists"):
+        lo.convert.transfer(model, rows, checkpoint=tmp_path / "no" / "stage1.pt")
+    with pytest.raises(TypeError, match="config is a dict, needs a TransferConfig"):
+        lo.convert.transfer(model, rows, {})
+    with pytest.raises(TypeError, match="config is a TransferConfig, needs a FinetuneConfig"):
+        lo.convert.finetune(model, rows, TransferConfig())
+    with pytest.raises(ValueError, match="resume=True without an output_dir"):
+        lo.convert.finetune(model, rows, resume=True)
+    assert torch.equal(lo.hf.attention_layers(model)[0].gate, before)
+    config = FinetuneConfig(max_steps=1, merge=False)
+    adapted = lo.convert.finetune(model, rows, config).model
+    with pytest.raises(ValueError, match="the model has adapters"):
+        lo.convert.finetune(adapted, rows, config)
+
+
+def test_a_text_that_is_named_twice_is_read_twice(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("words")
+    assert lo.convert.read_texts([path, path]) == ["words", "words"]
+    with pytest.raises(TypeError, match="one path, needs a list"):
+        lo.convert.read_texts(str(path))
+    with pytest.raises(ValueError, match="at least one text"):
+        lo.convert.pack([], tiny_models.word_tokenizer("a"), 2)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("lolcats", "window", True),
+        ("lolcats", "window", 10**20),
+        ("lolcats", "affine", "yes"),
+        ("transfer", "batch_size", True),
+        ("transfer", "learning_rate", math.inf),
+        ("finetune", "seed", -1),
+        ("finetune", "seed", 2**33),
+    ],
+)
+def test_values_of_a_configuration_are_not_turned_into_others(section, field, value):
+    with pytest.raises(ValueError, match=field):
+        ConversionConfig(**{section: {field: value}})
+
+
+@pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune])
+def test_a_stage_trains_under_inference_mode(model, stage):
+    with torch.inference_mode():
+        assert stage(model, token_rows(2, 32)).losses

@@ -1,0 +1,130 @@
+"""Stage 1, on tiny random models."""
+
+import pytest
+import torch
+import transformers
+from helpers.training import NARROW, tiny, token_rows
+
+import lolcats_ops as lo
+from lolcats_ops.convert import TransferConfig
+
+
+def test_transfer_lowers_the_loss_of_every_layer(model):
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "lolcats" not in n}
+    config = TransferConfig(batch_size=4, rounds=4, epochs=4)
+    report = lo.convert.transfer(model, token_rows(8, 64), config)
+    assert [len(layer) for layer in report.losses] == [8 * 4 * 4] * 2
+    for layer in report.losses:
+        assert sum(layer[-8:]) < 0.9 * sum(layer[:8])
+    assert all(torch.equal(frozen[n], p) for n, p in model.named_parameters() if n in frozen)
+    assert {layer.mode for layer in lo.hf.attention_layers(model)} == {"hybrid"}
+
+
+def test_transfer_feeds_each_layer_the_softmax_model(model):
+    rows, seen = token_rows(1, 40), []
+    hook = model.model.norm.register_forward_hook(lambda *call: seen.append(call[2]))
+    lo.convert.transfer(model, rows, TransferConfig(batch_size=1))
+    with torch.no_grad(), lo.hf.use_mode(model, "softmax"):
+        model(rows)
+    hook.remove()
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-4)
+
+
+def test_transfer_keeps_no_graph_across_layers(model):
+    inputs = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    lo.convert.transfer(model, token_rows(1, 40), TransferConfig(batch_size=1))
+    assert len(inputs) == 2
+    assert not any(x.requires_grad for x in inputs)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_transfer_does_not_run_the_language_model_head(model):
+    model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
+    lo.convert.transfer(model, token_rows(1, 40), TransferConfig(batch_size=1))
+
+
+def test_interrupted_transfer_resumes_to_the_same_parameters(tmp_path):
+    rows, config = token_rows(6, 40), TransferConfig(batch_size=2, epochs=2)
+    whole, parts = (lo.hf.convert(tiny(), NARROW) for _ in range(2))
+    expected = lo.convert.transfer(whole, rows, config)
+
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    hook = parts.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        lo.convert.transfer(parts, rows, config, checkpoint=tmp_path / "state.pt")
+    hook.remove()
+    resumed = lo.hf.convert(tiny(), NARROW)
+    report = lo.convert.transfer(resumed, rows, config, checkpoint=tmp_path / "state.pt")
+    assert report.losses == expected.losses
+    for a, b in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("other", ["model", "data", "configuration"])
+def test_transfer_resumes_nothing_else(other, tmp_path):
+    begun, rows, config = lo.hf.convert(tiny(), NARROW), token_rows(2, 40), TransferConfig()
+    lo.convert.transfer(begun, rows, config, checkpoint=tmp_path / "state.pt")
+    model = lo.hf.convert(tiny(), NARROW)
+    if other == "model":
+        model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1
+    if other == "data":
+        rows[1, 3] += 1
+    if other == "configuration":
+        config = TransferConfig(learning_rate=1e-3)
+    with pytest.raises(ValueError, match=f"begun with another {other};"):
+        lo.convert.transfer(model, rows, config, checkpoint=tmp_path / "state.pt")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"junk " * 20])
+def test_a_checkpoint_of_other_bytes_is_named(content, model, tmp_path):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt is no whole checkpoint .*; delete it"):
+        lo.convert.transfer(model, token_rows(1, 40), checkpoint=tmp_path / "state.pt")
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_another(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("os.fsync", lambda _: calls.append("fsync"))
+    monkeypatch.setattr("os.replace", lambda *_: calls.append("replace"))
+    lo.convert.transfer(
+        lo.hf.convert(tiny(), NARROW), token_rows(1, 40), checkpoint=tmp_path / "state.pt"
+    )
+    assert calls == ["fsync", "replace"]
+
+
+def test_transfer_warns_of_a_teacher_that_the_model_has_not_been():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    shape |= {"vocab_size": 97, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.MistralConfig(**shape, sliding_window=16)
+    model = lo.hf.convert(transformers.MistralForCausalLM(config), NARROW)
+    with pytest.warns(UserWarning, match="longer than the sliding window of 16"):
+        lo.convert.transfer(model, token_rows(1, 40))
+
+
+@pytest.mark.parametrize("options", [{"normalize": False}, {"xent": 0.1}, {"micro_batch": 3}])
+def test_transfer_options_train(model, options):
+    report = lo.convert.transfer(
+        model, token_rows(6, 40), TransferConfig(batch_size=6, rounds=8, **options)
+    )
+    assert all(layer[-1] < layer[0] for layer in report.losses)
+
+
+def test_an_unconverted_model_has_nothing_to_transfer():
+    with pytest.raises(ValueError, match="not converted"):
+        lo.convert.transfer(tiny(), token_rows(1, 8))
+
+
+def test_a_layer_without_values_keeps_finite_features(model):
+    """A pruned one: its teacher is 0, and has no variance to be normalized by."""
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
+    lo.convert.transfer(model, token_rows(2, 32))
+    assert all(p.isfinite().all() for p in model.parameters())
