@@ -9,8 +9,8 @@ namespace {
 // Register blocking. An FMA has a latency of 4-5 cycles and up to two ports, so 8-10 accumulators
 // are the least; more rows share each load of B. 16 registers (AVX2): 6 x 2 accumulators + 2 of B +
 // 1 of A. 32 registers (AVX-512): 12 x 2 + 2 + 1. On aarch64, which has 32 as well, compilers load
-// the elements of A ahead: 8 x 2 is what GCC and Clang keep in registers, and enough for four
-// ports.
+// the elements of A ahead: GCC keeps the sums of 8 x 2 in registers, which are enough for four
+// ports, and not those of 12 x 2.
 #ifdef __aarch64__
 constexpr int ROWS = 8;
 #else
