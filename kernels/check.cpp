@@ -1,5 +1,6 @@
 #include "check.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -189,15 +190,23 @@ int check(const lol_hybrid_attention_step_args& a) {
     return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
                 (long long)(R - span));
   }
+  // The next query's window starts here; a state that holds keys after it would count them twice.
+  const auto oldest_kept = [&](int64_t length) {
+    if (a.window == 0) return length;
+    const int64_t start =
+        a.window_kind == LOL_TERRACE ? (length / a.window - 1) * a.window : length + 1 - a.window;
+    return std::max<int64_t>(0, start);
+  };
   // What says where rows are read and written.
   const auto counters = [&](int64_t slot) {
     const int64_t length = ((const int64_t*)s.length.data)[slot];
     const int64_t folded = ((const int64_t*)s.folded.data)[slot];
-    if (folded >= 0 && folded <= length && length - folded <= R && length < INT64_MAX / 2)
+    if (length >= 0 && length < INT64_MAX / 2 && folded >= 0 && folded <= oldest_kept(length) &&
+        length - folded <= R)
       return (int)LOL_OK;
     return fail(
-        "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded <= length "
-        "and the rest in the ring of %lld",
+        "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded, at most "
+        "where the next token's window starts, and the rest in the ring of %lld",
         op, (long long)slot, (long long)length, (long long)slot, (long long)folded, (long long)R);
   };
   if (!present(a.state_indices)) {

@@ -18,7 +18,8 @@ from transformers import (
 
 from .convert import ConversionConfig, pack, read_texts
 from .convert.files import is_whole, replacing_files
-from .hf import LolcatsConfig  # which registers the model type of converted models
+from .hf import LolcatsConfig  # whose import registers the model type of converted models
+from .hf.auto import refuse_gaps
 
 
 def settings_of(path: Path | None, model: str | None = None) -> ConversionConfig:
@@ -68,7 +69,7 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
     """A model on ``device``, None for the GPU if there is one, and its tokenizer.
 
     Raises:
-        ValueError: naming the file that was not written to its end.
+        ValueError: naming the file that was not written to its end, or weights that are missing.
         OSError: there is no such folder, nor such a model on the hub.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +80,7 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
         raise ValueError(f"--device {device}: this PyTorch finds no such device: {why}") from error
     try:
         with naming(path):
-            model = AutoModelForCausalLM.from_pretrained(path)
+            model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
@@ -88,6 +89,7 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
         if broken is None:
             raise
         raise ValueError(f"{broken} is not whole: {error}") from error
+    refuse_gaps("MODEL", path, info["missing_keys"])
     return model.to(device), tokenizer
 
 

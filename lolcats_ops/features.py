@@ -86,7 +86,7 @@ def _orthogonal_(weight: Tensor, generator: torch.Generator | None) -> Tensor:
     return weight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """phi(x) = clamp(act(x @ weight[h] + bias[h] (+ x if skip)), min=eps), SPEC 1.
 

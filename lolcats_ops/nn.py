@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,23 @@ from .features import Features, check_init, init_weight
 from .state import HybridState
 
 
-class FeatureMap(nn.Module):
+class Fp32Module(nn.Module):
+    """A module whose own parameters stay fp32 in a model of 16 bits: in bf16 a gate or a map does
+    not move by the steps that it is trained with.
+
+    >>> FeatureMap(4, 16).to(torch.bfloat16).weight.dtype
+    torch.float32
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp32Module:
+        def apply(x: Tensor) -> Tensor:
+            y = fn(x)
+            return x.to(y.device) if y.is_floating_point() and y.dtype.itemsize < 4 else y
+
+        return super()._apply(apply, recurse)
+
+
+class FeatureMap(Fp32Module):
     """A learned feature map phi, one per head (SPEC 1). Parameters are fp32.
 
     Args:
@@ -48,7 +65,7 @@ class FeatureMap(nn.Module):
         width = head_dim if width is None else width
         # The projection of Performer is random and stays so.
         self.weight = nn.Parameter(init_weight(heads, head_dim, width, init), activation != "favor")
-        self.bias = nn.Parameter(torch.zeros(heads, width)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(heads, width, dtype=torch.float32)) if bias else None
         self.settings: dict[str, Any] = {
             "activation": activation,
             "two_sided": two_sided,
@@ -71,7 +88,7 @@ class FeatureMap(nn.Module):
         return f"{heads}, {head_dim}, {width}, {settings}"
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Fp32Module):
     """Causal linear attention with learned feature maps (SPEC 4).
 
     Args:
@@ -150,7 +167,7 @@ class HybridAttention(LinearAttention):
             raise ValueError(f"HybridAttention: gate_init is {gate_init}, needs to be in (0, 1)")
         super().__init__(heads, kv_heads, head_dim, share_kv_features=share_kv_features, **features)
         self.kv_heads = kv_heads
-        self.gate = nn.Parameter(torch.full((heads,), gate_init).logit())
+        self.gate = nn.Parameter(torch.full((heads,), gate_init, dtype=torch.float32).logit())
         self.affine = affine
         self.windows: dict[str, Any] = {
             "window": window,

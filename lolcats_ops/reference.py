@@ -7,8 +7,10 @@ public functions, which document them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,8 @@ from .features import Features
 from .state import HybridState, window_start
 
 INF = float("inf")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Transfer(NamedTuple):
@@ -29,11 +33,27 @@ class Transfer(NamedTuple):
     xent: Tensor
 
 
+def _as_written(operator: Callable[P, R]) -> Callable[P, R]:
+    """``operator`` outside of torch.autocast, which would round its products to 16 bits."""
+
+    @wraps(operator)
+    def call(*args: P.args, **options: P.kwargs) -> R:
+        device = next(x for x in (*args, *options.values()) if isinstance(x, Tensor)).device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return operator(*args, **options)
+        with torch.autocast(device, enabled=False):
+            return operator(*args, **options)
+
+    return call
+
+
+@_as_written
 def feature_map(x: Tensor, features: Features) -> Tensor:
     """SPEC 1: phi(x), [B, H, T, D] -> [B, H, T, F]."""
     return _phi(_wide(x), features).to(x.dtype)
 
 
+@_as_written
 def linear_attention(
     q: Tensor,
     k: Tensor,
@@ -82,6 +102,7 @@ def linear_attention(
     return out, HybridState.of_sums(kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1])
 
 
+@_as_written
 def hybrid_attention(
     q: Tensor,
     k: Tensor,
@@ -141,6 +162,7 @@ def hybrid_attention(
 
 
 @torch.no_grad()
+@_as_written
 def hybrid_attention_step_(
     q: Tensor,
     k: Tensor,
@@ -211,6 +233,7 @@ def hybrid_attention_step_(
     return out
 
 
+@_as_written
 def attention_transfer(
     q: Tensor,
     k: Tensor,

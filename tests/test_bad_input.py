@@ -164,7 +164,8 @@ def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
 
 @pytest.mark.parametrize("tokens", [1, T])
 @pytest.mark.parametrize(
-    ("length", "folded"), [(-5, 0), (-5, -5), (0, 5), (5, 0), (2**62, 0), (2**63 - 1, 2**63 - 1)]
+    ("length", "folded"),
+    [(-5, 0), (-5, -5), (0, 5), (5, 0), (2**62, 0), (2**63 - 1, 2**63 - 1), (20, 20)],
 )
 def test_step_refuses_counters_that_no_state_has(length, folded, tokens):
     state = empty()

@@ -11,6 +11,7 @@ import torch
 import transformers
 from helpers.tiny_models import word_tokenizer
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import lolcats_ops as lo
@@ -235,6 +236,32 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, 
     with pytest.raises(OSError, match="no space left"):
         lolcats("convert", folder / "model", out, "--config", tmp_path / "other.yaml")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_model_takes_the_place_of_one_of_another_kind(folder, tmp_path):
+    """Its tokenizer has a folder of templates, and an adapter has no weights of a model."""
+    source = shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    tokenizer.save_pretrained(source)
+    text, config = ("--text", folder / "text.txt"), folder / "lolcats.yaml"
+    (tmp_path / "adapter.yaml").write_text(
+        "data: {length: 32}\nfinetune: {max_steps: 1, merge: false}\n"
+    )
+    lolcats("convert", source, tmp_path / "converted", "--config", config)
+    for settings in (config, tmp_path / "adapter.yaml", config):
+        lolcats("finetune", tmp_path / "converted", tmp_path / "out", *text, "--config", settings)
+        assert float(lolcats("eval", tmp_path / "out", *text, "--length", 32)) > 1
+
+
+def test_a_model_that_lacks_weights_is_refused(folder, tmp_path, failure):
+    broken = shutil.copytree(folder / "model", tmp_path / "model") / "model.safetensors"
+    weights = load_file(broken)
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, broken, metadata={"format": "pt"})
+    code, said = failure("eval", tmp_path / "model", "--text", folder / "text.txt")
+    assert code == 1
+    assert "lacks weights that the model has, 1 in all: model.layers.0.mlp.down_proj" in said
 
 
 @pytest.mark.parametrize("device", ["tpuu", "5", "xpu"])

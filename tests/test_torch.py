@@ -318,6 +318,74 @@ def test_vmap_of_steps_needs_and_updates_a_state_for_each():
         close([pool[i] for pool in pools], list(state.tensors.values()))
     with pytest.raises(ValueError, match="vmap needs kv, which is written, to be mapped as well"):
         vmap(step, (0, 0, 0, *[None] * 8))(*tensors[:3], *states[0].tensors.values())
+    pools[-1][2] = 99  # folded, of the last sample
+    before = [pool.clone() for pool in pools]
+    with pytest.raises(ValueError, match="folded"):
+        vmap(step)(*tensors[:3], *pools)
+    assert all(map(torch.equal, pools, before))
+
+
+@pytest.mark.parametrize("module", [lo.nn.HybridAttention, lo.nn.LinearAttention])
+def test_modules_compile_for_any_shape(module):
+    attention = module(4, 2, 16)
+    compiled = torch.compile(attention, dynamic=True, fullgraph=True, backend="aot_eager")
+    for length in (9, 20):
+        q, k, v = (torch.randn(2, heads, length, 16) for heads in (4, 2, 2))
+        close(compiled(q, k, v), attention(q, k, v))
+
+
+@of_differentiable
+def test_compiled_autograd_gives_the_same_gradients(op):
+    loss, tensors = loss_of(op), with_grad(op, example())
+    want = gradients(loss, op, tensors)
+    eager = loss(*tensors)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        eager.backward()
+    close(tuple(tensors[i].grad for i in learned(op)), want)
+
+
+class Unused(torch.autograd.Function):
+    """What has no gradient for its input."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor) -> Tensor:
+        return y.sum()
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> None:
+        return None
+
+
+@of_differentiable
+def test_an_output_without_a_gradient_gives_none_or_zero(op):
+    tensors = with_grad(op, example())
+    y = op(Example(*tensors))
+    y = y[op is attention_transfer] if isinstance(y, tuple) else y
+    Unused.apply(y).backward()
+    assert all(t.grad is None or not t.grad.any() for t in tensors)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_parameters_of_modules_are_fp32(default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        attention = lo.nn.HybridAttention(4, 2, 16, bias=True)
+    finally:
+        torch.set_default_dtype(before)
+    for module in (attention, attention.to(torch.bfloat16), attention.half()):
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+    assert attention.double().gate.dtype == torch.float64
+
+
+@of_differentiable
+def test_autocast_leaves_fp64_and_the_reference_as_they_are(op):
+    x = example()
+    wide = Example(*(t.double() for t in x))
+    want = op(wide, backend="reference"), lo.reference.feature_map(x.q, Features(x.weight_q))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = op(wide, backend="reference"), lo.reference.feature_map(x.q, Features(x.weight_q))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @of_all

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     ValidationError,
     model_validator,
 )
@@ -50,7 +51,9 @@ class TransferConfig(_Section):
     epochs: Positive = 1
     mse: Annotated[float, Field(ge=0), Finite] = 1.0
     xent: Annotated[float, Field(ge=0), Finite] = 0.0
-    normalize: bool = True  # mse / var(teacher): published errors of layers differ by up to 2400x
+    normalize: StrictBool = (
+        True  # mse / var(teacher): published errors of layers differ by up to 2400x
+    )
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -67,16 +70,16 @@ class FinetuneConfig(_Section):
     batch_size: Positive = 1
     gradient_accumulation: Positive = 8
     epochs: Positive = 2
-    max_steps: int = -1  # optimizer steps; overrides epochs where positive
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the steps
+    max_steps: Positive | None = None  # optimizer steps, instead of epochs
+    warmup: Annotated[float, Field(ge=0, lt=1), Finite] = 0.1  # share of the steps
     rank: Positive = 8
     alpha: Positive = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1), Finite] = 0.0
     # Names of modules, the last parts of their paths. None: all linear layers of the attention
     # modules, whatever a family calls them (Phi-3 has a fused qkv_proj).
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    train_features: bool = False  # also train feature maps and gates
-    merge: bool = True  # fold the LoRA weights into the model
+    train_features: StrictBool = False  # also train feature maps and gates
+    merge: StrictBool = True  # fold the LoRA weights into the model
     seed: Seed = 0
 
 

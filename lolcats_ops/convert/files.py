@@ -13,25 +13,38 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found]
 
-WEIGHTS = ("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json")
+# What says what a folder holds. A model that has fewer of these than the one before it would be
+# taken for that.
+OF_A_MODEL = (
+    "model*.safetensors",
+    "adapter_model*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
 
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is on the disk: whatever interrupts
     that leaves the previous one."""
-    partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the new name without its bytes
-    os.replace(partial, path)
+    partial = Path(f"{path}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the new name without its bytes
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
 def replacing_files(folder: Path) -> Iterator[Path]:
     """A new folder to save a model in, whose files take the place of those of a model in ``folder``
-    once all are written: an error before that leaves these.
+    once all are written: an error before that leaves these. Other files stay.
 
     Raises:
         OSError: what cannot be written.
@@ -42,11 +55,13 @@ def replacing_files(folder: Path) -> Iterator[Path]:
             yield Path(new)
         except SafetensorError as error:
             raise OSError(f"{folder}: {error}") from error
-        for pattern in WEIGHTS:  # of other names, if there are more or fewer
-            for old in folder.glob(pattern):
+        names = {file.relative_to(new) for file in Path(new).rglob("*") if file.is_file()}
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(Path(new) / name, folder / name)
+        for old in {old for pattern in OF_A_MODEL for old in folder.glob(pattern)}:
+            if old.relative_to(folder) not in names:
                 old.unlink()
-        for file in Path(new).iterdir():
-            os.replace(file, folder / file.name)
 
 
 def is_whole(path: Path) -> bool:

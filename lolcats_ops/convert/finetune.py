@@ -147,7 +147,7 @@ def finetune(
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
             num_train_epochs=config.epochs,
-            max_steps=config.max_steps,
+            max_steps=config.max_steps or -1,
             learning_rate=config.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=config.warmup,
@@ -236,18 +236,10 @@ def _train(
 ) -> list[float]:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows(data))
     trainer.remove_callback(transformers.PrinterCallback)  # our bar shows the loss
-    per_epoch = max(
-        1,
-        -(
-            -len(data)
-            // (arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps)
-        ),
-    )
-    steps = (
-        arguments.max_steps
-        if arguments.max_steps > 0
-        else int(arguments.num_train_epochs * per_epoch)
-    )
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    steps = int(arguments.num_train_epochs * math.ceil(len(data) / rows))
+    if arguments.max_steps > 0:
+        steps = arguments.max_steps
     if last is not None and _step(last) >= steps:  # the Trainer would go on
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(last)))
         return []

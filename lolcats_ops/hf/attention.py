@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lolcats_ops as lo
 from lolcats_ops.features import init_weight
 from lolcats_ops.hf.config import LolcatsConfig
+from lolcats_ops.nn import Fp32Module
 from lolcats_ops.ops.native import autocast
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ Attend = Callable[[slice], "Transfer"]
 Learner = Callable[[Attend, int], Tensor]
 
 
-class LolcatsAttention(nn.Module):
+class LolcatsAttention(Fp32Module):
     """What a converted layer adds to its attention module, as the submodule `lolcats`.
 
     Parameters are fp32 and stay fp32 whatever the model is cast to: in bf16 at a learning rate of
@@ -84,13 +85,6 @@ class LolcatsAttention(nn.Module):
         if self.config.activation == "favor" and not is_given(self.feature_q):
             group = len(self.feature_q) // len(self.feature_k)
             self.feature_q.copy_(self.feature_k.repeat_interleave(group, 0))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LolcatsAttention:
-        def keep_fp32(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_fp32, recurse)
 
     def features(self) -> tuple[lo.Features, lo.Features]:
         """The feature maps of queries and keys."""

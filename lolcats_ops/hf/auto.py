@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -212,7 +213,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: the checkpoint is not a converted causal language model, is of a family that
-            this transformers does not know, or lacks weights of the pretrained model.
+            this transformers does not know, or lacks weights that the model has.
 
     Example:
         >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
@@ -230,10 +231,15 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         )
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
-    lost = sorted(name for name in info["missing_keys"] if ".lolcats." not in name)
+    refuse_gaps("from_pretrained", path, info["missing_keys"])
+    return (model, info) if wants_info else model
+
+
+def refuse_gaps(caller: str, path: str, missing_keys: Iterable[str]) -> None:
+    """Raises ValueError where a checkpoint lacks weights, which transformers makes up."""
+    lost = sorted(missing_keys)
     if lost:
         raise ValueError(
-            f"from_pretrained: {path} lacks weights that the model has, {len(lost)} in all: "
+            f"{caller}: {path} lacks weights that the model has, {len(lost)} in all: "
             f"{', '.join(lost[:3])}"
         )
-    return (model, info) if wants_info else model

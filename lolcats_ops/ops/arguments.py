@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def check_number(name: str, value: float | None, least: float = -LARGEST) -> Non
         raise TypeError(
             f"{name} is a tensor that requires grad, needs a number: it gets no gradient"
         )
-    if isinstance(value, float) and not least <= value <= LARGEST:
+    if isinstance(value, Real) and not least <= value <= LARGEST:
         bound = f", >= {least}" if least > -LARGEST else ""
         raise ValueError(f"{name} is {value}, needs a finite number of float32{bound}")
 

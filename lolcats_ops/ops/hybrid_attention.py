@@ -200,8 +200,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(
-    operators: Any, ctx: Any, do: Tensor, _dm: None, _dden: None
+    operators: Any, ctx: Any, do: Tensor | None, _dm: None, _dden: None
 ) -> tuple[Tensor | None, ...]:
+    if do is None:  # what was made of y has no gradient
+        return (None,) * (_TENSORS + len(ctx.settings))
     tensors = ctx.saved_tensors
     gradients = operators.hybrid_attention_backward(last_contiguous(do), *tensors, *ctx.settings)
     rest = _TENSORS - _GRADIENTS + len(ctx.settings)

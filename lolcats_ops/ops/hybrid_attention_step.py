@@ -135,6 +135,7 @@ def _by_library(
         or type(feature_q) is not Features
         or type(feature_k) is not Features
         or torch.compiler.is_compiling()
+        or torch._C._functorch.maybe_current_level() is not None  # its samples go one by one
     ):
         return None
     on_cuda = q.is_cuda  # asked once: a property of a tensor takes as long as a line of Python

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,14 +35,16 @@ ROWS = (
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``tensors`` in the dtype of an active torch.autocast, as matrix products are."""
+    """``tensors`` in the dtype of an active torch.autocast, as matrix products are, which
+    leave float64 alone."""
     if not all(isinstance(t, Tensor) for t in tensors):
         return tensors  # for validation to refuse
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    casts = (t.is_floating_point() and t.dtype is not torch.float64 for t in tensors)
+    return tuple(t.to(dtype) if cast else t for t, cast in zip(tensors, casts, strict=True))
 
 
 def operators(backend: str) -> Any:
@@ -82,15 +83,13 @@ def differentiable(
     for op in overloads(name):
         namespace = triton.NAMESPACE if op.namespace == CUDA else op.namespace
         of_namespace = getattr(torch.ops, namespace)
-        gradient = partial(backward, of_namespace)
+        gradient = _of(backward, of_namespace)
         torch.library.register_autograd(op._name, gradient, setup_context=setup_context)
         once = _once(name, getattr(of_namespace, f"{name}_backward").default)
         members = {
             "forward": staticmethod(_forward(op)),
             "setup_context": staticmethod(setup_context),
-            "backward": staticmethod(
-                partial(backward, SimpleNamespace(**{f"{name}_backward": once}))
-            ),
+            "backward": staticmethod(_of(backward, SimpleNamespace(**{f"{name}_backward": once}))),
             "generate_vmap_rule": True,
         }
         functions[op] = type(name, (torch.autograd.Function,), members)
@@ -121,6 +120,15 @@ class refusals_of:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if kind is RuntimeError and str(error).startswith(f"{self.name}: "):
             raise ValueError(str(error)) from error
+
+
+def _of(backward: Callable[..., Any], operators: Any) -> Callable[..., Any]:
+    """``backward`` by ``operators``: a function, since compiled autograd takes no partial."""
+
+    def gradient(ctx: Any, *gradients: Tensor | None) -> Any:
+        return backward(operators, ctx, *gradients)
+
+    return gradient
 
 
 def _refusal(name: str) -> Callable[..., None]:
@@ -183,13 +191,20 @@ def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]
             if writes and dim is None:
                 raise ValueError(f"{name}: vmap needs {n}, which is written, to be mapped as well")
         args = tuple(
-            a if dim is None else a.movedim(dim, 0) if writes else a.movedim(dim, 0).contiguous()
-            for a, dim, writes in zip(args, in_dims, mutated, strict=True)
+            a if dim is None else a.movedim(dim, 0) for a, dim in zip(args, in_dims, strict=True)
+        )
+        # Copies of what is written as well: a sample that is refused leaves all as they were.
+        own = tuple(
+            a if dim is None else a.clone(memory_format=torch.contiguous_format)
+            for a, dim in zip(args, in_dims, strict=True)
         )
         results = [
-            op(*(a if dim is None else a[i] for a, dim in zip(args, in_dims, strict=True)))
+            op(*(a if dim is None else a[i] for a, dim in zip(own, in_dims, strict=True)))
             for i in range(size)
         ]
+        for a, changed, writes in zip(args, own, mutated, strict=True):
+            if writes:
+                a.copy_(changed)
         if isinstance(results[0], Tensor):
             return torch.stack(results), 0
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])

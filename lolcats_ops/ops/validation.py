@@ -182,7 +182,8 @@ def _check_features(
         raise ValueError(
             f"{op}: {name} has {features.heads} heads, which does not divide x's {heads[0]}"
         )
-    if len(heads) == 2 and features.heads not in heads:
+    # By ==: where sizes are symbols of a compiler, `in` would ask whether they are the same object.
+    if len(heads) == 2 and not any(features.heads == h for h in heads):
         _fail(op, f"{name} has {features.heads} heads", f"q's {heads[0]} or k's {heads[1]}")
     _check_parameter(op, f"{name}.weight", features.weight, x)
     if features.bias is not None:

@@ -20,6 +20,13 @@ def test_transfer_lowers_the_loss_of_every_layer(model):
     assert {layer.mode for layer in lo.hf.attention_layers(model)} == {"hybrid"}
 
 
+def test_a_single_step_of_transfer_moves_the_features(model):
+    layer = lo.hf.attention_layers(model)[0]
+    before = layer.feature_q.detach().clone()
+    lo.convert.transfer(model, token_rows(1, 16), TransferConfig(learning_rate=1e-2))
+    assert (layer.feature_q - before).abs().max() > 1e-4
+
+
 def test_transfer_feeds_each_layer_the_softmax_model(model):
     rows, seen = token_rows(1, 40), []
     hook = model.model.norm.register_forward_hook(lambda *call: seen.append(call[2]))
