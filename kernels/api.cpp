@@ -94,13 +94,6 @@ Layout make_layout(const lol_hybrid_attention_step_args& a) {
   return Layout(a.q, a.cu_seqlens, a.key_padding_mask, a.state_indices);
 }
 
-// Operators that have CUDA kernels run there when they are asked to.
-template <class Args>
-int run_on_cuda(const Args& args) {
-  const int status = check(args);
-  return status ? status : cuda::run(args);
-}
-
 int report(int status) {
   if (status == LOL_ENOMEM) fail("lolcats_ops: out of memory for scratch buffers");
   return status;
@@ -114,6 +107,15 @@ int guarded(Body body) {
   } catch (const std::exception&) {
     return report(LOL_ENOMEM);
   }
+}
+
+// Operators that have CUDA kernels run there when they are asked to.
+template <class Args>
+int run_on_cuda(const Args& args) {
+  return guarded([&] {
+    const int status = check(args);
+    return status ? status : cuda::run(args);
+  });
 }
 
 template <class Args>

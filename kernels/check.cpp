@@ -67,27 +67,29 @@ int fail(const char* format, ...) {
 
 const char* last_error() { return message; }
 
+// x, its map and phi or its gradient, whose name is `name`.
+static int check_map(const Checker& c, const lol_tensor& x, const lol_features& features,
+                     const char* name, const lol_tensor& phi) {
+  LOL_TRY(c.sequence("x", x));
+  const int64_t* s = x.shape;
+  const int64_t maps = features.weight.ndim == 3 ? features.weight.shape[0] : 0;
+  const bool divides = maps > 0 && s[1] % maps == 0;
+  LOL_TRY(c.features("features", features, s[3], s[1], divides ? maps : s[1]));
+  return c.strided(name, phi, x.dtype, {s[0], s[1], s[2], width_of(features, s[3])});
+}
+
 int check(const lol_feature_map_args& a) {
   const Checker c("feature_map", a.context);
   LOL_TRY(check_size("feature_map", a));
   LOL_TRY(c.on_cpu_or_cuda());
-  LOL_TRY(c.sequence("x", a.x));
-  const int64_t* s = a.x.shape;
-  if (a.features.weight.ndim == 3 && a.features.weight.shape[0] > 0 &&
-      s[1] % a.features.weight.shape[0] == 0) {
-    LOL_TRY(c.features("features", a.features, s[3], s[1], a.features.weight.shape[0]));
-  } else {
-    LOL_TRY(c.features("features", a.features, s[3], s[1], s[1]));
-  }
-  return c.strided("y", a.y, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])});
+  return check_map(c, a.x, a.features, "y", a.y);
 }
 
 int check(const lol_feature_map_backward_args& a) {
   const Checker c("feature_map_backward", a.context);
   LOL_TRY(check_size("feature_map_backward", a));
   LOL_TRY(c.on_cpu());
-  lol_feature_map_args forward = {sizeof(forward), a.context, a.x, a.features, a.dy};
-  LOL_TRY(check(forward));
+  LOL_TRY(check_map(c, a.x, a.features, "dy", a.dy));
   LOL_TRY(c.like("dx", a.dx, a.x));
   return c.features_gradient("dweight", "dbias", a.features, a.dweight, a.dbias);
 }
@@ -142,8 +144,10 @@ int check(const lol_hybrid_attention_backward_args& a) {
   const Checker c("hybrid_attention_backward", a.forward.context);
   LOL_TRY(check_size("hybrid_attention_backward", a));
   LOL_TRY(c.on_cpu());
-  LOL_TRY(check(a.forward));
   const lol_hybrid_attention_args& f = a.forward;
+  LOL_TRY(check_size("hybrid_attention_backward: forward", f));
+  LOL_TRY(check_student(c, f));
+  LOL_TRY(c.strided("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
   LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,

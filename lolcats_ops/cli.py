@@ -56,7 +56,7 @@ ConfigFile = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="YAML file, see `lolcats info --config`; what it leaves out is as in MODEL's own.",
+        help="YAML, see `lolcats info --config`; what it lacks is as in MODEL's lolcats.yaml.",
         exists=True,
     ),
 ]

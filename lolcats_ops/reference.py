@@ -130,19 +130,8 @@ def hybrid_attention(
         return student.out.masked_fill(~tokens.real[:, None, :, None], 0).to(q.dtype)
     if state is None:
         sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        state = HybridState.empty(
-            sequences,
-            feature_k.heads,
-            k.shape[1],
-            k.shape[3],
-            v.shape[3],
-            feature_k.out_features,
-            window=window,
-            window_kind=window_kind,
-            sink=sink,
-            dtype=k.dtype,
-            device=k.device,
-        )
+        settings: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
+        state = HybridState.empty_for(k, v, feature_k, batch=sequences, **settings)
     else:
         state = state.clone()
     step: dict[str, Any] = {"scale": scale, "affine": affine, "key_padding_mask": key_padding_mask}

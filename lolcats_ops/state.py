@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._codes import WINDOW_KINDS
+from .features import Features
 
 
 def window_start(position: Tensor, window: int, window_kind: str) -> Tensor:
@@ -110,6 +111,33 @@ class HybridState:
             folded=torch.zeros(batch, dtype=torch.int64, device=device),
             window=window,
             window_kind=window_kind,
+        )
+
+    @classmethod
+    def empty_for(
+        cls, k: Tensor, v: Tensor, feature_k: Features, *, batch: int | None = None, **settings: Any
+    ) -> HybridState:
+        """``empty`` for keys k [B, Hk, T, D], values v [B, Hk, T, V] and the map of the keys.
+
+        Args:
+            batch: where sequences are packed, how many; None for B.
+            settings: window, window_kind, sink and slack of ``empty``.
+
+        >>> from lolcats_ops.features import init_weight
+        >>> k, v = torch.randn(2, 1, 2, 10, 16)
+        >>> HybridState.empty_for(k, v, Features(init_weight(2, 16, 16)), window=8).kv.shape
+        torch.Size([1, 2, 32, 16])
+        """
+        return cls.empty(
+            k.shape[0] if batch is None else batch,
+            feature_k.heads,
+            k.shape[1],
+            k.shape[3],
+            v.shape[3],
+            feature_k.out_features,
+            **settings,
+            dtype=k.dtype,
+            device=k.device,
         )
 
     @classmethod

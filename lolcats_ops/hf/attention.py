@@ -96,21 +96,12 @@ class LolcatsAttention(Fp32Module):
 
     def empty_state(self, key: Tensor, value: Tensor, slack: int) -> lo.HybridState:
         """The state before the first token, for keys [B, Hk, T, D] and values [B, Hk, T, V]."""
-        feature_k = self.features()[1]
-        return lo.HybridState.empty(
-            key.shape[0],
-            feature_k.weight.shape[0],
-            key.shape[1],
-            key.shape[3],
-            value.shape[3],
-            feature_k.out_features,
-            window=self.config.window,
-            window_kind=self.config.window_kind,
-            sink=self.config.sink,
-            slack=slack,
-            dtype=key.dtype,
-            device=key.device,
-        )
+        windows: dict[str, Any] = {
+            "window": self.config.window,
+            "window_kind": self.config.window_kind,
+            "sink": self.config.sink,
+        }
+        return lo.HybridState.empty_for(key, value, self.features()[1], **windows, slack=slack)
 
     def refuse(self, asked: Mapping[str, Any]) -> None:
         """Raises NotImplementedError for what this attention does not have."""

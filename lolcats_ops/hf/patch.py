@@ -137,16 +137,21 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     if mode not in get_args(Mode):
         raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")
     for module, _ in _converted(model):
-        for each in module.lolcats.modules():  # itself, or the copies that PEFT made
-            if isinstance(each, LolcatsAttention):
-                each.mode = mode
-        own: Softmax = module.lolcats_softmax
-        module.config = own.config
-        if own.dropout is not None:
-            module.attention_dropout = own.dropout if mode == "softmax" else 0.0
-        if mode != "softmax":
-            module.config = copy.copy(own.config)
-            module.config._attn_implementation_internal = NAME
+        _set_mode(module, mode)
+
+
+def _set_mode(module: Any, mode: Mode) -> None:
+    """The same of a converted attention module."""
+    for each in module.lolcats.modules():  # itself, or the copies that PEFT made
+        if isinstance(each, LolcatsAttention):
+            each.mode = mode
+    own: Softmax = module.lolcats_softmax
+    module.config = own.config
+    if own.dropout is not None:
+        module.attention_dropout = own.dropout if mode == "softmax" else 0.0
+    if mode != "softmax":
+        module.config = copy.copy(own.config)
+        module.config._attn_implementation_internal = NAME
 
 
 @contextmanager
@@ -157,12 +162,13 @@ def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
         >>> with use_mode(model, "softmax"):  # doctest: +SKIP
         ...     logits = model(input_ids).logits
     """
-    before = attention_layers(model)[0].mode if attention_layers(model) else "hybrid"
+    before: list[tuple[Any, Mode]] = [(module, own.mode) for module, own in _converted(model)]
     set_mode(model, mode)
     try:
         yield
     finally:
-        set_mode(model, before)
+        for module, own in before:
+            _set_mode(module, own)
 
 
 def _converted(model: nn.Module) -> list[tuple[Any, LolcatsAttention]]:

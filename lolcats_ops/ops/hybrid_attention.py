@@ -144,17 +144,7 @@ def hybrid_attention(
         )
         return out
     if state is None:
-        state = HybridState.empty(
-            sequences,
-            feature_k.heads,
-            k.shape[1],
-            k.shape[3],
-            v.shape[3],
-            feature_k.out_features,
-            **settings,
-            dtype=q.dtype,
-            device=q.device,
-        )
+        state = HybridState.empty_for(k, v, feature_k, batch=sequences, **settings)
     else:
         state = state.clone()
     out = step_(

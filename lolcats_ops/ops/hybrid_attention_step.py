@@ -91,10 +91,10 @@ def hybrid_attention_step_(
                 q, k, v, feature_q, feature_k, gate, state, state_indices, scale, affine
             )
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            pass  # the checks below name the Python argument that it refused
-        else:
-            if out is not None:
-                return out
+            out = None  # the checks below name the Python argument that it refused
+        if out is not None:
+            increment_version(_state_tensors(state))
+            return out
     q, k, v = autocast(q, k, v)
     check_attention(_OP, q, k, v, feature_q, feature_k)
     check_gate(_OP, gate, q)
@@ -160,9 +160,7 @@ def _by_library(
     window = (state.window, window_code(state.window_kind))
     settings = (*window, scale_or_default(scale, q), affine, *codes)
     operator = _on_cuda if on_cuda else _on_cpu
-    out = operator(*inputs, *pool, state_indices, None, None, *settings)
-    increment_version(pool)
-    return out
+    return operator(*inputs, *pool, state_indices, None, None, *settings)
 
 
 def _windows(state: HybridState) -> dict[str, Any]:

@@ -139,9 +139,6 @@ def _call(
         loss = attention_transfer(q, k, v, *maps, gate, **windows, xent=xent, backend=backend)
         return loss.mse + loss.xent
     with torch.no_grad():
-        sizes = (q.shape[0], maps[1].heads, k.shape[1], q.shape[3], v.shape[3])
-        state = HybridState.empty(
-            *sizes, maps[1].out_features, **windows, dtype=q.dtype, device=q.device
-        )
+        state = HybridState.empty_for(k, v, maps[1], **windows)
         hybrid_attention_step_(q, k, v, *maps, gate, state, backend=backend)
     return None

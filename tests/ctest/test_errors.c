@@ -35,7 +35,7 @@ int main(void) {
 
   args = feature_map_args();
   args.x.ndim = 3;
-  refuses(args, "x");
+  refuses(args, "feature_map: x ");
 
   args = feature_map_args();
   args.features.weight.shape[1] = D + 1;
@@ -43,7 +43,7 @@ int main(void) {
 
   args = feature_map_args();
   args.x.dtype = LOL_I64;
-  refuses(args, "x");
+  refuses(args, "feature_map: x ");
 
   args = feature_map_args();
   args.features.activation = 99;
@@ -55,7 +55,15 @@ int main(void) {
 
   args = feature_map_args();
   args.y.shape[3] = F;
-  refuses(args, "y");
+  refuses(args, "feature_map: y ");
+
+  lol_feature_map_backward_args backward = {sizeof(backward)};
+  backward.context = args.context;
+  backward.x = args.x;
+  backward.features = args.features;
+  backward.dy = args.y;
+  CHECK(lol_feature_map_backward(&backward) != LOL_OK);
+  CHECK(strstr(lol_last_error(), "feature_map_backward: dy "));
 
   args = feature_map_args();
   args.x.shape[0] = args.y.shape[0] = -1;

@@ -93,7 +93,7 @@ def expected(call, case: Case) -> SimpleNamespace:
     return evaluate(call, lo.reference, inputs)
 
 
-def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.3) -> None:
+def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.03) -> None:
     """The operator on ``backend`` against the reference. ``floor``: errors of gradients that vanish
     are measured against this share of the cotangents' size."""
     want = expected(call, case)
