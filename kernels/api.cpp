@@ -124,8 +124,8 @@ int ready(const Args* args) {
   if (const int status = check(*args)) return status;
   if (cpu_kernels()) return LOL_OK;
   const char* wanted = std::getenv("LOLCATS_ISA");
-  fail("lolcats_ops: LOLCATS_ISA is %s, which this build or CPU lacks: see lol_cpu_isa_name()",
-       wanted ? wanted : "empty");
+  fail("lolcats_ops: LOLCATS_ISA is %s, on this CPU this build has %s", wanted ? wanted : "empty",
+       isa_names());
   return LOL_EUNSUPPORTED;
 }
 

@@ -4,6 +4,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <vector>
 
 #include "checker.h"
 
@@ -49,7 +50,7 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
     return fail("linear_attention: kv0 and ksum0 come together or not at all");
   LOL_TRY(c.optional("kv0", a.kv0, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("ksum0", a.ksum0, LOL_F32, {N, Hs, F}));
-  LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
+  LOL_TRY(c.output("o", a.o, a.q.dtype, {B, H, T, V}));
   return c.contiguous("den", a.den, LOL_F32, {B, H, T});
 }
 
@@ -67,30 +68,30 @@ int fail(const char* format, ...) {
 
 const char* last_error() { return message; }
 
-// x, its map and phi or its gradient, whose name is `name`.
-static int check_map(const Checker& c, const lol_tensor& x, const lol_features& features,
-                     const char* name, const lol_tensor& phi) {
+static int check_map(const Checker& c, const lol_tensor& x, const lol_features& features) {
   LOL_TRY(c.sequence("x", x));
-  const int64_t* s = x.shape;
   const int64_t maps = features.weight.ndim == 3 ? features.weight.shape[0] : 0;
-  const bool divides = maps > 0 && s[1] % maps == 0;
-  LOL_TRY(c.features("features", features, s[3], s[1], divides ? maps : s[1]));
-  return c.strided(name, phi, x.dtype, {s[0], s[1], s[2], width_of(features, s[3])});
+  const bool divides = maps > 0 && x.shape[1] % maps == 0;
+  return c.features("features", features, x.shape[3], x.shape[1], divides ? maps : x.shape[1]);
 }
 
 int check(const lol_feature_map_args& a) {
   const Checker c("feature_map", a.context);
   LOL_TRY(check_size("feature_map", a));
   LOL_TRY(c.on_cpu_or_cuda());
-  return check_map(c, a.x, a.features, "y", a.y);
+  LOL_TRY(check_map(c, a.x, a.features));
+  const int64_t* s = a.x.shape;
+  return c.output("y", a.y, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])});
 }
 
 int check(const lol_feature_map_backward_args& a) {
   const Checker c("feature_map_backward", a.context);
   LOL_TRY(check_size("feature_map_backward", a));
   LOL_TRY(c.on_cpu());
-  LOL_TRY(check_map(c, a.x, a.features, "dy", a.dy));
-  LOL_TRY(c.like("dx", a.dx, a.x));
+  LOL_TRY(check_map(c, a.x, a.features));
+  const int64_t* s = a.x.shape;
+  LOL_TRY(c.strided("dy", a.dy, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])}));
+  LOL_TRY(c.gradient("dx", a.dx, a.x));
   return c.features_gradient("dweight", "dbias", a.features, a.dweight, a.dbias);
 }
 
@@ -137,7 +138,7 @@ int check(const lol_hybrid_attention_args& a) {
   LOL_TRY(check_size("hybrid_attention", a));
   LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(check_student(c, a));
-  return c.strided("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]});
+  return c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]});
 }
 
 int check(const lol_hybrid_attention_backward_args& a) {
@@ -147,7 +148,7 @@ int check(const lol_hybrid_attention_backward_args& a) {
   const lol_hybrid_attention_args& f = a.forward;
   LOL_TRY(check_size("hybrid_attention_backward: forward", f));
   LOL_TRY(check_student(c, f));
-  LOL_TRY(c.strided("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
+  LOL_TRY(c.output("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
   LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
@@ -169,7 +170,7 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.window(a.window, a.window_kind, 0));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));
-  LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
+  LOL_TRY(c.output("o", a.o, a.q.dtype, {B, H, T, V}));
 
   const lol_state& s = a.state;
   const int64_t P = s.length.shape[0], Hs = a.feature_k.weight.shape[0],
@@ -220,6 +221,8 @@ int check(const lol_hybrid_attention_step_args& a) {
     return LOL_OK;
   }
   LOL_TRY(c.contiguous("state_indices", a.state_indices, wide ? LOL_I64 : LOL_I32, {N}));
+  constexpr int64_t FEW = 64;  // pairs of so many are compared, which takes no memory from the heap
+  std::vector<bool> taken(!c.on_device() && N > FEW ? P : 0);
   for (int64_t i = 0; !c.on_device() && i < N; i++) {
     const auto slot = [&](int64_t j) {
       return wide ? ((const int64_t*)a.state_indices.data)[j]
@@ -229,10 +232,13 @@ int check(const lol_hybrid_attention_step_args& a) {
       return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", op, (long long)i,
                   (long long)slot(i), (long long)P);
     }
-    for (int64_t j = 0; j < i; j++) {
-      if (slot(j) == slot(i))
-        return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
+    bool twice = false;
+    if (N > FEW) {
+      twice = taken[slot(i)];
+      taken[slot(i)] = true;
     }
+    for (int64_t j = 0; N <= FEW && j < i; j++) twice = twice || slot(j) == slot(i);
+    if (twice) return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
     LOL_TRY(counters(slot(i)));
   }
   return LOL_OK;
@@ -255,8 +261,8 @@ int check(const lol_attention_transfer_args& a) {
   LOL_TRY(check_size("attention_transfer", a));
   LOL_TRY(check_transfer(c, a));
   const lol_tensor& q = a.student.q;
-  LOL_TRY(c.strided("teacher", a.teacher, q.dtype,
-                    {q.shape[0], q.shape[1], q.shape[2], a.student.v.shape[3]}));
+  LOL_TRY(c.output("teacher", a.teacher, q.dtype,
+                   {q.shape[0], q.shape[1], q.shape[2], a.student.v.shape[3]}));
   LOL_TRY(c.contiguous("mse", a.mse, LOL_F32, {}));
   return c.contiguous("xent", a.xent, LOL_F32, {});
 }

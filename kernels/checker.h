@@ -61,12 +61,16 @@ class Checker {
   Checker(const char* op, const lol_context& context) : op_(op), context_(context) {}
 
   int shape(Name name, const lol_tensor& t, int dtype, Shape expected) const {
-    bool same = t.ndim == (int)expected.size() && t.ndim <= 4;
-    for (int i = 0; same && i < t.ndim; i++) same = t.shape[i] == expected.begin()[i];
+    const int ndim = (int)expected.size();
+    if (t.ndim != ndim) {
+      return fail("%s: %s%s has %d dimensions, needs %s", op_, name.argument, name.member, t.ndim,
+                  shape_text(expected.begin(), ndim).c_str());
+    }
+    bool same = true;
+    for (int i = 0; i < ndim; i++) same = same && t.shape[i] == expected.begin()[i];
     if (!same) {
       return fail("%s: %s%s has shape %s, needs %s", op_, name.argument, name.member,
-                  shape_text(t.shape, t.ndim <= 4 ? t.ndim : 0).c_str(),
-                  shape_text(expected.begin(), (int)expected.size()).c_str());
+                  shape_text(t.shape, ndim).c_str(), shape_text(expected.begin(), ndim).c_str());
     }
     if (!countable(t)) {
       return fail("%s: %s%s has shape %s, which no memory holds", op_, name.argument, name.member,
@@ -86,6 +90,18 @@ class Checker {
     if (t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1 && numel(t) > 0) {
       return fail("%s: %s%s has stride %lld in its last dimension, which must be contiguous", op_,
                   name.argument, name.member, (long long)t.stride[t.ndim - 1]);
+    }
+    return LOL_OK;
+  }
+
+  // One that is written, so that no two of its elements may be one.
+  int output(Name name, const lol_tensor& t, int dtype, Shape expected) const {
+    LOL_TRY(strided(name, t, dtype, expected));
+    for (int i = 0; i < t.ndim; i++) {
+      if (t.shape[i] > 1 && t.stride[i] == 0 && numel(t) > 0) {
+        return fail("%s: %s%s is written and has stride 0 in dimension %d", op_, name.argument,
+                    name.member, i);
+      }
     }
     return LOL_OK;
   }
@@ -287,9 +303,12 @@ class Checker {
 
   int qkv_gradients(const lol_tensor& q, const lol_tensor& k, const lol_tensor& v,
                     const lol_tensor& dq, const lol_tensor& dk, const lol_tensor& dv) const {
-    LOL_TRY(like("dq", dq, q));
-    LOL_TRY(like("dk", dk, k));
-    return like("dv", dv, v);
+    LOL_TRY(gradient("dq", dq, q));
+    LOL_TRY(gradient("dk", dk, k));
+    return gradient("dv", dv, v);
+  }
+  int gradient(const char* name, const lol_tensor& t, const lol_tensor& of) const {
+    return output(name, t, of.dtype, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]});
   }
   int like(const char* name, const lol_tensor& t, const lol_tensor& other) const {
     return strided(name, t, other.dtype,

@@ -190,3 +190,6 @@ class Features:
     def kind(self) -> tuple[str, bool, bool, float, int]:
         """What the two maps of one attention must agree in."""
         return self.activation, self.two_sided, self.skip, self.eps, self.width
+
+
+torch.serialization.add_safe_globals([Features])  # torch.load, which loads weights alone, may

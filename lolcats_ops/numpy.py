@@ -24,7 +24,7 @@ from ._codes import ACTIVATIONS, TWO_SIDED, WINDOW_KINDS
 Array = NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Features:
     """A learned feature map, SPEC 1: weight [Hf, D, f], bias [Hf, f] or None.
 
@@ -296,8 +296,8 @@ def _inputs(
 
 
 def _check_parameter(x: Any, name: str) -> None:
-    if not hasattr(x, "astype") or not hasattr(x, "ndim"):
-        raise TypeError(f"{name} is of type {type(x).__name__}, needs an array")
+    if not all(hasattr(x, part) for part in ("astype", "ndim", "flags")):  # JAX's have no flags
+        raise TypeError(f"{name} is of type {type(x).__name__}, needs an array of NumPy or CuPy")
     if not np.can_cast(x.dtype, np.float32, "same_kind"):
         raise TypeError(f"{name} has dtype {x.dtype}, needs real numbers")
 

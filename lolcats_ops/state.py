@@ -251,3 +251,6 @@ class HybridState:
 
 
 STATE_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))
+
+
+torch.serialization.add_safe_globals([HybridState])  # torch.load, which loads weights alone, may

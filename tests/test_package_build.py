@@ -147,6 +147,22 @@ def test_plain_cmake_builds_tests_and_installs(tmp_path):
     build_and_test_c_project(tmp_path / "external", config.parent)
 
 
+def test_a_project_that_becomes_a_wheel_may_have_it_as_a_part(tmp_path):
+    """scikit-build-core's SKBUILD is the project's then, and so is what its wheel holds."""
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(user LANGUAGES C CXX)\n"
+        f"add_subdirectory({REPOSITORY} lolcats_ops)\n"
+        "if(LOLCATS_INSTALL OR LOLCATS_BUILD_PYTHON OR NOT TARGET lolcats_ops::lolcats_ops)\n"
+        "  message(FATAL_ERROR wrong)\nendif()\n"
+    )
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-DSKBUILD=2", "-DLOLCATS_ISAS=scalar")
+
+
+def test_an_instruction_set_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(AssertionError, match="there is no avx3"):
+        run("cmake", "-S", REPOSITORY, "-B", tmp_path, "-DLOLCATS_ISAS=scalar;avx3")
+
+
 AARCH64 = ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++", "qemu-aarch64")
 
 

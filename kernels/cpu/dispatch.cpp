@@ -15,6 +15,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #include "../check.h"
@@ -146,6 +147,16 @@ const Kernels* cpu_kernels() {
   return kernels;
 }
 
+const char* isa_names() {
+  static const std::string names = [] {
+    std::string list;
+    for (int i = 0; i < available().count; i++)
+      list += (i ? ", " : "") + std::string(available().list[i]->isa);
+    return list;
+  }();
+  return names.c_str();
+}
+
 bool may_use_threads() {
 #ifndef _WIN32
   static const int registered =
@@ -172,8 +183,8 @@ const char* lol_cpu_isa_name(int index) {
 int lol_set_cpu_isa(const char* name) {
   const lol::Kernels* kernels = name ? lol::available().find(name) : nullptr;
   if (!kernels) {
-    lol::fail("lol_set_cpu_isa: %s is not an instruction set of this build and CPU",
-              name ? name : "null");
+    lol::fail("lol_set_cpu_isa: name is %s, needs one of %s", name ? name : "null",
+              lol::isa_names());
     return LOL_EUNSUPPORTED;
   }
   lol::chosen.store(kernels, std::memory_order_release);

@@ -91,7 +91,7 @@ static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Bod
 #pragma omp parallel num_threads(threads)
 #endif
   {
-    const MatrixUnit unit{};
+    [[maybe_unused]] const MatrixUnit unit{};
     alignas(64) float own[ON_STACK];
     float* scratch = on_stack ? own : memory.data + shared * thread_index();
     if constexpr (who == Threads::same) {

@@ -42,7 +42,8 @@ struct Kernels {
 // for ever: once some have been at work, a child computes on one, to the same bits.
 bool may_use_threads();
 
-const Kernels*
-cpu_kernels();  // of the instruction set in use; null if LOLCATS_ISA names one that cannot run here
+// Of the instruction set in use; null if LOLCATS_ISA names one that cannot run here.
+const Kernels* cpu_kernels();
+const char* isa_names();  // of those that can, best first
 
 }  // namespace lol

@@ -408,3 +408,17 @@ def test_slots_to_reset_have_any_integer_dtype():
     state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4)
     state.length.fill_(3)
     assert state.reset(torch.tensor([0], dtype=torch.int32)).length.item() == 0
+
+
+def test_states_and_features_can_be_saved_and_compared(tmp_path):
+    """torch.load loads what it knows to be safe; two feature maps are equal if they are one."""
+    state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4)
+    state.kv.normal_()
+    phi = lo.Features(torch.eye(4)[None])
+    torch.save((state, phi), tmp_path / "prompt.pt")
+    loaded, features = torch.load(tmp_path / "prompt.pt")
+    assert loaded.window == 4
+    assert torch.equal(loaded.kv, state.kv)
+    assert torch.equal(features.weight, phi.weight)
+    assert features != phi
+    assert phi in [features, phi]

@@ -57,6 +57,12 @@ int main(void) {
   args.y.shape[3] = F;
   refuses(args, "feature_map: y ");
 
+  args = feature_map_args();
+  args.y.stride[2] = 0;
+  refuses(args, "feature_map: y is written and has stride 0 in dimension 2");
+
+  args = feature_map_args();
+  args.y.shape[3] = F;
   lol_feature_map_backward_args backward = {sizeof(backward)};
   backward.context = args.context;
   backward.x = args.x;

@@ -10,6 +10,9 @@
  *
  * Every function returns LOL_OK or an error code; lol_last_error() then says which argument was
  * wrong, what it was and what is needed. On error nothing has been written.
+ *
+ * Outputs overlap neither inputs nor each other. struct_size is sizeof the struct, and has to be
+ * what the library was built with: any change of a struct is a new LOL_ABI_VERSION.
  */
 #ifndef LOLCATS_OPS_H
 #define LOLCATS_OPS_H
@@ -160,7 +163,7 @@ typedef struct lol_state {
   lol_tensor kv;             /* [P, Hs, F, V] contiguous */
   lol_tensor ksum;           /* [P, Hs, F] contiguous */
   lol_tensor k_ring, v_ring; /* [P, Hk, R, D|V] contiguous, dtype of q */
-  lol_tensor k_sink, v_sink; /* [P, Hk, s, D|V] contiguous, dtype of q */
+  lol_tensor k_sink, v_sink; /* [P, Hk, s, D|V] contiguous, dtype of q; not absent where s is 0 */
   lol_tensor length, folded; /* [P] int64 contiguous */
 } lol_state;
 
