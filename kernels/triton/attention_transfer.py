@@ -250,7 +250,7 @@ def attention_transfer_backward(
     queries = real_queries(q, cu_seqlens, key_padding_mask)
     constants = torch.empty_like(lse) if with_xent else None
     incoming = Incoming(
-        rows(residual), None, delta, den, d_mse * 2 / (queries * v.shape[3]), constants
+        rows(residual), None, delta, den, d_mse * 2 / (queries * v.shape[3]), constants, 0.0
     )
     entropy = None
     if constants is not None:

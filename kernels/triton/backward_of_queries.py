@@ -10,13 +10,15 @@ import triton.language as tl
 
 from .backward_pass import (
     Queries,
+    RowGradient,
     add_product,
+    centered,
     incoming_of,
     softmax_pairs,
     state_product,
     weight_gradients,
 )
-from .features import activate, clamp, dot_rows, load_weight, product, times
+from .features import activate, clamp, dot_rows, load_weight, product, scaled, times
 from .forward import linear_factor, log2_gate, scores
 from .map_gradient import (
     map_gradient,
@@ -26,7 +28,7 @@ from .map_gradient import (
     zero_bias,
     zero_weight,
 )
-from .problem import INF
+from .problem import INF, Sides
 from .state import absorb, absorb_tiles, key_features, load_state
 from .tokens import (
     chunk_of,
@@ -45,13 +47,31 @@ from .tokens import (
 from .window import first_tile, pair_masks, sink_mask, window_start
 
 
+class SoftmaxSums(NamedTuple):
+    """Sums over the keys that a chunk of queries attends by softmax, under their maximum so far."""
+
+    m: Any  # [C], in units of log2 e
+    ties: Any  # [C], how many keys have it
+    weights: Any  # [C], of exp(s - m)
+    gradients: Any  # [C], of exp(s - m) do . v
+
+
 @triton.jit
-def largest_score(m, count, s, inside):
-    """(m, count) with a tile of scores: the maximum, and how often it occurs."""
-    s = tl.where(inside, s, -INF)
-    top = tl.maximum(m, tl.max(s, 1))
+def add_softmax_pairs(p, sums, q, do, k, v, inside):
+    """sums with a tile of keys."""
+    s = tl.where(inside, scores(p, q, k), -INF)
+    top = tl.maximum(sums.m, tl.max(s, 1))
     hits = tl.sum(tl.where(inside & (s == top[:, None]), 1.0, 0.0), 1)
-    return top, tl.where(m == top, count, 0.0) + hits
+    ties = tl.where(sums.m == top, sums.ties, 0.0) + hits
+    m = tl.where(top == -INF, 0.0, top)
+    rescale, weights = tl.exp2(sums.m - m), tl.exp2(s - m[:, None])
+    gradients = weights * product(do, tl.trans(v), None, p.arithmetic)
+    return SoftmaxSums(
+        top,
+        ties,
+        sums.weights * rescale + tl.sum(weights, 1),
+        sums.gradients * rescale + tl.sum(gradients, 1),
+    )
 
 
 @triton.jit
@@ -75,63 +95,71 @@ def far_pairs(p, at, row, c, weight_k, d_phi):
 
 
 @triton.jit
-def row_maximum(p, at, q, k, k_old, i, c):
-    """The largest score of every query's window in units of log2 e (0 if empty), and its count."""
-    m = tl.full((p.chunk,), -INF, tl.float32)
-    count = tl.zeros((p.chunk,), tl.float32)
+def softmax_sums(p, at, q, do, i, c, k, v, k_old, v_old):
+    """Over all keys that a chunk of queries attends by softmax; m is 0 where there are none."""
+    zero = tl.zeros((p.chunk,), tl.float32)
+    sums = SoftmaxSums(zero - INF, zero, zero, zero)
     if p.window.sink > 0:
         first = tokens_at(p, at, 0, p.window.sink_block)
-        s_first = scores(p, q, load_k(p, at, first))
-        m, count = largest_score(m, count, s_first, sink_mask(p, at, i, first.position))
+        inside = sink_mask(p, at, i, first.position)
+        sums = add_softmax_pairs(p, sums, q, do, load_k(p, at, first), load_v(p, at, first), inside)
     if p.window.size > 0:
         inside, outside = pair_masks(p, c * p.chunk, 0)
-        m, count = largest_score(m, count, scores(p, q, k), inside)
+        sums = add_softmax_pairs(p, sums, q, do, k, v, inside)
         if p.window.lag == 1:
             inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            m, count = largest_score(m, count, scores(p, q, k_old), inside)
-        elif p.window.lag == 2:
-            for t in tl.range(first_tile(p, c), c, disable_licm=True):
-                tokens = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
-                s = scores(p, q, load_k(p, at, tokens))
-                m, count = largest_score(m, count, s, inside)
-    return tl.where(m == -INF, 0.0, m), tl.maximum(count, 1.0)
-
-
-class QueryPass(NamedTuple):
-    """Sums of the first pass over the keys that a chunk of queries attends by softmax."""
-
-    dq: Any  # [C, BLOCK_D]
-    weights: Any  # [C], of a / den
-    ds: Any  # [C], of ds / scale
-
-
-@triton.jit
-def add_softmax_keys(p, sums, weights, ds, k):
-    """sums with a tile of keys, whose pairs have a / den and ds / scale."""
-    dq = product(ds * p.scale, k, sums.dq, p.arithmetic)
-    return QueryPass(dq, sums.weights + tl.sum(weights, 1), sums.ds + tl.sum(ds, 1))
-
-
-@triton.jit
-def window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, sums):
-    """sums with the pairs in the windows of a chunk."""
-    if p.window.size > 0:
-        inside, outside = pair_masks(p, c * p.chunk, 0)
-        weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
-        sums = add_softmax_keys(p, sums, weights, ds, k)
-        if p.window.lag == 1:
-            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
-            weights, ds = softmax_pairs(p, queries, k_old, v_old, inside, log2_g)
-            sums = add_softmax_keys(p, sums, weights, ds, k_old)
+            sums = add_softmax_pairs(p, sums, q, do, k_old, v_old, inside)
         elif p.window.lag == 2:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
                 inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
-                weights, ds = softmax_pairs(p, queries, k_far, v_far, inside, log2_g)
-                sums = add_softmax_keys(p, sums, weights, ds, k_far)
-    return sums
+                sums = add_softmax_pairs(p, sums, q, do, k_far, v_far, inside)
+    m = tl.where(sums.m == -INF, 0.0, sums.m)
+    return SoftmaxSums(m, tl.maximum(sums.ties, 1.0), sums.weights, sums.gradients)
+
+
+@triton.jit
+def add_softmax_keys(p, dq, queries, k, v, inside, log2_g):
+    """dq with a tile of keys."""
+    weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
+    return product(ds * p.scale, k, dq, p.arithmetic)
+
+
+@triton.jit
+def window_pairs(p, at, queries, c, k, v, k_old, v_old, log2_g, dq):
+    """dq with the pairs in the windows of a chunk."""
+    if p.window.size > 0:
+        inside, outside = pair_masks(p, c * p.chunk, 0)
+        dq = add_softmax_keys(p, dq, queries, k, v, inside, log2_g)
+        if p.window.lag == 1:
+            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+            dq = add_softmax_keys(p, dq, queries, k_old, v_old, inside, log2_g)
+        elif p.window.lag == 2:
+            for t in tl.range(first_tile(p, c), c, disable_licm=True):
+                far = tokens_at(p, at, t * p.chunk, p.chunk)
+                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+                k_far, v_far = load_k(p, at, far), load_v(p, at, far)
+                dq = add_softmax_keys(p, dq, queries, k_far, v_far, inside, log2_g)
+    return dq
+
+
+@triton.jit
+def mean_value(p, at, c):
+    """The mean of the values of a chunk, [BLOCK_V]."""
+    tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+    count = tl.sum(tl.where(tokens.valid, 1.0, 0.0), 0)
+    return tl.sum(load_v(p, at, tokens).to(tl.float32), 0) / tl.maximum(count, 1.0)
+
+
+@triton.jit
+def without_excess(d_phi, excess, ksum):
+    """d_phi - excess ksum^T, [C, f] for both sides."""
+    plus = d_phi.plus - excess[:, None] * ksum.plus[None, :]
+    if d_phi.minus is None:
+        return Sides(plus, None)
+    else:
+        return Sides(plus, d_phi.minus - excess[:, None] * ksum.minus[None, :])
 
 
 @triton.jit
@@ -157,6 +185,7 @@ def backward_queries(
     if dk_sink is not None:
         dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
         dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
+    center = mean_value(p, at, begin)
     k_carried, v_carried = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
@@ -170,12 +199,13 @@ def backward_queries(
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
         row = incoming_of(p, at, incoming, tokens)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
-        tl.store(left.delta + part, row.delta, mask=tokens.valid)
         k_old, v_old = None, None
         if p.window.lag == 1:
             k_old, v_old = unpacked(k_carried, q.dtype), unpacked(v_carried, q.dtype)
 
-        d_phi = state_product(p, row.do, row.factor, row.delta, state)
+        ksum = state.ksum
+        of_center = tl.sum(row.do.to(tl.float32) * center[None, :], 1) * row.factor
+        d_phi = state_product(p, row.do, row.factor, row.delta - of_center, centered(state, center))
         if p.window.lag == 1:
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
@@ -196,9 +226,28 @@ def backward_queries(
             state = absorb(p, state, tokens, phi_k, v)
 
         d_phi = times(d_phi, factor)
+        WITH_SOFTMAX: tl.constexpr = dq is not None and p.window.size + p.window.sink > 0
+        if WITH_SOFTMAX:
+            sums = softmax_sums(p, at, q, row.do, i, c, k, v, k_old, v_old)
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
         phi = activate(tile.z, p.map_q)
         dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
+        if incoming.out is not None:  # what delta is off by, times den
+            off, share = dm - incoming.eps * row.delta, 0.0
+            if WITH_SOFTMAX:
+                g = tl.exp2(log2_g)
+                off += g * (sums.gradients * row.factor - sums.weights * row.delta)
+                share = g * sums.weights * row.factor
+            excess = off * row.factor
+            row = RowGradient(row.do, row.factor, row.delta + excess)
+            dm -= (1.0 - share) * off
+            less = scaled(excess, factor)
+            d_phi = without_excess(d_phi, less, ksum)
+            if p.window.near_linear:
+                inside, outside = pair_masks(p, c * p.chunk, 0)
+                pairs = tl.where(outside, -less[:, None], 0.0)
+                d_phi = add_product(pairs, phi_k, d_phi, p.arithmetic)
+        tl.store(left.delta + part, row.delta, mask=tokens.valid)
         grad = None
         if dq is not None:
             grad = tl.zeros((p.chunk, p.block_d), tl.float32)
@@ -207,25 +256,20 @@ def backward_queries(
             db += tl.sum(dz, 0)
 
         if dq is not None:
-            if p.window.size > 0 or p.window.sink > 0:
-                m, count = row_maximum(p, at, q, k, k_old, i, c)
-                queries = Queries(q, row, m, dm / count)
-                zero = tl.zeros((p.chunk,), tl.float32)
-                sums = QueryPass(grad, zero, zero)
+            if WITH_SOFTMAX:
+                queries = Queries(q, row, sums.m, dm / sums.ties)
                 tl.store(left.tie + part, queries.tie, mask=tokens.valid)
                 if at.part == 0:
-                    tl.store(left.m + statistic(p, at, tokens), m, mask=tokens.valid)
+                    tl.store(left.m + statistic(p, at, tokens), sums.m, mask=tokens.valid)
                 if p.window.sink > 0:
                     first = tokens_at(p, at, 0, p.window.sink_block)
                     inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
                     keys_first, v_first = load_k(p, at, first), load_v(p, at, first)
                     weights, ds = softmax_pairs(p, queries, keys_first, v_first, inside, log2_g)
-                    sums = add_softmax_keys(p, sums, weights, ds, keys_first)
+                    grad = product(ds * p.scale, keys_first, grad, p.arithmetic)
                     dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                sums = window_pairs(p, at, queries, i, c, k, v, k_old, v_old, log2_g, sums)
-                grad = sums.dq
-                dm -= (1.0 - sums.weights) * sums.ds
+                grad = window_pairs(p, at, queries, c, k, v, k_old, v_old, log2_g, grad)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         total_dm += dm

@@ -14,9 +14,14 @@ With g_i = do_i / den_i and delta_i = g_i . y_i, the gradient of an unnormalised
 The maximum's gradient dm_i is -sum_W a_ij da_ij; since sum_j a_ij da_ij = 0 over all j, it is also
 what is written above, which is exactly zero where N(i) is empty.
 
-The gate's gradient is a multiple of the sum of dm_i over all queries, and there it shows that y,
-and so delta, has been rounded. What delta_i was off by is sum_W a_ij da_ij + dm_i, of which dm_i
-has as much as N(i) has of the weights.
+delta_i comes from a y_i that has been rounded, and where values or features have a mean, gradients
+are small differences beside that. But sum_W a_ij da_ij + dm_i, which would be zero (eps delta_i
+where den has an eps), is what delta_i is off by, times den_i. So the first pass sums over the
+softmax pairs while it looks for their maximum, and goes on with the right delta: for ds, for the
+gate, whose gradient is a multiple of the sum of dm_i, and for the second pass. dphi_q_i loses
+lambda times the excess of ksum and of the features of its own chunk; pairs of N(i) in older chunks,
+a tile or two of all keys, keep theirs. For the same reason kv is rounded as that of values less by
+their mean, or nearly: that of the program's first chunk.
 
 ``backward_of_keys`` goes backward in time with the state's gradient, the sums of phi_q g^T and of
 -phi_q delta over the queries whose state holds the keys:
@@ -37,7 +42,7 @@ import triton.language as tl
 
 from .features import product
 from .forward import scores
-from .problem import Rows, Sides
+from .problem import Rows, Sides, State
 from .state import columns
 from .tokens import load_tile, rows_of, statistic
 
@@ -51,6 +56,7 @@ class Incoming(NamedTuple):
     den: Any  # [B, H, T]; None without normalisation
     coefficient: Any  # pointer to a factor of do and delta, or None
     constant: Any  # [B, H, T] to be added to -da of all of a query's pairs, or None
+    eps: Any  # of den
 
 
 class RowGradients(NamedTuple):
@@ -144,6 +150,17 @@ def add_product(a, b, sides, arithmetic):
         return Sides(plus, None)
     else:
         return Sides(plus, product(a, b.minus, sides.minus, arithmetic))
+
+
+@triton.jit
+def centered(state, center):
+    """The state of values that are less by ``center`` [BLOCK_V]."""
+    plus = state.kv.plus - state.ksum.plus[:, None] * center[None, :]
+    if state.kv.minus is None:
+        return State(Sides(plus, None), state.ksum)
+    else:
+        minus = state.kv.minus - state.ksum.minus[:, None] * center[None, :]
+        return State(Sides(plus, minus), state.ksum)
 
 
 @triton.jit

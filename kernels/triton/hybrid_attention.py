@@ -66,7 +66,7 @@ def hybrid_attention_backward(
         window=(window, window_kind, sink), scale=scale, affine=affine, codes=codes,
         tiles=tiles_for("backward", q, weight_k, v),
     )  # fmt: skip
-    incoming = Incoming(rows(do), rows(out), None, den, None, None)
+    incoming = Incoming(rows(do), rows(out), None, den, None, None, 0.0)
     maps = weight_q, bias_q, weight_k, bias_k
     gradients = attention.backward(problem, q, k, v, *maps, incoming)
     inputs = gradients.dq, gradients.dk, gradients.dv

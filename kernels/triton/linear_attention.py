@@ -74,9 +74,9 @@ def linear_attention_backward(
         q, k, v, weight_q, bias_q, weight_k, bias_k, None, cu_seqlens, key_padding_mask,
         scale=scale, codes=codes, tiles=tiles_for("backward", q, weight_k, v),
     )  # fmt: skip
-    incoming = Incoming(rows(do), None, None, None, None, None)
+    incoming = Incoming(rows(do), None, None, None, None, None, 0.0)
     if normalize:
-        incoming = Incoming(rows(do), rows(out), None, den, None, None)
+        incoming = Incoming(rows(do), rows(out), None, den, None, None, eps)
     gradients = attention.backward(
         problem, q, k, v, weight_q, bias_q, weight_k, bias_k, incoming,
         kv0=attention.per_query_head(problem, kv0), ksum0=attention.per_query_head(problem, ksum0),

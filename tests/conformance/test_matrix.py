@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.cases import FACTORS, Case, cases
-from helpers.kernels import ALL, CPU, KERNELS
+from helpers.kernels import ALL, CPU, INTERPRETED, KERNELS
 from helpers.operators import (
     BOUNDLESS,
     HYBRID,
@@ -166,7 +166,7 @@ def test_gradients_are_exact_however_many_features_are_clamped(backend, device, 
         assert (got - want).norm() < 1e-5 * want.norm()
 
 
-@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("backend", [*CPU, *INTERPRETED], indirect=True)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 6.6e-3), (torch.float16, 2e-3)])
 @pytest.mark.parametrize("window", [0, 16, 250, 600])
 def test_what_values_have_in_common_does_not_drown_gradients(backend, device, dtype, bound, window):
