@@ -40,10 +40,9 @@ class _LayerLearner:
         self.bar = bar
         self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-        # One cycle ends at a hundred-thousandth of its rate, so it goes on for a step that is not
-        # taken: else a single step would learn nothing.
+        # Of a cycle of a single step that would be the last, of a rate near zero, not the first.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, max_lr=config.learning_rate, total_steps=steps + 1
+            self.optimizer, max_lr=config.learning_rate, total_steps=max(steps, 2)
         )
 
     def __call__(self, attend: Attend, batch: int) -> Tensor:
