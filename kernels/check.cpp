@@ -50,7 +50,7 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
     return fail("linear_attention: kv0 and ksum0 come together or not at all");
   LOL_TRY(c.optional("kv0", a.kv0, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("ksum0", a.ksum0, LOL_F32, {N, Hs, F}));
-  LOL_TRY(c.output("o", a.o, a.q.dtype, {B, H, T, V}));
+  LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
   return c.contiguous("den", a.den, LOL_F32, {B, H, T});
 }
 
@@ -100,6 +100,7 @@ int check(const lol_linear_attention_args& a) {
   LOL_TRY(check_size("linear_attention", a));
   LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(check_forward(c, a));
+  LOL_TRY(c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]}));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, a.q.shape[0], a.q.shape[2], &N));
   const int64_t Hs = present(a.feature_k.weight) ? a.feature_k.weight.shape[0] : a.k.shape[1];
@@ -148,7 +149,7 @@ int check(const lol_hybrid_attention_backward_args& a) {
   const lol_hybrid_attention_args& f = a.forward;
   LOL_TRY(check_size("hybrid_attention_backward: forward", f));
   LOL_TRY(check_student(c, f));
-  LOL_TRY(c.output("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
+  LOL_TRY(c.strided("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
   LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,

@@ -149,6 +149,9 @@ def test_a_text_that_is_named_twice_is_read_twice(tmp_path):
         ("transfer", "learning_rate", math.inf),
         ("finetune", "seed", -1),
         ("finetune", "seed", 2**33),
+        ("finetune", "max_steps", 0),
+        ("finetune", "max_steps", True),
+        ("finetune", "merge", "yes"),
     ],
 )
 def test_values_of_a_configuration_are_not_turned_into_others(section, field, value):

@@ -200,6 +200,21 @@ def test_from_pretrained_refuses_a_checkpoint_that_lacks_weights(model, tmp_path
         lo.hf.from_pretrained(tmp_path)
 
 
+def test_from_pretrained_refuses_a_checkpoint_without_feature_maps(model, tmp_path):
+    weights = {n: x for n, x in model.state_dict().items() if ".lolcats.feature" not in n}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(ValueError, match=r"lacks weights .*\.lolcats\.feature"):
+        lo.hf.from_pretrained(tmp_path)
+
+
+def test_use_mode_gives_every_layer_its_own_mode_back(model):
+    first, *others = lo.hf.attention_layers(model)
+    first.mode = "softmax"
+    with lo.hf.use_mode(model, "transfer"):
+        assert {layer.mode for layer in lo.hf.attention_layers(model)} == {"transfer"}
+    assert [layer.mode for layer in (first, *others)] == ["softmax", *["hybrid"] * len(others)]
+
+
 def test_from_pretrained_refuses_a_softmax_model(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama model, not a converted one"):
