@@ -6,37 +6,50 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
+// The parts of dk and dv that the segments of a sequence have, for one state head.
+struct KeyParts {
+  float *dk, *dv;
+};
+
 // One call: its segments, its scratch, and the runs that both ways of sharing it out consist of.
 class Backward {
  public:
   Backward(const BackwardProblem& b, const Batch& batch, const Segments& segments,
-           const ParameterPartials& partials)
+           const ParameterPartials& partials, bool parts_of_thread)
       : b_(b),
         p_(b.p),
         batch_(batch),
         segments_(segments),
         partials_(partials),
-        dk_(wants_inputs() ? segments.rows() * p_.state_heads() * padded(p_.D()) : 0),
-        dv_(wants_inputs() ? segments.rows() * p_.state_heads() * padded(p_.V()) : 0),
+        parts_of_thread_(parts_of_thread),
+        dk_(part_rows() * padded(p_.D())),
+        dv_(part_rows() * padded(p_.V())),
         delta_(has_delta() ? 0 : p_.q.shape[0] * p_.heads() * p_.q.shape[2]) {}
   bool ok() const { return dk_.ok() && dv_.ok() && delta_.ok(); }
 
   // Threads take groups of sequences, each from its first segment to the last and back.
   int by_sequences() {
-    const int64_t floats = scratch() + StateSums::floats(p_);
+    const int64_t rows = parts_of_thread_ && wants_inputs() ? segments_.rows_of_sequence() : 0;
+    const int64_t floats =
+        scratch() + StateSums::floats(p_) + rows * (padded(p_.D()) + padded(p_.V()));
     const auto work = [&](int64_t w, Arena arena) {
       const int64_t group = w / p_.state_heads(), head = w % p_.state_heads();
       const StateSums carried = StateSums::take(p_, arena), nothing = {};
+      const KeyParts own = {arena.take(rows * padded(p_.D())), arena.take(rows * padded(p_.V()))};
       for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
         const Sequence& s = batch_.sequences[i];
         const int64_t last = segments_.count(s) - 1;
+        const KeyParts parts = parts_of_thread_ ? own : parts_of(s, head);
         for (int64_t j = 0; j <= last; j++)
-          queries(run_of(s, head, partials_.slot(group, j), j), j ? carried : initial(s, head),
-                  j < last ? carried : nothing, arena);
-        for (int64_t j = last; j >= 0; j--)
-          backward_of_keys(run_of(s, head, partials_.slot(group, j), j),
+          backward_of_queries(run_of(s, head, partials_.slot(group, j), j, parts),
+                              j ? carried : initial(s, head), j < last ? carried : nothing, arena);
+        for (int64_t j = last; j >= 0; j--) {
+          backward_of_keys(run_of(s, head, partials_.slot(group, j), j, parts),
                            j < last ? carried : final_gradient(s, head),
                            j ? carried : initial_gradient(s, head), arena);
+          // While they are near, and since the next head's come in their place.
+          if (parts_of_thread_) store_keys(s, head, j, parts, 1);
+        }
       }
     };
     return finish(run_workers(partials_.groups() * p_.state_heads(), floats, all_work(), work,
@@ -57,13 +70,13 @@ class Backward {
     };
     const auto gradients = [&](int64_t w, Arena arena) {
       const Sequence& s = sequence_of(w);
-      BackwardRun run = run_of(s, w % Hs, 0, 0);
+      BackwardRun run = run_of(s, w % Hs, 0, 0, {});
       if (waits) run.new_delta = nullptr;
       gradients_after(run, segments_, final_gradient(s, w % Hs), after, arena);
     };
     const auto of_queries = [&](const BackwardRun& run, int64_t j, Arena arena) {
       const int64_t head = run.state_head;
-      queries(run, j ? before.at(run.s, j, head) : initial(run.s, head), {}, arena);
+      backward_of_queries(run, j ? before.at(run.s, j, head) : initial(run.s, head), {}, arena);
     };
     const auto of_keys = [&](const BackwardRun& run, int64_t j, Arena arena) {
       const int64_t head = run.state_head, last = segments_.count(run.s) - 1;
@@ -100,7 +113,7 @@ class Backward {
       const int64_t j = partials_.segment_of(slot);
       for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
         const Sequence& s = batch_.sequences[i];
-        if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j), j, arena);
+        if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j, parts_of(s, w % Hs)), j, arena);
       }
     };
     return run_workers(partials_.slots() * Hs, scratch(), all_work(), of_slot, prepare);
@@ -121,13 +134,19 @@ class Backward {
   StateSums final_gradient(const Sequence& s, int64_t head) const {
     return StateSums::of(p_, b_.dkv, b_.dksum, s, head);
   }
-  int64_t row(const Sequence& s, int64_t head, int64_t j) const {
-    return head * segments_.rows() + segments_.row(s, j);
+  int64_t part_rows() const {
+    return wants_inputs() && !parts_of_thread_ ? segments_.rows() * p_.state_heads() : 0;
+  }
+  KeyParts parts_of(const Sequence& s, int64_t head) const {
+    const int64_t row = head * segments_.rows() + segments_.row(s);
+    if (part_rows() == 0) return {};
+    return {dk_.data + row * padded(p_.D()), dv_.data + row * padded(p_.V())};
   }
 
-  BackwardRun run_of(const Sequence& s, int64_t head, int64_t slot, int64_t j) const {
+  BackwardRun run_of(const Sequence& s, int64_t head, int64_t slot, int64_t j,
+                     KeyParts parts) const {
     const Segment segment = segments_.at(s, j);
-    const int64_t at = row(s, head, j);
+    const int64_t row = segments_.row_in_sequence(j);
     return {b_,
             p_,
             s,
@@ -137,20 +156,11 @@ class Backward {
             segment,
             segments_.sinks(),
             segments_.first_key(segment),
-            wants_inputs() ? dk_.data + at * padded(p_.D()) : nullptr,
-            wants_inputs() ? dv_.data + at * padded(p_.V()) : nullptr,
+            segments_.rows_of(segment),
+            parts.dk ? parts.dk + row * padded(p_.D()) : nullptr,
+            parts.dv ? parts.dv + row * padded(p_.V()) : nullptr,
             b_.delta ? b_.delta : delta_.data,
             has_delta() ? nullptr : delta_.data};
-  }
-
-  // The pass forward in time comes first: the other adds to its dk and dv.
-  void queries(const BackwardRun& run, StateSums before, StateSums after, Arena arena) const {
-    if (wants_inputs()) {
-      const int64_t rows = segments_.rows_of(run.segment);
-      fill(run.dk, rows * padded(p_.D()), 0.0f);
-      fill(run.dv, rows * padded(p_.V()), 0.0f);
-    }
-    backward_of_queries(run, before, after, arena);
   }
 
   void clear_padded() const {
@@ -160,37 +170,55 @@ class Backward {
     clear(b_.dv);
   }
   int finish(int status) const {
-    if (status != LOL_OK || !wants_inputs()) return status;
-    const int keys = store_key_gradients(b_.dk, dk_.data);
-    return keys ? keys : store_key_gradients(b_.dv, dv_.data);
+    if (status != LOL_OK || part_rows() == 0) return status;
+    const int64_t Hk = p_.kv_heads(), shared = p_.state_heads() / Hk, most = segments_.most();
+    const int64_t work = batch_.real_tokens * p_.state_heads() * (p_.D() + p_.V());
+    return run_workers(batch_.count * Hk * most, 0, work, [&](int64_t w, Arena) {
+      const Sequence& s = batch_.sequences[w / most / Hk];
+      const int64_t kv_head = w / most % Hk, j = w % most;
+      if (j < segments_.count(s)) store_keys(s, kv_head, j, parts_of(s, kv_head * shared), shared);
+    });
   }
 
-  // dk or dv: what the segments and state heads have of each key of a kv head, added up and rounded
-  // once.
-  int store_key_gradients(const lol_tensor& out, const float* parts) const {
-    const int64_t Hk = p_.kv_heads(), shared = p_.state_heads() / Hk, sinks = segments_.sinks();
-    const int ld = padded(out.shape[3]);
-    const int64_t work = batch_.real_tokens * p_.state_heads() * ld;
-    return run_workers(batch_.count * Hk, ld, work, [&](int64_t w, Arena arena) {
-      const Sequence& s = batch_.sequences[w / Hk];
-      const Tokens to = tokens_of(out, s, w % Hk);
-      float* sum = arena.take(ld);
-      for (int64_t i = 0; i < s.tokens; i++) {
-        fill(sum, ld, 0.0f);
-        for (int64_t head = w % Hk * shared; head < (w % Hk + 1) * shared; head++) {
-          // Without a window the first query of a segment finds itself in the state.
-          for (int64_t j = i < sinks ? 0 : segments_.of(at_least(i - 1, 0)); j < segments_.count(s);
-               j++) {
-            const int64_t first = segments_.first_key(segments_.at(s, j));
-            if (i >= sinks && first > i) break;
-            const int64_t at = row(s, head, j) + (i < sinks ? i : sinks + i - first);
-            for (int c = 0; c < ld; c += LANES)
-              store(sum + c, load(sum + c) + load(parts + at * ld + c));
-          }
-        }
-        store_row(to.row(i), sum, to.width, to.dtype);
+  // dk and dv of the keys of which no segment before the j-th has a part: what that, later ones and
+  // `shared` state heads have is added up, in that order, and rounded once. Without a window a
+  // segment has a part of the key after its last query, whose own query finds it in the state.
+  void store_keys(const Sequence& s, int64_t kv_head, int64_t j, KeyParts parts,
+                  int64_t shared) const {
+    if (!wants_inputs()) return;
+    const Segment segment = segments_.at(s, j);
+    const int64_t sinks = at_most(segments_.sinks(), s.tokens);
+    const int64_t end = at_most(segment.end + 1, s.tokens);
+    const auto store = [&](int64_t from, int64_t to) {
+      add_up(tokens_of(b_.dk, s, kv_head), s, j, from, to, parts.dk, shared);
+      add_up(tokens_of(b_.dv, s, kv_head), s, j, from, to, parts.dv, shared);
+    };
+    if (j == 0) store(0, sinks);
+    store(j ? segment.begin + 1 : sinks, end);
+  }
+  // Keys [begin, end), sinks or none of them, into the rows of the j-th segment of the first head.
+  void add_up(const Tokens& to, const Sequence& s, int64_t j, int64_t begin, int64_t end,
+              float* parts, int64_t shared) const {
+    const int64_t ld = padded(to.width), sinks = segments_.sinks();
+    const auto first_key = [&](int64_t i) {
+      return begin < sinks ? 0 : segments_.first_key(segments_.at(s, i));
+    };
+    const auto row = [&](int64_t head, int64_t i, int64_t key) {
+      const int64_t in_segment = key - first_key(i) + (begin < sinks ? 0 : sinks);
+      return parts + (head * segments_.rows() + segments_.row_in_sequence(i) + in_segment) * ld;
+    };
+    float* sum = row(0, j, begin);
+    for (int64_t head = 0; head < shared; head++) {
+      for (int64_t i = head ? j : j + 1; i < segments_.count(s); i++) {
+        const int64_t from = at_least(begin, first_key(i));
+        if (from >= end) break;
+        const float* part = row(head, i, from);
+        float* into = sum + (from - begin) * ld;
+        for (int64_t at = 0; at < (end - from) * ld; at += LANES)
+          store(into + at, load(into + at) + load(part + at));
       }
-    });
+    }
+    store_rows(to, begin, end - begin, sum);
   }
 
   const BackwardProblem& b_;
@@ -198,6 +226,9 @@ class Backward {
   const Batch& batch_;
   const Segments& segments_;
   const ParameterPartials& partials_;
+  // Whether a thread has the parts of one sequence and state head at a time, which are near, and
+  // few; or all are kept.
+  const bool parts_of_thread_;
   const Buffer dk_, dv_, delta_;
 };
 
@@ -205,9 +236,11 @@ class Backward {
 
 int backward(const BackwardProblem& b, const Batch& batch, const Segments& segments,
              const ParameterPartials& partials) {
-  Backward call(b, batch, segments, partials);
-  if (!call.ok() || !partials.ok()) return LOL_ENOMEM;
   const bool shared = by_segments(segments, b.p, batch, partials.groups() * b.p.state_heads());
+  // Threads that share a sequence, or the state heads of a kv head, have parts of the same keys.
+  const bool parts_of_thread = !shared && b.p.state_heads() == b.p.kv_heads();
+  Backward call(b, batch, segments, partials, parts_of_thread);
+  if (!call.ok() || !partials.ok()) return LOL_ENOMEM;
   return shared ? call.by_segments() : call.by_sequences();
 }
 

@@ -30,8 +30,15 @@ class QueryGradients {
   void run(StateSums before, StateSums after) {
     const int64_t h0 = run_.first_head();
     if (before.kv) c_.load_state(before.kv, before.ksum, folded_before(p_, run_.segment));
+    int64_t cleared = 0;
     for (int64_t first = run_.segment.begin; first < run_.segment.end; first += BLOCK) {
       c_.fold(p_.window.start(first));
+      if (run_.wants_inputs()) {
+        // A tile's rows that no query sees yet take zeros, a block ahead at most.
+        const int64_t end = at_most(run_.row(first) + 2 * BLOCK, run_.rows);
+        run_.clear_rows(cleared, end);
+        cleared = end;
+      }
       for (int64_t h = h0; h < h0 + p_.group(); h++) {
         block_.load(h, first);
         block_.prefetch(h, first + BLOCK);

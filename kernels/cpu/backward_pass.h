@@ -14,8 +14,9 @@ struct BackwardRun {
   const ParameterPartials& partials;
   int64_t state_head, slot;
   Segment segment;
-  int64_t sinks, first_key;
-  // [.. x padded(D | V)], the rows of Segments; unless wants_inputs() is false
+  int64_t sinks, first_key, rows;
+  // [rows x padded(D | V)], the segment's part of the gradients of its keys, which the pass forward
+  // in time begins; unless wants_inputs() is false
   float *dk, *dv;
   const float* delta;  // dy . y [B, H, T]
   float* new_delta;    // the same, for the pass forward in time to compute; or null: it is given
@@ -24,6 +25,11 @@ struct BackwardRun {
   bool last() const { return segment.end == s.tokens; }
   int64_t row(int64_t position) const {
     return position < sinks ? position : sinks + position - first_key;
+  }
+  // Sets rows [begin, end) of both to zero.
+  void clear_rows(int64_t begin, int64_t end) const {
+    fill(dk + begin * padded(p.D()), (end - begin) * padded(p.D()), 0.0f);
+    fill(dv + begin * padded(p.V()), (end - begin) * padded(p.V()), 0.0f);
   }
   float* dk_at(int64_t position) const { return dk + row(position) * padded(p.D()); }
   float* dv_at(int64_t position) const { return dv + row(position) * padded(p.V()); }

@@ -16,19 +16,22 @@ class Segments {
  public:
   Segments(const Problem& p, const Batch& batch);
   int64_t count(const Sequence& s) const { return at_least((s.tokens + tokens_ - 1) / tokens_, 1); }
+  int64_t most() const { return at_least((length_ + tokens_ - 1) / tokens_, 1); }
   Segment at(const Sequence& s, int64_t j) const {
     return {j, j * tokens_, at_most((j + 1) * tokens_, s.tokens)};
   }
-  int64_t of(int64_t position) const { return position / tokens_; }
   // Where a segment is in an array with an entry for each, and how many entries that has.
   int64_t place(const Sequence& s, int64_t j) const;
   int64_t places() const { return entries_ * places_; }
-  // The same of an array with rows for the keys that a segment's queries attend by softmax: those
-  // of the sinks, then from first_key on, and one more tile.
-  int64_t row(const Sequence& s, int64_t j) const {
-    return s.batch * length_ + first_of(s) + j * tokens_ + more_ * place(s, j);
+  // The same of rows for the keys that a segment's queries attend by softmax: those of the sinks,
+  // then from first_key on, and one more tile. A sequence has its segments' one after the other, an
+  // array those of all sequences.
+  int64_t row(const Sequence& s) const {
+    return s.batch * length_ + first_of(s) + more_ * place(s, 0);
   }
+  int64_t row_in_sequence(int64_t j) const { return j * (tokens_ + more_); }
   int64_t rows() const { return entries_ * length_ + more_ * places(); }
+  int64_t rows_of_sequence() const { return length_ + more_ * (length_ / tokens_ + 1); }
   int64_t rows_of(const Segment& g) const { return sink_ + g.end - first_key(g) + BLOCK; }
   int64_t first_key(const Segment& g) const {
     return g.begin ? at_most(window_.start(g.begin), g.begin) : sink_;

@@ -33,10 +33,12 @@ def same_with_threads(call: Callable[[], list[torch.Tensor]]) -> list[torch.Tens
     ("window", "kind", "sink"), [(64, "sliding", 1), (50, "terrace", 0), (0, "sliding", 3)]
 )
 # Fewer heads than threads, and one more than two threads; states of few rows, and of several groups
-# that go from thread to thread and are folded at a time.
-@pytest.mark.parametrize(("kv_heads", "f"), [(1, 12), (3, 12), (1, 40)])
-def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads, f):
-    case = Case("2048", D=20, f=f, G=2, batch=(1, kv_heads), window=window, shared="k")
+# that go from thread to thread and are folded at a time; a state for every query head.
+@pytest.mark.parametrize(
+    ("kv_heads", "f", "shared"), [(1, 12, "k"), (3, 12, "k"), (1, 40, "k"), (1, 12, "neither")]
+)
+def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads, f, shared):
+    case = Case("2048", D=20, f=f, G=2, batch=(1, kv_heads), window=window, shared=shared)
     x = make_inputs(case).as_dtype(dtype, "plain")
     q, k, v, gate = (x.leaves[n].detach() for n in ("q", "k", "v", "gate"))
     maps = [lo.Features(x.leaves[n].detach()) for n in ("weight_q", "weight_k")]
