@@ -55,6 +55,7 @@ class KeyGradients {
   void step(int64_t first, int64_t begin, int64_t end);
   void load_queries(int64_t h, int64_t first);
   void begin_tile(int64_t start, int64_t n);
+  void prefetch(int64_t start) const;
   void mixed_part(const Band& band);
   void finish_tile();
   void absorb_queries();
@@ -122,6 +123,21 @@ void KeyGradients::begin_tile(int64_t start, int64_t n) {
          run_.dv_at(start), ldv, Into::add);
 }
 
+// A tile of keys, and what the pass forward in time has left of their gradients.
+void KeyGradients::prefetch(int64_t start) const {
+  const int64_t n = at_most(BLOCK, run_.s.tokens - start);
+  if (start < run_.first_key || n <= 0) return;
+  request_rows(run_.keys(), start, n);
+  request_rows(run_.values(), start, n);
+  if (!run_.wants_inputs()) return;
+  const auto request_part = [&](const float* first, int64_t floats) {
+    const int64_t bytes = floats * (int64_t)sizeof(float);
+    Requests::of_thread().add(WantedRows::at((const char*)first, bytes, n, bytes));
+  };
+  request_part(run_.dv_at(start), padded(V_));
+  request_part(run_.dk_at(start), padded(D_));
+}
+
 // dphi_k and dv from the queries at hand that see some of the keys as linear.
 void KeyGradients::mixed_part(const Band& band) {
   const int n = (int)n_, ldv = padded(V_);
@@ -184,7 +200,10 @@ void KeyGradients::step(int64_t first, int64_t begin, int64_t end) {
   for (int64_t start = begin; start == begin || start < end; start += BLOCK) {
     const bool keys = start < end, at_end = start + BLOCK >= end;
     const bool mixed = keys && first >= 0 && start < p_.window.start(last);
-    if (keys) begin_tile(start, at_most(BLOCK, end - start));
+    if (keys) {
+      begin_tile(start, at_most(BLOCK, end - start));
+      prefetch(start + BLOCK < end ? start + BLOCK : begin - BLOCK);
+    }
     // A block is loaded once for its last tile of keys, usually the only one, and for (dkv, dksum).
     for (int64_t h = h0; first >= 0 && (mixed || at_end) && h < h0 + p_.group(); h++) {
       load_queries(h, first);
