@@ -201,3 +201,105 @@ def test_a_state_is_of_arrays_and_of_no_negative_size(case):
         lnp.hybrid_attention_step_(q, k, v, phi, phi, gate, None)
     with pytest.raises(TypeError, match=r"state needs to be a tuple \(kv, ksum\)"):
         lnp.linear_attention(q, q, q, state=3)
+
+
+MASK = np.random.default_rng(1).random((B, T)) < 0.7
+
+
+def of_torch(x):
+    """An argument of lolcats_ops.numpy as one of lolcats_ops."""
+    import torch
+
+    import lolcats_ops as lo
+
+    if isinstance(x, lnp.Features):
+        bias = None if x.bias is None else torch.from_numpy(x.bias)
+        weight = torch.from_numpy(x.weight)
+        return lo.Features(weight, bias, x.activation, x.two_sided, x.skip, x.eps)
+    return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"affine": True, "sink": 3, "scale": 0.3},
+        {"window_kind": "terrace", "window": 5, "key_padding_mask": MASK},
+        {"window": 0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("op", ["hybrid_attention", "attention_transfer"])
+@pytest.mark.parametrize("maps", [{}, {"eps": 0.1}, {"activation": "exp", "two_sided": False}])
+def test_options_do_what_they_do_in_torch(case, op, options, maps):
+    lo = pytest.importorskip("lolcats_ops")
+    q, k, v, feature_q, feature_k, gate = case
+    bias = np.ones((H, F), np.float32)
+    arguments = (
+        *(q, k, v),
+        lnp.Features(feature_q.weight, bias, **maps),
+        lnp.Features(feature_k.weight, bias[:KV_HEADS], **maps),
+        gate,
+    )
+    options = {"window": 8, **options} | ({"xent": True} if op == "attention_transfer" else {})
+    got = getattr(lnp, op)(*arguments, **options)
+    want = getattr(lo, op)(
+        *map(of_torch, arguments), **{name: of_torch(x) for name, x in options.items()}
+    )
+    if op == "hybrid_attention":
+        assert np.array_equal(got, want.numpy())
+    else:
+        assert np.array_equal(got.teacher, want.teacher.numpy())
+        assert (got.mse, got.xent) == (want.mse.item(), want.xent.item())
+
+
+@pytest.mark.parametrize("options", [{"affine": True, "scale": 0.3}, {"window_kind": "terrace"}])
+def test_steps_of_a_pool_do_what_they_do_in_torch(case, options):
+    lo = pytest.importorskip("lolcats_ops")
+    q, k, v, feature_q, feature_k, gate = case
+    slots = np.array([3, 1])
+    state = lnp.State.empty(4, k, v, feature_k, ring=16, sink=1)
+    kind = options.get("window_kind", "sliding")
+    settings = {"window": 8, "window_kind": kind, "sink": 1, "slack": 0 if kind == "terrace" else 8}
+    pool = lo.HybridState.empty_for(
+        of_torch(k), of_torch(v), of_torch(feature_k), batch=4, **settings
+    )
+    for start, stop in ((0, 20), (20, 21), (21, T)):
+        rows = [x[:, :, start:stop] for x in (q, k, v)]
+        got = lnp.hybrid_attention_step_(
+            *rows, feature_q, feature_k, gate, state, window=8, state_indices=slots, **options
+        )
+        want = lo.hybrid_attention_step_(
+            *map(of_torch, (*rows, feature_q, feature_k, gate)),
+            pool,
+            state_indices=of_torch(slots),
+            affine=options.get("affine", False),
+            scale=options.get("scale"),
+        )
+        assert np.array_equal(got, want.numpy())
+    for array, tensor in zip(state, pool.tensors.values(), strict=True):
+        assert np.array_equal(array, tensor.numpy())
+
+
+def test_linear_attention_takes_every_option(case):
+    q, k, v, feature_q, feature_k, _ = case
+    maps = {"feature_q": feature_q, "feature_k": feature_k}
+    whole, (kv, ksum) = lnp.linear_attention(q, k, v, **maps, return_state=True)
+    first, state = lnp.linear_attention(
+        q[:, :, :20], k[:, :, :20], v[:, :, :20], **maps, return_state=True
+    )
+    then, state = lnp.linear_attention(
+        q[:, :, 20:], k[:, :, 20:], v[:, :, 20:], **maps, state=state, return_state=True
+    )
+    np.testing.assert_allclose(np.concatenate((first, then), 2), whole, rtol=1e-4, atol=1e-5)
+    for sums, of_whole in zip(state, (kv, ksum), strict=True):
+        np.testing.assert_allclose(sums, of_whole, rtol=1e-4, atol=1e-5)
+    sums = lnp.linear_attention(q, k, v, **maps, normalize=False)
+    ones = lnp.linear_attention(q, k, np.ones_like(v), **maps, normalize=False)
+    np.testing.assert_allclose(sums / ones, whole, rtol=1e-4, atol=1e-5)
+    damped = lnp.linear_attention(q, k, v, **maps, eps=2.0)
+    np.testing.assert_allclose(damped, sums / (ones + 2), rtol=1e-4, atol=1e-5)
+    masked = lnp.linear_attention(q, k, v, **maps, key_padding_mask=MASK)
+    assert not masked.swapaxes(1, 2)[~MASK].any()
+    row = MASK[0]
+    alone = lnp.linear_attention(q[:1, :, row], k[:1, :, row], v[:1, :, row], **maps)
+    np.testing.assert_allclose(masked[:1, :, row], alone, rtol=1e-5, atol=1e-6)

@@ -94,6 +94,35 @@ def test_a_team_takes_sequences_without_tokens_and_ends_within_a_block(backend, 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_states_do_not_depend_on_threads(backend, dtype):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, dy = torch.randn(4, 1, 1, 2100, 16, generator=rng).to(dtype)
+    weight, kv, dkv = (
+        torch.randn(1, *s, generator=rng) for s in ((16, 12), (1, 24, 16), (1, 24, 16))
+    )
+    ksum, dksum = (torch.rand(1, 1, 24, generator=rng) + 1 for _ in "01")
+
+    def call():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, weight, kv, ksum)]
+        phi = lo.Features(leaves[3])
+        state = lo.HybridState.of_sums(
+            *leaves[4:], torch.ones(1, dtype=torch.int64), head_dim=16, kv_heads=1
+        )
+        y, after = lo.linear_attention(
+            *leaves[:3],
+            feature_q=phi,
+            feature_k=phi,
+            state=state,
+            return_state=True,
+            backend=backend,
+        )
+        return [*torch.autograd.grad((y, after.kv, after.ksum), leaves, (dy, dkv, dksum))]
+
+    same_with_threads(call)
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("kind", "slack"), [("sliding", 0), ("sliding", 70), ("terrace", 20)])
 def test_a_team_goes_on_from_a_state(backend, dtype, kind, slack):
     q, k, v, feature_q, feature_k, gate = one_head(5000, dtype)

@@ -1,0 +1,61 @@
+"""The modules of lolcats_ops.nn are their operators with their own settings."""
+
+import pytest
+import torch
+
+import lolcats_ops as lo
+
+H, KV, D, T = 4, 2, 16, 40
+
+
+@pytest.fixture
+def qkv():
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(2, heads, T, D, generator=rng) for heads in (H, KV, KV)]
+
+
+def features(module):
+    settings = {"activation": "elu1", "two_sided": False, "skip": True, "eps": 0.3}
+    return lo.Features(module.weight, module.bias, **settings)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_hybrid_attention_is_its_operators(qkv, affine, share):
+    windows = {"window": 8, "window_kind": "terrace", "sink": 1}
+    maps = {"activation": "elu1", "bias": True, "skip": True, "eps": 0.3}
+    attention = lo.nn.HybridAttention(
+        H, KV, D, **windows, affine=affine, gate_init=0.3, share_kv_features=share, **maps
+    )
+    assert torch.allclose(attention.gate.sigmoid(), torch.full((H,), 0.3))
+    assert attention.feature_k.weight.shape[0] == (KV if share else H)
+    parameters = features(attention.feature_q), features(attention.feature_k), attention.gate
+    settings = {**windows, "affine": affine}
+    with torch.no_grad():
+        want = lo.hybrid_attention(*qkv, *parameters, **settings)
+        assert attention(*qkv).equal(want)
+        transfer = lo.attention_transfer(*qkv, *parameters, **settings)
+        assert attention.transfer(*qkv).mse.equal(transfer.mse)
+    state = attention.empty_state(2, slack=3)
+    assert (state.slack, state.kv.shape[1]) == (3, attention.feature_k.weight.shape[0])
+    out = torch.cat(
+        [attention.step_(*(x[:, :, i : i + 1] for x in qkv), state) for i in range(T)], 2
+    )
+    torch.testing.assert_close(out, want)
+    assert attention.empty_state(1, value_dim=24).kv.shape[-1] == 24
+
+
+@pytest.mark.parametrize("gate_init", [0, 1, -0.1, 1.5])
+def test_a_gate_starts_between_0_and_1(gate_init):
+    with pytest.raises(ValueError, match="gate_init"):
+        lo.nn.HybridAttention(H, KV, D, gate_init=gate_init)
+
+
+def test_the_projection_of_favor_is_one_and_stays(qkv):
+    attention = lo.nn.LinearAttention(
+        H, KV, D, activation="favor", init="orthogonal", share_kv_features=True
+    )
+    q, k = attention.feature_q.weight, attention.feature_k.weight
+    assert q.equal(k.repeat_interleave(H // KV, 0))
+    assert not q.requires_grad
+    assert not k.requires_grad
