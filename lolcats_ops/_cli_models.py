@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .convert import ConversionConfig, pack, read_texts
+from .convert import ConversionConfig
 from .convert.files import is_whole, replacing_files
 from .hf import LolcatsConfig  # whose import registers the model type of converted models
 from .hf.auto import refuse_gaps
@@ -106,13 +105,6 @@ def load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrain
             "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
         )
     return model, tokenizer
-
-
-def token_rows(
-    paths: list[Path], tokenizer: PreTrainedTokenizerBase, settings: ConversionConfig
-) -> Tensor:
-    """Texts as the sequences that the settings ask for."""
-    return pack(read_texts(paths), tokenizer, settings.data.length)
 
 
 def save(

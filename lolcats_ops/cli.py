@@ -50,7 +50,10 @@ OutPath = Annotated[
     Path, typer.Argument(metavar="OUT", help="Folder to write the model to.", file_okay=False)
 ]
 TextFiles = Annotated[
-    list[Path], typer.Option("--text", help="UTF-8 text file; repeat for several.", exists=True)
+    list[Path],
+    typer.Option(
+        "--text", help="UTF-8 text file; repeat for several.", exists=True, dir_okay=False
+    ),
 ]
 ConfigFile = Annotated[
     Path | None,
@@ -91,7 +94,7 @@ def convert(
 
     from . import _cli_models as models
 
-    settings = models.settings_of(config)
+    settings = models.settings_of(config, model)
     loaded, tokenizer = models.load_whole(model, "cpu")
     lo.hf.convert(loaded, settings.lolcats)
     models.save(out, loaded, tokenizer, settings)
@@ -119,11 +122,12 @@ def transfer(
     from . import _cli_models as models
 
     settings = models.settings_of(config, model)
+    texts = lo.convert.read_texts(text)
     loaded, tokenizer = models.load_whole(model, device)
     if not lo.hf.attention_layers(loaded):
         lo.hf.convert(loaded, settings.lolcats)
     settings = models.as_converted(settings, config, loaded)
-    rows = models.token_rows(text, tokenizer, settings)
+    rows = lo.convert.pack(texts, tokenizer, settings.data.length)
     out.mkdir(parents=True, exist_ok=True)
     checkpoint = out / "transfer.pt" if resume else None
     report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
@@ -154,11 +158,17 @@ def finetune(
     from . import _cli_models as models
 
     settings = models.settings_of(config, model)
+    if not settings.finetune.merge and out.resolve() == Path(model).resolve():
+        raise ValueError(
+            f"finetune: {out} holds the model, and with merge: false OUT gets an adapter on it; "
+            "give another OUT"
+        )
+    texts = lo.convert.read_texts(text)
     loaded, tokenizer = models.load_whole(model, "cpu")  # the Trainer chooses the device
     if not lo.hf.attention_layers(loaded):
         raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
     settings = models.as_converted(settings, config, loaded)
-    rows = models.token_rows(text, tokenizer, settings)
+    rows = lo.convert.pack(texts, tokenizer, settings.data.length)
     out.mkdir(parents=True, exist_ok=True)
     checkpoints = out / "checkpoints" if resume else None
     report = lo.convert.finetune(
@@ -232,8 +242,9 @@ def evaluate(
 
     from . import _cli_models as models
 
+    texts = lo.convert.read_texts(text)
     loaded, tokenizer = models.load(model, device)
-    rows = lo.convert.pack(lo.convert.read_texts(text), tokenizer, length)[:sequences]
+    rows = lo.convert.pack(texts, tokenizer, length)[:sequences]
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
 

@@ -128,6 +128,31 @@ def test_convert_saves_a_swapped_model(folder, tmp_path):
     assert lo.hf.attention_layers(lo.hf.from_pretrained(tmp_path))[0].config.window == 8
 
 
+def test_convert_leaves_no_template_of_another_tokenizer_behind(folder, tmp_path, failure):
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
+    code, said = failure("generate", tmp_path, "the quick", "--chat")
+    assert code == 1
+    assert "has no chat template" in said
+
+
+def test_convert_goes_on_with_the_settings_of_a_model(folder, tmp_path):
+    source = shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copy(folder / "lolcats.yaml", source)
+    lolcats("convert", source, tmp_path / "out")
+    assert ConversionConfig.load(tmp_path / "out" / "lolcats.yaml").lolcats.window == 8
+
+
+def test_an_adapter_does_not_take_the_place_of_its_model(folder, tmp_path, failure):
+    (tmp_path / "c.yaml").write_text("finetune: {max_steps: 1, merge: false}")
+    source = shutil.copytree(folder / "model", tmp_path / "model")
+    options = ("--text", folder / "text.txt", "--config", tmp_path / "c.yaml")
+    code, said = failure("finetune", source, source, *options)
+    assert code == 1
+    assert "OUT gets an adapter on it; give another OUT" in said
+    assert (source / "model.safetensors").exists()
+
+
 def test_a_stage_goes_on_with_the_settings_of_the_one_before(folder, tmp_path):
     text = ("--text", folder / "text.txt")
     config = tmp_path / "c.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -22,6 +23,17 @@ from lolcats_ops.hf import LolcatsConfig
 Positive = Annotated[int, Field(gt=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Finite = Field(allow_inf_nan=False, strict=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    [*"-+0123456789"],
+)
 
 
 class _Section(BaseModel):
@@ -131,7 +143,7 @@ class ConversionConfig(_Section):
                 the field.
         """
         try:
-            fields = yaml.safe_load(Path(path).read_bytes())
+            fields = yaml.load(Path(path).read_bytes(), _Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(fields, dict | None):

@@ -81,6 +81,24 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids: on the device of its embedding, or to which accelerate
+    brings that."""
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None)
+    return model.device if device is None else torch.device(device)
+
+
+def refuse_offloaded(caller: str, names: Iterable[str]) -> None:
+    """Raises ValueError where parameters are somewhere else than where they are trained."""
+    lost = sorted(names)
+    if lost:
+        raise ValueError(
+            f"{caller}: {len(lost)} parameters are offloaded (on the meta device), where nothing "
+            f"trains them: {', '.join(lost[:3])}; load the model with a device_map that keeps them"
+        )
+
+
 def token_rows(caller: str, data: Tensor, model: PreTrainedModel, least: int = 1) -> Tensor:
     """`data` as int64, if it is rows [N, T] of tokens that `model` has, N >= 1 and T >= `least`.
 

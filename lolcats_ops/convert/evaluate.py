@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lolcats_ops.convert.data import token_rows
+from lolcats_ops.convert.data import input_device, token_rows
 from lolcats_ops.convert.progress import progress
 
 
@@ -17,7 +17,8 @@ from lolcats_ops.convert.progress import progress
 def evaluate(
     model: PreTrainedModel, data: Tensor, *, batch_size: int = 1, description: str = "perplexity"
 ) -> float:
-    """Perplexity of `model` on token rows [N, T]: exp of the mean of its N (T - 1) losses.
+    """Perplexity of `model` on token rows [N, T]: exp of the mean of its N (T - 1) losses, infinite
+    where that is beyond a float.
 
     Raises:
         TypeError: `data` is no integer tensor.
@@ -34,13 +35,20 @@ def evaluate(
         model.eval()
         with progress(description, len(data)) as bar:
             for rows in data.split(batch_size):
-                rows = rows.to(model.device)
+                rows = rows.to(input_device(model))
                 logits = model(rows, use_cache=False).logits[:, :-1].float()
                 total += F.cross_entropy(
                     logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
                 ).item()
                 seen += rows[:, 1:].numel()
-                bar.advance(len(rows), perplexity=math.exp(total / seen))
+                bar.advance(len(rows), perplexity=_perplexity(total / seen))
     finally:
         model.train(training)
-    return math.exp(total / seen)
+    return _perplexity(total / seen)
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found]
 
-# What says what a folder holds. A model that has fewer of these than the one before it would be
-# taken for that.
+# What says what a folder holds: a model, and its tokenizer. One that has fewer of these than the
+# one before it would be taken for that.
 OF_A_MODEL = (
     "model*.safetensors",
     "adapter_model*.safetensors",
@@ -22,14 +23,21 @@ OF_A_MODEL = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template.*",
+    "additional_chat_templates/*",
 )
 
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is on the disk: whatever interrupts
-    that leaves the previous one."""
-    partial = Path(f"{path}.partial")
+    that leaves the previous one. Processes that write the same one do not meet."""
+    partial = Path(f"{path}.{uuid.uuid4().hex}.partial")
     try:
         with open(partial, "wb") as file:
             yield file

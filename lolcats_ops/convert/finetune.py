@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_ops.convert.config import FinetuneConfig, checked
-from lolcats_ops.convert.data import token_rows
+from lolcats_ops.convert.data import refuse_offloaded, token_rows
 from lolcats_ops.convert.files import is_whole, replacing
 from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.progress import Bar, progress
@@ -86,7 +86,8 @@ def finetune(
 
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
     unless `config.train_features`. The model comes back in the mode, train or eval, that it came
-    in; on any exception it is as it was, but for the device, which the Trainer chooses.
+    in, and once merged with what it came with trainable; on any exception it is as it was, but for
+    the device, which the Trainer chooses.
 
     Args:
         model: a causal language model, changed in place.
@@ -100,7 +101,8 @@ def finetune(
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
             converted, or an `output_dir` with checkpoints of another model, of other data or of
-            another configuration (`merge` aside); a model with adapters.
+            another configuration (`merge` aside); a model with adapters, or with weights that are
+            offloaded.
         RuntimeError: a loss that is not finite.
 
     Warns:
@@ -119,6 +121,7 @@ def finetune(
         )
     if config.train_features and not attention_layers(model):
         raise ValueError("finetune: train_features=True, but the model is not converted")
+    refuse_offloaded("finetune", (name for name, p in model.named_parameters() if p.is_meta))
     targets = _targets(model, config)
     last = None
     if output_dir:
@@ -126,6 +129,7 @@ def finetune(
         used["modes"] = [layer.mode for layer in attention_layers(model)]
         last = _begin(Path(output_dir), origin(model, data, used, features=True), resume)
     training = model.training
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     transformers.set_seed(config.seed)  # before the adapters are drawn
     with _undone_on_error(model), tempfile.TemporaryDirectory() as scratch:
         adapted = peft.get_peft_model(
@@ -160,7 +164,11 @@ def finetune(
             seed=config.seed,
         )
         losses = _train(adapted, arguments, data, last, description)
-        tuned = adapted.merge_and_unload() if config.merge else adapted
+        tuned = adapted
+        if config.merge:
+            tuned = adapted.merge_and_unload()
+            for name, parameter in tuned.named_parameters():
+                parameter.requires_grad_(name in trained)
         return FinetuneReport(model=tuned.train(training), losses=losses, parameters=trainable)
 
 
@@ -246,5 +254,7 @@ def _train(
     with progress(description, steps) as bar:
         report = _Report(bar)
         trainer.add_callback(report)
+        if last is not None:
+            bar.advance(_step(last))
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return report.losses

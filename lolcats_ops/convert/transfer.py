@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats_ops.convert.config import TransferConfig, checked
-from lolcats_ops.convert.data import token_rows
+from lolcats_ops.convert.data import input_device, refuse_offloaded, token_rows
 from lolcats_ops.convert.files import replacing
 from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.progress import Bar, progress
@@ -39,6 +39,7 @@ class _LayerLearner:
         self.config = config
         self.bar = bar
         self.losses: list[float] = []
+        self.has_seen_batch = False
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         # Of a cycle of a single step that would be the last, of a rate near zero, not the first.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -46,6 +47,11 @@ class _LayerLearner:
         )
 
     def __call__(self, attend: Attend, batch: int) -> Tensor:
+        if self.has_seen_batch:
+            raise NotImplementedError(
+                "transfer: this model applies a layer several times in one forward pass"
+            )
+        self.has_seen_batch = True
         size = self.config.micro_batch
         rows = [slice(i, i + size) for i in range(0, batch, size)]
         teacher = [self._step(attend, piece) for piece in rows]
@@ -56,14 +62,12 @@ class _LayerLearner:
 
     def _step(self, attend: Attend, rows: slice) -> Tensor:
         with torch.enable_grad():
-            teacher, mse, xent = attend(rows)
+            teacher, mse, xent = attend(rows, xent=self.config.xent > 0)
             teacher = teacher.detach()
             if self.config.normalize:
                 variance = teacher.float().var()
                 mse = mse / variance.where(variance > 0, 1)  # a pruned layer's teacher is 0
-            loss = self.config.mse * mse
-            if self.config.xent:
-                loss = loss + self.config.xent * xent
+            loss = self.config.mse * mse + self.config.xent * xent
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -109,9 +113,10 @@ def transfer(
 
     Raises:
         TypeError: `data` is no integer tensor.
-        ValueError: a model that is not converted, `data` of another shape or with ids beyond the
-            vocabulary, or a checkpoint that cannot be read, or that is of another model, of other
-            data or of another configuration.
+        ValueError: a model that is not converted, or whose feature maps are offloaded, `data` of
+            another shape or with ids beyond the vocabulary, or a checkpoint that cannot be read, or
+            that is of another model, of other data or of another configuration.
+        NotImplementedError: a model that applies a layer several times.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
@@ -125,6 +130,8 @@ def transfer(
     data = token_rows("transfer", data, model)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"transfer: checkpoint={checkpoint} is in no folder that exists")
+    parameters = model.named_parameters()
+    refuse_offloaded("transfer", (n for n, p in parameters if p.is_meta and ".lolcats." in n))
     window = local_window(model)
     if window is not None and data.shape[1] > window:
         warnings.warn(
@@ -155,8 +162,10 @@ def transfer(
             for layer, learner in zip(layers, learners, strict=True):
                 layer.learner = learner
             for i, batch in enumerate(batches[done:], done + 1):
+                for learner in learners:
+                    learner.has_seen_batch = False
                 with torch.no_grad():
-                    model.base_model(batch.to(model.device), use_cache=False)
+                    model.base_model(batch.to(input_device(model)), use_cache=False)
                 _save(checkpoint, begun, i, layers, learners)
         finally:
             for layer in layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ NAME = "lolcats"
 MASK_ROWS = 512  # that are compared at a time: a fraction of the memory of the mask itself
 BLOCKED = -1e3  # at most, in an additive mask: exp of it is 0 in fp64 as well
 Mode = Literal["hybrid", "transfer", "softmax"]
-Attend = Callable[[slice], "Transfer"]
+
+
+class Attend(Protocol):
+    """`lo.attention_transfer` on some rows of a batch."""
+
+    def __call__(self, rows: slice, *, xent: bool = False) -> Transfer: ...
+
+
 Learner = Callable[[Attend, int], Tensor]
 
 
@@ -38,7 +45,7 @@ class LolcatsAttention(Fp32Module):
         gate: [H], before the sigmoid.
         mode: "hybrid" (the linearized model), "transfer" (stage 1: the teacher's output flows on
             and `learner` is called), "softmax" (the original model). Set by `lo.hf.set_mode`.
-        learner: called in transfer mode with (attend, batch): `attend(rows)` computes
+        learner: called in transfer mode with (attend, batch): `attend(rows, xent=False)` computes
             `lo.attention_transfer` on those rows of the batch. It returns the
             teacher's output [B, H, T, V].
         backend: `backend=` of the operators; None takes the best of the device.
@@ -177,7 +184,7 @@ class LolcatsAttention(Fp32Module):
                     "transfer mode needs a learner: see lolcats_ops.convert.transfer"
                 )
 
-            def attend(rows: slice) -> Transfer:
+            def attend(rows: slice, *, xent: bool = False) -> Transfer:
                 return lo.attention_transfer(
                     query[rows].detach(),
                     key[rows].detach(),
@@ -185,6 +192,7 @@ class LolcatsAttention(Fp32Module):
                     feature_q,
                     feature_k,
                     self.gate,
+                    xent=xent,
                     cu_seqlens=lolcats_cu_seqlens,
                     key_padding_mask=None if padding is None else padding[rows],
                     **options,

@@ -98,8 +98,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
         """
         if self.waiting != key.shape[2]:
             raise NotImplementedError(
-                "this model attends more than once to what a layer has cached (as differential "
-                "attention does), which a recurrent state cannot do: pass use_cache=False"
+                "this model attends more than once to what a layer has cached, as differential "
+                "attention does, or applies a layer several times, which a recurrent state cannot "
+                "do: pass use_cache=False"
             )
         self.waiting = 0
         if self.state is None:

@@ -248,6 +248,16 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
                 f"its o_proj, a {type(projection).__module__}.{type(projection).__name__}, lacks "
                 "in_features, or tensors that say on which device it is"
             )
+    offloaded = [
+        m.layer_idx
+        for m in modules
+        if next(_tensors(m.o_proj)).is_meta and hasattr(m.o_proj, "_hf_hook")
+    ]
+    if offloaded:
+        raise refuse(
+            f"its layers {offloaded} are offloaded; load it with a device_map that keeps attention "
+            "in memory, or convert it before it is dispatched"
+        )
     maps: dict[str, Any] = {"activation": config.activation, "two_sided": config.two_sided}
     for head_dim in {m.head_dim for m in modules}:
         choice = lo.backend_for(

@@ -183,3 +183,12 @@ def test_a_loss_that_is_not_finite_ends_finetune_and_changes_nothing(model):
     with pytest.raises(RuntimeError, match=r"the loss of step \d+ is .*1e\+38 may be too large"):
         lo.convert.finetune(model, token_rows(4, 32), config)
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+
+def test_a_merged_model_can_be_trained_further(model):
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    tuned = lo.convert.finetune(
+        model, token_rows(1, 40), FinetuneConfig(**QUICK, max_steps=1)
+    ).model
+    assert {name: p.requires_grad for name, p in tuned.named_parameters()} == before

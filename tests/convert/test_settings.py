@@ -2,13 +2,15 @@
 
 import math
 
+import accelerate
 import pytest
 import torch
 from helpers import tiny_models
-from helpers.training import token_rows
+from helpers.training import tiny, token_rows
 
 import lolcats_ops as lo
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
+from lolcats_ops.convert.files import replacing
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -163,3 +165,35 @@ def test_values_of_a_configuration_are_not_turned_into_others(section, field, va
 def test_a_stage_trains_under_inference_mode(model, stage):
     with torch.inference_mode():
         assert stage(model, token_rows(2, 32)).losses
+
+
+def test_rates_may_be_written_as_in_python(tmp_path):
+    (tmp_path / "c.yaml").write_text("transfer: {learning_rate: 1e-3}\nfinetune: {warmup: 5E-2}")
+    config = ConversionConfig.load(tmp_path / "c.yaml")
+    assert (config.transfer.learning_rate, config.finetune.warmup) == (1e-3, 5e-2)
+
+
+def test_a_perplexity_beyond_a_float_is_infinite(model):
+    model.lm_head.weight.data.mul_(1e6)
+    assert lo.convert.evaluate(model, token_rows(1, 40)) == math.inf
+
+
+def test_an_offloaded_model_is_evaluated_and_not_trained(model):
+    rows = token_rows(2, 40)
+    expected = lo.convert.evaluate(model, rows)
+    accelerate.cpu_offload(model)
+    assert lo.convert.evaluate(model, rows) == pytest.approx(expected)
+    for stage in (lo.convert.transfer, lo.convert.finetune):
+        with pytest.raises(ValueError, match=r"parameters are offloaded .*, where nothing trains"):
+            stage(model, rows)
+    with pytest.raises(ValueError, match=r"its layers \[0, 1\] are offloaded"):
+        lo.hf.convert(accelerate.cpu_offload(tiny()))
+
+
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
+    with replacing(tmp_path / "file") as first:
+        first.write(b"first")
+        with replacing(tmp_path / "file") as second:
+            second.write(b"second")
+        assert (tmp_path / "file").read_bytes() == b"second"
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]

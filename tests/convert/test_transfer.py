@@ -135,3 +135,57 @@ def test_a_layer_without_values_keeps_finite_features(model):
     torch.nn.init.zeros_(model.model.layers[0].self_attn.v_proj.weight)
     lo.convert.transfer(model, token_rows(2, 32))
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def first_loss(**options):
+    """Loss of the first step, and what the optimizer made of it, of a fresh model's first layer."""
+    model = lo.hf.convert(tiny(), NARROW)
+    rows = token_rows(2, 40)
+    report = lo.convert.transfer(
+        model, rows, TransferConfig(batch_size=2, micro_batch=2, **options)
+    )
+    return report.losses[0][0], lo.hf.attention_layers(model)[0].feature_q.detach()
+
+
+def test_the_loss_is_divided_by_the_variance_of_the_teacher_if_it_is_asked_to():
+    model, seen = lo.hf.convert(tiny(), NARROW), []
+    layer = lo.hf.attention_layers(model)[0]
+    layer.mode, layer.learner = (
+        "transfer",
+        lambda attend, n: seen.append(attend(slice(0, n))) or seen[0].teacher,
+    )
+    with torch.no_grad():
+        model.model(token_rows(2, 40), use_cache=False)
+    mse, variance = seen[0].mse.item(), seen[0].teacher.var().item()
+    assert first_loss()[0] == pytest.approx(mse / variance, rel=1e-4)
+    assert first_loss(normalize=False)[0] == pytest.approx(mse, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mse", "xent"])
+def test_losses_are_weighted(name):
+    other = {"mse": "xent", "xent": "mse"}[name]
+
+    def learned(weight):
+        return first_loss(**{name: weight, other: 1.0}, rounds=8)[1]
+
+    none, little, all_of_it = map(learned, (0.0, 1e-9, 1.0))
+    torch.testing.assert_close(little, none, rtol=0, atol=1e-3)
+    assert (all_of_it - none).abs().max() > 1e-2
+
+
+def test_the_seed_shuffles():
+    def last(seed):
+        model = lo.hf.convert(tiny(), NARROW)
+        config = TransferConfig(batch_size=1, seed=seed)
+        return lo.convert.transfer(model, token_rows(8, 40), config).losses[0]
+
+    assert last(0) == last(0)
+    assert last(0) != last(1)
+
+
+def test_a_model_that_applies_a_layer_twice_is_refused(model):
+    """A learner has one step for each of its batches."""
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(NotImplementedError, match="applies a layer several times"):
+        lo.convert.transfer(model, token_rows(1, 16))
+    assert all(layer.learner is None for layer in lo.hf.attention_layers(model))

@@ -367,3 +367,22 @@ def test_a_layer_that_attends_twice_is_refused_a_cache(prompt):
 def test_paged_cache_is_refused(model):
     with pytest.raises(NotImplementedError, match="paged"):
         model(token_ids(1, 4), cache=object())
+
+
+@torch.no_grad()
+def test_which_tokens_are_padding_follows_the_sequences(model):
+    """Through tokens after it that are all real, reordering and a second crop."""
+    ids, mask = token_ids(2, 44), torch.ones(2, 44, dtype=torch.long)
+    mask[0, 35:38] = 0
+    cache = lo.hf.LolcatsCache(model, slack=8)
+    for piece in (slice(0, 40), slice(40, 44)):
+        model(ids[:, piece], attention_mask=mask[:, : piece.stop], past_key_values=cache)
+    lengths = [cache.layers[0].state.length.tolist()]
+    for change in (
+        lambda: cache.crop(-5),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: cache.crop(-3),
+    ):
+        change()
+        lengths.append(cache.layers[0].state.length.tolist())
+    assert lengths == [[41, 44], [36, 39], [39, 36], [36, 35]]

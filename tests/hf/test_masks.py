@@ -228,3 +228,26 @@ def test_the_past_that_a_mask_shows_is_what_the_cache_holds(softmax_layers, whol
 def test_weights_of_attention_are_refused(model, prompt):
     with pytest.raises(NotImplementedError, match="no output_attentions"):
         model(prompt, output_attentions=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+def test_transfer_leaves_padding_and_other_documents_out(packed):
+    model, ids = lo.hf.convert(tiny(), NARROW), token_ids(1, 30)
+    lo.hf.set_mode(model, "transfer")
+    losses = []
+    for layer in lo.hf.attention_layers(model):
+        layer.learner = lambda attend, n: (losses.append(attend(slice(0, n))), losses[-1].teacher)[
+            1
+        ]
+    model.model(ids, use_cache=False)
+    if packed:
+        positions = torch.arange(30).repeat(2)[None]
+        model.model(ids.repeat(1, 2), position_ids=positions, use_cache=False)
+    else:
+        padded = torch.cat((token_ids(1, 9, seed=1), ids), 1)
+        mask = torch.tensor([[0] * 9 + [1] * 30])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # the maps see q and k after RoPE
+        model.model(padded, attention_mask=mask, position_ids=positions, use_cache=False)
+    for alone, beside in zip(losses[:2], losses[2:], strict=True):
+        torch.testing.assert_close(beside.mse, alone.mse, rtol=1e-4, atol=1e-7)
