@@ -96,4 +96,4 @@ def _bars() -> Iterator[str]:
             pipe = max(PIPES, key=kernel["cycles"].__getitem__)
             ratio = kernel["cycles"][pipe] / _memory_cycles("sm_90", kernel)
             met = "yes" if ratio <= BARS[kind] else "no"
-            yield _row(case, pipe, f"{ratio:.2f}", BARS[kind], met)
+            yield _row(case, pipe, f"{ratio:.3f}", BARS[kind], met)

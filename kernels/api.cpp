@@ -2,6 +2,7 @@
 // instruction set in use.
 #include <cstdlib>
 #include <exception>
+#include <new>
 #include <vector>
 
 #include "check.h"
@@ -104,8 +105,12 @@ template <class Body>
 int guarded(Body body) {
   try {
     return report(body());
-  } catch (const std::exception&) {
+  } catch (const std::bad_alloc&) {
     return report(LOL_ENOMEM);
+  } catch (const std::exception& error) {
+    return fail("lolcats_ops: %s", error.what());
+  } catch (...) {
+    return fail("lolcats_ops: an exception that is none of the C++ library");
   }
 }
 

@@ -34,7 +34,13 @@ int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
   return c.contiguous("den", a.den, LOL_F32, {B, H, T});
 }
 
-int check_forward(const Checker& c, const lol_linear_attention_args& a) {
+// Of its states.
+struct StateSizes {
+  int64_t N, Hs, F, V;
+};
+
+int check_forward(const Checker& c, const char* op, const lol_linear_attention_args& a,
+                  StateSizes* states) {
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
@@ -46,8 +52,9 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a) {
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));
   const int64_t Hs = maps ? a.feature_k.weight.shape[0] : a.k.shape[1],
                 F = width_of(a.feature_k, D);
+  *states = {N, Hs, F, V};
   if (present(a.kv0) != present(a.ksum0))
-    return fail("linear_attention: kv0 and ksum0 come together or not at all");
+    return fail("%s: kv0 and ksum0 come together or not at all", op);
   LOL_TRY(c.optional("kv0", a.kv0, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("ksum0", a.ksum0, LOL_F32, {N, Hs, F}));
   LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
@@ -99,14 +106,11 @@ int check(const lol_linear_attention_args& a) {
   const Checker c("linear_attention", a.context);
   LOL_TRY(check_size("linear_attention", a));
   LOL_TRY(c.on_cpu_or_cuda());
-  LOL_TRY(check_forward(c, a));
-  LOL_TRY(c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]}));
-  int64_t N;
-  LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, a.q.shape[0], a.q.shape[2], &N));
-  const int64_t Hs = present(a.feature_k.weight) ? a.feature_k.weight.shape[0] : a.k.shape[1];
-  const int64_t F = width_of(a.feature_k, a.q.shape[3]);
-  LOL_TRY(c.contiguous("kv", a.kv, LOL_F32, {N, Hs, F, a.v.shape[3]}));
-  return c.contiguous("ksum", a.ksum, LOL_F32, {N, Hs, F});
+  StateSizes s;
+  LOL_TRY(check_forward(c, "linear_attention", a, &s));
+  LOL_TRY(c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], s.V}));
+  LOL_TRY(c.contiguous("kv", a.kv, LOL_F32, {s.N, s.Hs, s.F, s.V}));
+  return c.contiguous("ksum", a.ksum, LOL_F32, {s.N, s.Hs, s.F});
 }
 
 int check(const lol_linear_attention_backward_args& a) {
@@ -115,14 +119,11 @@ int check(const lol_linear_attention_backward_args& a) {
   LOL_TRY(c.on_cpu());
   const lol_linear_attention_args& f = a.forward;
   LOL_TRY(check_size("linear_attention_backward: forward", f));
-  LOL_TRY(check_forward(c, f));
-  int64_t N;
-  LOL_TRY(c.layout(f.cu_seqlens, f.key_padding_mask, f.q.shape[0], f.q.shape[2], &N));
-  const int64_t Hs = present(f.feature_k.weight) ? f.feature_k.weight.shape[0] : f.k.shape[1];
-  const int64_t F = width_of(f.feature_k, f.q.shape[3]), V = f.v.shape[3];
+  StateSizes s;
+  LOL_TRY(check_forward(c, "linear_attention_backward", f, &s));
   LOL_TRY(c.like("do", a.do_, f.o));
-  LOL_TRY(c.optional("dkv", a.dkv, LOL_F32, {N, Hs, F, V}));
-  LOL_TRY(c.optional("dksum", a.dksum, LOL_F32, {N, Hs, F}));
+  LOL_TRY(c.optional("dkv", a.dkv, LOL_F32, {s.N, s.Hs, s.F, s.V}));
+  LOL_TRY(c.optional("dksum", a.dksum, LOL_F32, {s.N, s.Hs, s.F}));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
   LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
                               a.dbias_k));
@@ -130,8 +131,8 @@ int check(const lol_linear_attention_backward_args& a) {
     LOL_TRY(c.absent("dkv0", a.dkv0, "kv0"));
     return c.absent("dksum0", a.dksum0, "ksum0");
   }
-  LOL_TRY(c.contiguous("dkv0", a.dkv0, LOL_F32, {N, Hs, F, V}));
-  return c.contiguous("dksum0", a.dksum0, LOL_F32, {N, Hs, F});
+  LOL_TRY(c.contiguous("dkv0", a.dkv0, LOL_F32, {s.N, s.Hs, s.F, s.V}));
+  return c.contiguous("dksum0", a.dksum0, LOL_F32, {s.N, s.Hs, s.F});
 }
 
 int check(const lol_hybrid_attention_args& a) {
@@ -247,8 +248,6 @@ int check(const lol_hybrid_attention_step_args& a) {
 
 static int check_transfer(const Checker& c, const lol_attention_transfer_args& a) {
   LOL_TRY(c.on_cpu());
-  LOL_TRY(check_size("attention_transfer", a));
-  LOL_TRY(check_size("attention_transfer: student", a.student));
   LOL_TRY(check_student(c, a.student));
   const int64_t B = a.student.q.shape[0], H = a.student.q.shape[1], T = a.student.q.shape[2],
                 V = a.student.v.shape[3];
@@ -260,6 +259,7 @@ static int check_transfer(const Checker& c, const lol_attention_transfer_args& a
 int check(const lol_attention_transfer_args& a) {
   const Checker c("attention_transfer", a.student.context);
   LOL_TRY(check_size("attention_transfer", a));
+  LOL_TRY(check_size("attention_transfer: student", a.student));
   LOL_TRY(check_transfer(c, a));
   const lol_tensor& q = a.student.q;
   LOL_TRY(c.output("teacher", a.teacher, q.dtype,
@@ -271,6 +271,8 @@ int check(const lol_attention_transfer_args& a) {
 int check(const lol_attention_transfer_backward_args& a) {
   const Checker c("attention_transfer_backward", a.forward.student.context);
   LOL_TRY(check_size("attention_transfer_backward", a));
+  LOL_TRY(check_size("attention_transfer_backward: forward", a.forward));
+  LOL_TRY(check_size("attention_transfer_backward: forward.student", a.forward.student));
   LOL_TRY(check_transfer(c, a.forward));
   LOL_TRY(c.contiguous("d_mse", a.d_mse, LOL_F32, {}));
   LOL_TRY(c.contiguous("d_xent", a.d_xent, LOL_F32, {}));

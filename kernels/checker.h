@@ -94,7 +94,7 @@ class Checker {
     return LOL_OK;
   }
 
-  // One that is written, so that no two of its elements may be one.
+  // One that is written: no two of its elements may be one, as those of a broadcast are.
   int output(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     LOL_TRY(strided(name, t, dtype, expected));
     for (int i = 0; i < t.ndim; i++) {

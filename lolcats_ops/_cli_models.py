@@ -113,7 +113,8 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     settings: ConversionConfig,
 ) -> None:
-    """Writes all that a folder of a model holds, or nothing."""
+    """Writes all that a folder of a model holds; what fails before that is whole leaves the one
+    before."""
     with replacing_files(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

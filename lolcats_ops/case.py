@@ -11,7 +11,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator, as far as that goes."""
+    """What of a call decides which backend runs it."""
 
     op: str
     device: torch.device = _CPU

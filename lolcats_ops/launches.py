@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from . import _C
-from ._codes import ACTIVATIONS, DTYPES, WINDOW_KINDS
+from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS
 from .case import Case
 from .features import out_features
 from .state import window_span
@@ -54,8 +54,8 @@ def _map(case: Case) -> tuple[Any, ...]:
 def _codes(case: Case) -> tuple[Any, ...]:
     if not case.feature_dim:
         return ACTIVATIONS.index("identity"), False, False, _EPS
-    doubles = out_features(1, case.activation, case.two_sided) > 1
-    return ACTIVATIONS.index(case.activation), doubles, False, _EPS
+    two_sided = case.two_sided and case.activation in TWO_SIDED
+    return ACTIVATIONS.index(case.activation), two_sided, False, _EPS
 
 
 def _sequences(case: Case) -> tuple[Any, ...]:

@@ -192,7 +192,7 @@ class HybridAttention(LinearAttention):
 
     @torch.no_grad()
     def step_(self, q: Tensor, k: Tensor, v: Tensor, state: HybridState, **options: Any) -> Tensor:
-        """``lolcats_ops.hybrid_attention_step_`` with these parameters."""
+        """``lolcats_ops.hybrid_attention_step_`` with these parameters, without gradients."""
         parameters = self._parameters_of_op()
         settings = {"affine": self.affine, **options}
         return ops.hybrid_attention_step_(q, k, v, *parameters, state, **settings)

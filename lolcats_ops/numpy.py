@@ -100,7 +100,7 @@ class State(NamedTuple):
         (_, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
         heads, width = feature_k.weight.shape[0], feature_k.out_features
 
-        def zeros(*shape: int, dtype: Any) -> Array:
+        def zeros(*shape: int, dtype: Any) -> Array:  # of k's library, NumPy or CuPy
             return np.zeros_like(k, dtype, "C", shape=shape)
 
         return cls(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .features import Features
-from .state import HybridState, window_start
+from .state import HybridState, is_readable, window_start
 
 INF = float("inf")
 P = ParamSpec("P")
@@ -168,7 +168,7 @@ def hybrid_attention_step_(
 ) -> Tensor:
     """SPEC 5: appends T tokens to the state, in place, and returns their outputs."""
     if state_indices is not None:
-        if _is_readable(state_indices):
+        if is_readable(state_indices):
             wanted = state_indices.tolist()
             if len({*wanted}) < len(wanted) or not {*wanted} <= {*range(state.batch)}:
                 raise ValueError(
@@ -341,16 +341,12 @@ def _phi(x: Tensor, features: Features) -> Tensor:
     return torch.cat(sides[: 1 + features.two_sided], -1).clamp(min=features.eps)
 
 
-def _is_readable(x: Tensor) -> bool:
-    return type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _tokens(x: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor | None) -> _Tokens:
     """The tokens of x [B, H, T, D]; positions count the real tokens of a sequence (SPEC 6)."""
     batch, _, length, _ = x.shape
     token = torch.arange(length, device=x.device).expand(batch, length)
     if cu_seqlens is not None:
-        if _is_readable(cu_seqlens):
+        if is_readable(cu_seqlens):
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > length:
                 raise ValueError(

@@ -91,7 +91,9 @@ class HybridState:
                 f"HybridState.empty: window_kind is {window_kind!r}, needs one of "
                 f"{', '.join(WINDOW_KINDS)}"
             )
-        for name, value in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
+        sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+        sizes |= {"value_dim": value_dim, "feature_dim": feature_dim}
+        for name, value in {**sizes, "window": window, "sink": sink, "slack": slack}.items():
             if value < 0:
                 raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
         ring = window_span(window, window_kind) + slack
@@ -221,7 +223,12 @@ class HybridState:
         return self
 
     def select(self, indices: Tensor) -> HybridState:
-        """A copy of the sequences ``indices`` [n], repeated or not: beam search, prompt caching."""
+        """A copy of the sequences ``indices`` [n], repeated or not: beam search, prompt caching.
+
+        Raises:
+            TypeError: indices that are no tensor of int32 or int64, such as a mask.
+        """
+        _check_indices("select", indices)
         return self._map(lambda x: x.index_select(0, indices))
 
     def clone(self) -> HybridState:
@@ -243,11 +250,33 @@ class HybridState:
         return HybridState(**tensors, window=self.window, window_kind=self.window_kind)
 
     def reset(self, indices: Tensor | None = None) -> HybridState:
-        """Empties all sequences, or the slots ``indices``, in place and returns self."""
+        """Empties all sequences, or the slots ``indices`` [n], in place and returns self.
+
+        Raises:
+            TypeError: indices that are no tensor of int32 or int64, such as a mask.
+        """
+        if indices is not None:
+            _check_indices("reset", indices)
         # Keys need no clearing: length and folded say which slots are live.
         for t in (self.kv, self.ksum, self.length, self.folded):
             t.zero_() if indices is None else t.index_fill_(0, indices.long(), 0)
         return self
+
+
+def _check_indices(method: str, indices: Tensor) -> None:
+    got = indices.dtype if isinstance(indices, Tensor) else f"a {type(indices).__name__}"
+    if got not in (torch.int32, torch.int64):
+        raise TypeError(f"HybridState.{method}: indices is {got}, needs a tensor of int32 or int64")
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether reading a value is free: a real tensor on the CPU, outside of any tracing."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 STATE_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,9 @@ HYBRID = [
     ({"window_kind": "round"}, "window_kind is 'round', needs one of sliding, terrace"),
     ({"window": "16"}, "window is '16', needs an integer"),
     ({"sink": None}, "sink is None, needs an integer"),
+    ({"window": True}, "window is True, needs an integer"),
+    ({"window": 1 << 70}, f"window is {1 << 70}, needs >= 0 and an int64"),
+    ({"scale": "x"}, "scale is 'x', needs a number"),
 ]
 SEQUENCES = [
     ({"key_padding_mask": torch.ones(B, T + 1, dtype=torch.bool)}, "key_padding_mask has shape"),
@@ -81,6 +85,12 @@ STATES = [
     ({"state": empty(heads=H)}, "state.kv has shape [2, 8, 16, 12]"),
     ({"state": empty(head_dim=8)}, "state.k_ring has shape [2, 4, 4, 8]"),
     ({"state": empty(torch.bfloat16)}, "state.k_ring is bfloat16, needs q's float32"),
+    ({"state": replace(empty(), kv=empty().kv.half())}, "state.kv is float16, needs float32"),
+    ({"state": replace(empty(), ksum=empty().ksum.double())}, "state.ksum is float64, needs"),
+    (
+        {"state": replace(empty(), folded=empty().folded.int())},
+        "state.folded is int32, needs int64",
+    ),
     ({"state": {}}, "state is a dict, needs a HybridState"),
 ]
 
@@ -225,9 +235,9 @@ def test_a_scale_to_be_trained_is_refused():
 
 @pytest.mark.parametrize("number", [nan, float("inf"), 1e39])
 def test_numbers_that_float32_does_not_hold_are_refused(number):
-    with pytest.raises(ValueError, match="scale is"):
+    with pytest.raises(ValueError, match="hybrid_attention: scale is"):
         lo.hybrid_attention(**good(), scale=number)
-    with pytest.raises(ValueError, match="scale is"):
+    with pytest.raises(ValueError, match="hybrid_attention_step_: scale is"):
         lo.hybrid_attention_step_(**good(), state=empty(), scale=number)
     q = good()["q"]
     for name in ("scale", "eps"):
@@ -237,6 +247,24 @@ def test_numbers_that_float32_does_not_hold_are_refused(number):
         lo.Features(torch.ones(2, 4, 4), eps=number)
     with pytest.raises(ValueError, match=r"eps is -1\.0, needs a finite number of float32, >= 0"):
         lo.linear_attention(q, q, q, eps=-1.0)
+
+
+@pytest.mark.parametrize("method", ["select", "reset"])
+@pytest.mark.parametrize("indices", [torch.tensor([False, True]), torch.tensor([1.7]), [1]])
+def test_slots_are_named_by_integers(method, indices):
+    state = empty()
+    state.kv.fill_(1)
+    with pytest.raises(
+        TypeError, match=rf"HybridState\.{method}: indices is .*, needs a tensor of"
+    ):
+        getattr(state, method)(indices)
+    assert (state.kv == 1).all()
+
+
+@pytest.mark.parametrize("size", ["batch", "heads", "kv_heads", "head_dim", "value_dim", "slack"])
+def test_a_state_of_a_negative_size_is_refused(size):
+    with pytest.raises(ValueError, match=f"empty: {size} is -1, needs >= 0"):
+        empty(**{size: -1})
 
 
 def test_an_unknown_instruction_set_is_named_with_those_there_are():

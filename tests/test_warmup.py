@@ -41,6 +41,17 @@ with launch.compiling() as names:
 print("called", *sorted(names))
 with launch.compiling():
     lo.feature_map(x[:, :, :17], lo.Features(torch.randn(8, 16, 16)), backend="triton")
+decode = {**settings, "window": 8, "tokens": (1,)}
+print("warm", *lo.warmup("hybrid_attention_step_", **decode, affine=True, slack=3, sink=1))
+def step():
+    q, k, v = torch.randn(3, 1, 8, 1, 16, dtype=torch.bfloat16)
+    phi = lo.Features(torch.randn(8, 16, 16))
+    state = lo.HybridState.empty_for(k, v, phi, window=8, slack=3, sink=1)
+    with torch.no_grad(), launch.compiling():
+        lo.hybrid_attention_step_(
+            q, k, v, phi, phi, torch.zeros(8), state, affine=True, backend="triton"
+        )
+step()
 print("warm", *lo.warmup("feature_map", **settings, tokens=(32,), transposed=True))
 with launch.compiling():
     x = torch.randn(1, 32, 8, 16, dtype=torch.bfloat16).transpose(1, 2)
@@ -68,13 +79,16 @@ def test_calls_after_a_warmup_find_their_kernels_compiled():
     assert called == call + 1  # nothing was compiled
     assert lines[called + 1 :] == [
         "compiled feature_map_forward",  # 17 tokens were not warmed up
+        "compiled attention_step",  # in the warmup of a decoding state, and not in its step
+        "warm attention_step",
         "compiled feature_map_forward",  # in the warmup of the other layout
         "warm feature_map_forward",
     ]
 
 
 def test_the_cpus_kernels_are_only_loaded():
-    assert lo.warmup(*lo.dispatch.OPS, dtype=torch.bfloat16, tokens=(1, 64)) == ()
+    settings = {"slack": 2, "affine": True, "padded": True}
+    assert lo.warmup(*lo.dispatch.OPS, dtype=torch.bfloat16, tokens=(1, 64), **settings) == ()
 
 
 def test_a_case_that_no_backend_runs_is_refused_with_the_reason():

@@ -8,9 +8,7 @@
 #include <unistd.h>
 #endif
 
-#ifndef _WIN32
 #include <pthread.h>
-#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -158,11 +156,9 @@ const char* isa_names() {
 }
 
 bool may_use_threads() {
-#ifndef _WIN32
   static const int registered =
       pthread_atfork(nullptr, nullptr, [] { threads_lost = threads_began.load(); });
   (void)registered;
-#endif
   if (threads_lost.load(std::memory_order_relaxed)) return false;
   threads_began.store(true, std::memory_order_relaxed);
   return true;

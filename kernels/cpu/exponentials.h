@@ -1,5 +1,5 @@
-// Exponentials and the logarithm of vectors, by polynomials whose errors tests/simd holds over all
-// floats.
+// Exponentials and the logarithm of vectors, by polynomials whose errors tests/simd holds over the
+// whole range of floats, every 31st of them.
 #pragma once
 #include "simd.h"
 

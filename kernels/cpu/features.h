@@ -70,8 +70,8 @@ bool takes_pairs(const lol_features& features);
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
 // than x was rounded: enough for outputs, but for those of exp, which were off by 3.7e-3, where
 // SPEC 9 allows 3.3e-3, and of relu, by 2.6e-2 with four features. Gradients take two, and three
-// where they depend on which z is the largest, or above zero: what rounding moves there, it moves
-// whole.
+// where they depend on which z is the largest, or above zero: there rounding can move a gradient to
+// another feature as a whole.
 constexpr int MOST_WEIGHT_PARTS = 3;
 static inline int weight_parts_for(int activation, bool of_gradients) {
   if (activation == LOL_EXP || activation == LOL_RELU) return 3;

@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open  # type: ignore[import-not-found]
 
-# What says what a folder holds: a model, and its tokenizer. One that has fewer of these than the
-# one before it would be taken for that.
+# Files by which a folder is recognised. Old ones that a new model, or its tokenizer, lacks are
+# deleted: they would be read as its own.
 OF_A_MODEL = (
     "model*.safetensors",
     "adapter_model*.safetensors",
@@ -65,6 +65,10 @@ def replacing_files(folder: Path) -> Iterator[Path]:
             raise OSError(f"{folder}: {error}") from error
         names = {file.relative_to(new) for file in Path(new).rglob("*") if file.is_file()}
         for name in names:
+            with open(Path(new) / name, "rb") as file:
+                os.fsync(file.fileno())
+        # Last what says how to read the rest.
+        for name in sorted(names, key=lambda name: (name.name == "config.json", name)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(new) / name, folder / name)
         for old in {old for pattern in OF_A_MODEL for old in folder.glob(pattern)}:

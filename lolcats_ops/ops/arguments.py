@@ -82,16 +82,18 @@ def attention_tensors(
     )
 
 
-def check_number(name: str, value: float | None, least: float = -LARGEST) -> None:
-    """Raises TypeError for a tensor that wants a gradient, which it would not get, ValueError for
-    what float32 does not hold, or less than ``least``."""
+def check_number(op: str, name: str, value: float, least: float = -LARGEST) -> None:
+    """Raises TypeError for what is no number, or a tensor that wants a gradient, which it would not
+    get, ValueError for what float32 does not hold, or less than ``least``."""
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            f"{name} is a tensor that requires grad, needs a number: it gets no gradient"
+            f"{op}: {name} is a tensor that requires grad, needs a number: it gets no gradient"
         )
+    if not isinstance(value, (Real, Tensor, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} is {value!r}, needs a number")
     if isinstance(value, Real) and not least <= value <= LARGEST:
         bound = f", >= {least}" if least > -LARGEST else ""
-        raise ValueError(f"{name} is {value}, needs a finite number of float32{bound}")
+        raise ValueError(f"{op}: {name} is {value}, needs a finite number of float32{bound}")
 
 
 def window_code(window_kind: str) -> int:
@@ -99,7 +101,9 @@ def window_code(window_kind: str) -> int:
     return WINDOW_KINDS.index(window_kind)
 
 
-def scale_or_default(scale: float | None, q: Tensor) -> float:
+def scale_or_default(op: str, scale: float | None, q: Tensor) -> float:
     """``scale``, or D ** -0.5."""
-    check_number("scale", scale)
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    check_number(op, "scale", scale)
+    return scale

@@ -104,7 +104,7 @@ def attention_transfer(
         window,
         window_code(window_kind),
         sink,
-        scale_or_default(scale, q),
+        scale_or_default(op, scale, q),
         affine,
         *feature_q.codes,
     )

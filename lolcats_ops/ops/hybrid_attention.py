@@ -79,8 +79,9 @@ def hybrid_attention(
         gate.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, a gate that is not finite,
-            a gradient asked of a call with a state, or a backend that cannot run the case.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, a gate that is not finite
+            (looked at on the CPU, outside of tracing), a gradient asked of a call with a state, or
+            a backend that cannot run the case.
 
     Source: LoLCATs, arXiv 2410.10254.
 
@@ -138,7 +139,7 @@ def hybrid_attention(
             window,
             window_code(window_kind),
             sink,
-            scale_or_default(scale, q),
+            scale_or_default(op, scale, q),
             affine,
             *feature_q.codes,
         )

@@ -66,7 +66,8 @@ def hybrid_attention_step_(
         feature_q, feature_k, gate, scale, affine: as in ``hybrid_attention``; window and sinks are
             the state's.
         state: a pool of P slots, written in place.
-        state_indices: [B] int, the slot of each sequence, no slot twice; None where P == B.
+        state_indices: [B] int, the slot of each sequence, no slot twice; None where P == B. A GPU
+            does not look at the values.
         backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
 
     Returns:
@@ -158,7 +159,7 @@ def _by_library(
     if on_cuda and select(_OP, None, q, v, feature_k, **_windows(state)) != "cuda":
         return None
     window = (state.window, window_code(state.window_kind))
-    settings = (*window, scale_or_default(scale, q), affine, *codes)
+    settings = (*window, scale_or_default(_OP, scale, q), affine, *codes)
     operator = _on_cuda if on_cuda else _on_cpu
     return operator(*inputs, *pool, state_indices, None, None, *settings)
 
@@ -194,7 +195,7 @@ def step_(
         contiguous(key_padding_mask),
         state.window,
         window_code(state.window_kind),
-        scale_or_default(scale, q),
+        scale_or_default(_OP, scale, q),
         affine,
         *feature_q.codes,
     )

@@ -76,8 +76,8 @@ def linear_attention(
     op = "linear_attention"
     q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
-    check_number("scale", scale)
-    check_number("eps", eps, 0)
+    check_number(op, "scale", scale)
+    check_number(op, "eps", eps, 0)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, window=0, sink=0, ring=0)

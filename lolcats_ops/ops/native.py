@@ -108,8 +108,8 @@ def differentiable(
 
 
 class refusals_of:
-    """Within it, what the kernels refuse for its values is a ValueError, as where Python looks at
-    them. torch knows one error of operators, RuntimeError."""
+    """Turns a kernel's refusal, which torch raises as RuntimeError, into the ValueError that
+    Python's own checks raise."""
 
     def __init__(self, name: str):
         self.name = name.rstrip("_")

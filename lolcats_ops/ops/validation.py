@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._codes import WINDOW_KINDS
 from ..features import Features
-from ..state import HybridState
+from ..state import HybridState, is_readable
 
 
 def check_feature_map(x: Tensor, features: Features) -> None:
@@ -76,7 +76,7 @@ def check_gate(op: str, gate: Tensor, q: Tensor) -> None:
     if tuple(gate.shape) != (q.shape[1],):
         _fail(op, f"gate has shape {_shape(gate)}", f"[H] = [{q.shape[1]}]")
     _check_parameter(op, "gate", gate, q)
-    if not _is_readable(gate) or math.isfinite(gate.detach().sum().item()):
+    if not is_readable(gate) or math.isfinite(gate.detach().sum().item()):
         return
     if not bool(gate.isfinite().all()):  # a sum may overflow
         _fail(op, f"gate is {gate.tolist()}", "finite numbers")
@@ -85,10 +85,10 @@ def check_gate(op: str, gate: Tensor, q: Tensor) -> None:
 def check_window(op: str, window: int, window_kind: str, sink: int) -> None:
     """window, sink >= 0 and a known kind."""
     for name, value in (("window", window), ("sink", sink)):
-        if not isinstance(value, (Integral, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
             raise TypeError(f"{op}: {name} is {value!r}, needs an integer")
-        if value < 0:
-            _fail(op, f"{name} is {value}", ">= 0")
+        if not 0 <= value < 2**63:
+            _fail(op, f"{name} is {value}", ">= 0 and an int64")
     if window_kind not in WINDOW_KINDS:
         _fail(op, f"window_kind is {window_kind!r}", f"one of {', '.join(WINDOW_KINDS)}")
 
@@ -131,12 +131,19 @@ def check_state(
             _fail(op, f"state.{name} has shape {_shape(x)}", f"{list(shape)}")
         if x.device != q.device:
             _fail(op, f"state.{name} is on {x.device}", f"q's {q.device}")
-        if name[1:] in ("_ring", "_sink") and x.numel() and x.dtype != q.dtype:
-            _fail(op, f"state.{name} is {_dtype(x)}", f"q's {_dtype(q)}")
+        if name[1:] in ("_ring", "_sink"):
+            if x.numel() and x.dtype != q.dtype:
+                _fail(op, f"state.{name} is {_dtype(x)}", f"q's {_dtype(q)}")
+            continue
+        counts = name in ("length", "folded")
+        dtype = torch.int64 if counts else torch.promote_types(q.dtype, torch.float32)
+        if x.dtype != dtype:
+            _fail(op, f"state.{name} is {_dtype(x)}", str(dtype).removeprefix("torch."))
 
 
 def check_state_indices(op: str, state_indices: Tensor, q: Tensor) -> None:
-    """state_indices: [B] int32 or int64, distinct slots of the pool."""
+    """state_indices: [B] int32 or int64. That they are distinct slots of the pool, kernels of the
+    CPU see."""
     if not isinstance(state_indices, Tensor):
         raise TypeError(f"{op}: state_indices is a {type(state_indices).__name__}, needs a tensor")
     if tuple(state_indices.shape) != (q.shape[0],):
@@ -229,16 +236,6 @@ def _check_integers(op: str, name: str, x: Tensor, q: Tensor) -> None:
         raise TypeError(f"{op}: {name} is {_dtype(x)}, needs int32 or int64")
     if x.device != q.device:
         _fail(op, f"{name} is on {x.device}", f"q's {q.device}")
-
-
-def _is_readable(x: Tensor) -> bool:
-    """Whether reading a value is free: a real tensor on the CPU, outside of any tracing."""
-    return (
-        not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
 
 
 def _fail(op: str, got: str, needs: str) -> None:

@@ -38,6 +38,9 @@ def warmup(
     window: int = 64,
     window_kind: str = "sliding",
     sink: int = 0,
+    slack: int = 0,
+    affine: bool = False,
+    padded: bool = False,
     transposed: bool = False,
     xent: bool = False,
     backward: bool = False,
@@ -57,7 +60,9 @@ def warmup(
             value_dim None is head_dim.
         feature_q, feature_k: the maps; None for two-sided softmax of ``feature_dim`` (None:
             head_dim) columns.
-        window, window_kind, sink: as in ``hybrid_attention``.
+        window, window_kind, sink, affine: as in ``hybrid_attention``.
+        slack: of decoding states; ``LolcatsCache(model, slack=20)`` has others than the default.
+        padded: calls will have a key_padding_mask.
         transposed: q, k and v will be views of [B, T, H, D], as in Hugging Face's models. Triton
             compiles for the distance between tokens.
         xent: as in ``attention_transfer``.
@@ -77,32 +82,36 @@ def warmup(
     value_dim = value_dim or head_dim
     width = feature_dim or head_dim
     case = {"device": device, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
-    case |= {"feature_dim": feature_k.width if feature_k else width}
+    case |= {"feature_dim": feature_k.width if feature_k else width, "tokens": max(tokens)}
     compiled: set[str] = set()
+
+    def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device, requires_grad=backward)
+
+    def rows(heads: int, length: int, width: int) -> Tensor:
+        if transposed:
+            return zeros(batch, length, heads, width).transpose(1, 2)
+        return zeros(batch, heads, length, width)
+
+    windows = {"window": window, "window_kind": window_kind, "sink": sink}
     for op in ops:
         choice = backend_for(op, backend=backend, **case)
         if choice.backend is None:
             raise ValueError(f"warmup: {op}: {choice.why}")
         if choice.backend not in ("cuda", "triton"):
             continue
-
-        def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.zeros(shape, dtype=kind, device=device, requires_grad=backward)
-
-        def rows(heads: int, length: int, width: int) -> Tensor:
-            if transposed:
-                return zeros(batch, length, heads, width).transpose(1, 2)
-            return zeros(batch, heads, length, width)
-
         weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
         maps = feature_q or Features(weight), feature_k or Features(weight)
-        windows = {"window": window, "window_kind": window_kind, "sink": sink}
         with _compiling() as names:
             for length in tokens:
                 q = rows(heads, length, head_dim)
                 k, v = (rows(kv_heads or heads, length, n) for n in (head_dim, value_dim))
                 gate = zeros(heads, kind=torch.float32)
-                out = _call(op, (q, k, v), maps, gate, windows, xent, backend)
+                options: dict[str, Any] = {"affine": affine, "backend": backend}
+                if padded:
+                    mask = torch.ones(batch, length, dtype=torch.bool, device=device)
+                    options["key_padding_mask"] = mask
+                out = _call(op, (q, k, v), maps, gate, windows, slack, xent, options)
                 if backward and out is not None:
                     out.backward(torch.zeros_like(out))
         compiled |= names
@@ -123,22 +132,28 @@ def _call(
     maps: tuple[Features, Features],
     gate: Tensor,
     windows: dict[str, Any],
+    slack: int,
     xent: bool,
-    backend: str | None,
+    options: dict[str, Any],
 ) -> Tensor | None:
     """Calls ``op``; the result to differentiate, or None."""
     if op == "feature_map":
-        return feature_map(qkv[0], maps[0], backend=backend)
+        return feature_map(qkv[0], maps[0], backend=options["backend"])
     if op == "linear_attention":
-        out = linear_attention(*qkv, feature_q=maps[0], feature_k=maps[1], backend=backend)
+        own = {name: value for name, value in options.items() if name != "affine"}
+        out = linear_attention(*qkv, feature_q=maps[0], feature_k=maps[1], **own)
         return cast(Tensor, out)  # no state was asked for
+    settings = windows | options
     if op == "hybrid_attention":
-        return cast(Tensor, hybrid_attention(*qkv, *maps, gate, **windows, backend=backend))
+        return cast(Tensor, hybrid_attention(*qkv, *maps, gate, **settings))
     q, k, v = (x.detach() for x in qkv)
     if op == "attention_transfer":
-        loss = attention_transfer(q, k, v, *maps, gate, **windows, xent=xent, backend=backend)
+        loss = attention_transfer(q, k, v, *maps, gate, **settings, xent=xent)
         return loss.mse + loss.xent
     with torch.no_grad():
-        state = HybridState.empty_for(k, v, maps[1], **windows)
-        hybrid_attention_step_(q, k, v, *maps, gate, state, backend=backend)
+        state = HybridState.empty_for(k, v, maps[1], **windows, slack=slack)
+        if "key_padding_mask" in options:  # the step itself takes none
+            hybrid_attention(q, k, v, *maps, gate, **settings, state=state)
+        else:
+            hybrid_attention_step_(q, k, v, *maps, gate, state, **options)
     return None

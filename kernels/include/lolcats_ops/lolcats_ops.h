@@ -19,11 +19,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define LOL_API __declspec(dllexport)
-#else
 #define LOL_API __attribute__((visibility("default")))
-#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -184,8 +180,8 @@ typedef struct lol_hybrid_attention_step_args {
                                b uses slot b */
   lol_tensor cu_seqlens, key_padding_mask;
   lol_tensor o;
-  int64_t lazy; /* so much of the ring's slack need not be kept for rewinding: tokens are folded
-                   when the ring is full, then lazy + 1 at once, and kv is only read in between */
+  int64_t lazy; /* how many tokens of the ring's slack may wait: they are folded, lazy + 1 at once,
+                   when the ring is full; until then kv is only read. They cannot be rewound. */
 } lol_hybrid_attention_step_args;
 
 /* Attention transfer (SPEC 7). */
