@@ -86,7 +86,7 @@ def test_blocks_of_the_step_share_the_registers_of_a_multiprocessor(kernel, bloc
 @needs_nvrtc
 def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     """bf16, D = f = 64, a sliding window of 64: one step of a state whose ring is full."""
-    from conformance.test_state import arguments, empty_state, prepare, reference_of
+    from helpers.states import arguments, empty_state, prepare, reference_of
 
     case = Case(D=64, G=1, window=64, batch=(1, 2))
     x = prepare(case, 71, torch.bfloat16)

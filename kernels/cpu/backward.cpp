@@ -29,7 +29,7 @@ class Backward {
 
   // Threads take groups of sequences, each from its first segment to the last and back.
   int by_sequences() {
-    const int64_t rows = parts_of_thread_ && wants_inputs() ? segments_.rows_of_sequence() : 0;
+    const int64_t rows = parts_of_thread_ && wants_inputs() ? segments_.rows_of_longest() : 0;
     const int64_t floats =
         scratch() + StateSums::floats(p_) + rows * (padded(p_.D()) + padded(p_.V()));
     const auto work = [&](int64_t w, Arena arena) {

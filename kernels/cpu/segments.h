@@ -16,7 +16,7 @@ class Segments {
  public:
   Segments(const Problem& p, const Batch& batch);
   int64_t count(const Sequence& s) const { return at_least((s.tokens + tokens_ - 1) / tokens_, 1); }
-  int64_t most() const { return at_least((length_ + tokens_ - 1) / tokens_, 1); }
+  int64_t most() const { return at_least((longest_ + tokens_ - 1) / tokens_, 1); }
   Segment at(const Sequence& s, int64_t j) const {
     return {j, j * tokens_, at_most((j + 1) * tokens_, s.tokens)};
   }
@@ -31,7 +31,7 @@ class Segments {
   }
   int64_t row_in_sequence(int64_t j) const { return j * (tokens_ + more_); }
   int64_t rows() const { return entries_ * length_ + more_ * places(); }
-  int64_t rows_of_sequence() const { return length_ + more_ * (length_ / tokens_ + 1); }
+  int64_t rows_of_longest() const { return longest_ + more_ * (longest_ / tokens_ + 1); }
   int64_t rows_of(const Segment& g) const { return sink_ + g.end - first_key(g) + BLOCK; }
   int64_t first_key(const Segment& g) const {
     return g.begin ? at_most(window_.start(g.begin), g.begin) : sink_;
@@ -45,6 +45,7 @@ class Segments {
   const Sequence* sequences_;
   int64_t sink_, tokens_, more_;  // more_: rows of a segment beyond its tokens
   int64_t entries_, length_, places_;
+  int64_t longest_ = 0;  // of the sequences, in tokens
 };
 
 // Sums as callers lay them out: [F x V] and [F]; either may be null.

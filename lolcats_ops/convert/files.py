@@ -23,13 +23,17 @@ OF_A_MODEL = (
     "config.json",
     "generation_config.json",
     "adapter_config.json",
-    "tokenizer*",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "chat_template.*",
-    "additional_chat_templates/*",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
 )
 
 

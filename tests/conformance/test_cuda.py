@@ -15,7 +15,7 @@ from helpers import emulated
 from helpers.cases import Case, Inputs, cases, make_inputs
 from helpers.compare import assert_close, assert_same_state
 from helpers.operators import MAPS
-from test_state import SETTINGS, arguments, case_of, empty_state, prepare, reference_of
+from helpers.states import SETTINGS, arguments, case_of, empty_state, prepare, reference_of
 
 import lolcats_ops as lo
 

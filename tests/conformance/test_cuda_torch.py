@@ -24,7 +24,7 @@ from helpers.operators import (
     hybrid_attention,
     linear_attention,
 )
-from test_state import arguments, empty_state, feed, prepare, reference_of
+from helpers.states import arguments, empty_state, feed, prepare, reference_of
 
 import lolcats_ops as lo
 from lolcats_ops import _C, dispatch

@@ -27,7 +27,7 @@ from helpers.operators import (
     hybrid_attention,
     linear_attention,
 )
-from test_state import SETTINGS, case_of, empty_state, feed, prepare, reference_of
+from helpers.states import SETTINGS, case_of, empty_state, feed, prepare, reference_of
 
 import lolcats_ops as lo
 
