@@ -17,6 +17,7 @@ from helpers import emulated, nvcc, nvrtc, operators
 from helpers.cases import Case, make_inputs
 from helpers.compare import assert_close, assert_same_state
 from helpers.emulated_attention import Kernels
+from helpers.states import arguments, empty_state, prepare, reference_of
 
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed"
@@ -86,8 +87,6 @@ def test_blocks_of_the_step_share_the_registers_of_a_multiprocessor(kernel, bloc
 @needs_nvrtc
 def test_the_compiled_step_is_right_and_moves_no_byte_twice():
     """bf16, D = f = 64, a sliding window of 64: one step of a state whose ring is full."""
-    from helpers.states import arguments, empty_state, prepare, reference_of
-
     case = Case(D=64, G=1, window=64, batch=(1, 2))
     x = prepare(case, 71, torch.bfloat16)
     want, final = reference_of(x)

@@ -56,6 +56,7 @@ print("warm", *lo.warmup("feature_map", **settings, tokens=(32,), transposed=Tru
 with launch.compiling():
     x = torch.randn(1, 32, 8, 16, dtype=torch.bfloat16).transpose(1, 2)
     lo.feature_map(x, lo.Features(torch.randn(8, 16, 16)), backend="triton")
+print("warm", *lo.warmup("hybrid_attention_step_", **{**decode, "tokens": (32,)}, padded=True))
 """
 
 
@@ -83,6 +84,8 @@ def test_calls_after_a_warmup_find_their_kernels_compiled():
         "warm attention_step",
         "compiled feature_map_forward",  # in the warmup of the other layout
         "warm feature_map_forward",
+        "compiled attention_step",  # with padding
+        "warm attention_step",
     ]
 
 

@@ -86,8 +86,8 @@ def finetune(
 
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
     unless `config.train_features`. The model comes back in the mode, train or eval, that it came
-    in, and once merged with what it came with trainable; on any exception it is as it was, but for
-    the device, which the Trainer chooses.
+    in, and once merged with the same parameters trainable; on any exception it is as it was, but
+    for the device, which the Trainer chooses.
 
     Args:
         model: a causal language model, changed in place.

@@ -142,8 +142,8 @@ def check_state(
 
 
 def check_state_indices(op: str, state_indices: Tensor, q: Tensor) -> None:
-    """state_indices: [B] int32 or int64. That they are distinct slots of the pool, kernels of the
-    CPU see."""
+    """state_indices: [B] int32 or int64. On the CPU the kernels also refuse slots that the pool
+    does not have, or that come twice."""
     if not isinstance(state_indices, Tensor):
         raise TypeError(f"{op}: state_indices is a {type(state_indices).__name__}, needs a tensor")
     if tuple(state_indices.shape) != (q.shape[0],):

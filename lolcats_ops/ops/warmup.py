@@ -82,7 +82,10 @@ def warmup(
     value_dim = value_dim or head_dim
     width = feature_dim or head_dim
     case = {"device": device, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
-    case |= {"feature_dim": feature_k.width if feature_k else width, "tokens": max(tokens)}
+    case |= {
+        "feature_dim": feature_k.width if feature_k else width,
+        "tokens": max(tokens, default=1),
+    }
     compiled: set[str] = set()
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:

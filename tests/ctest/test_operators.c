@@ -108,7 +108,6 @@ static void steps_on_a_state_equal_one_call(void) {
   float kv[B * H * WIDE * V] = {0}, ksum[B * H * WIDE] = {0};
   float k_ring[B * H * RING * D], v_ring[B * H * RING * V];
   int64_t length[B] = {0}, folded[B] = {0};
-  const int64_t slots[] = {B};
   for (int t = 0; t < T; t++) {
     float stepped[B * H * V];
     lol_hybrid_attention_step_args step = {0};
@@ -125,14 +124,7 @@ static void steps_on_a_state_equal_one_call(void) {
     step.window = args.window;
     step.window_kind = args.window_kind;
     step.scale = args.scale;
-    step.state.kv = TENSOR(kv, B, H, WIDE, V);
-    step.state.ksum = TENSOR(ksum, B, H, WIDE);
-    step.state.k_ring = TENSOR(k_ring, B, H, RING, D);
-    step.state.v_ring = TENSOR(v_ring, B, H, RING, V);
-    step.state.k_sink = TENSOR(NULL, B, H, 0, D);
-    step.state.v_sink = TENSOR(NULL, B, H, 0, V);
-    step.state.length = tensor(length, LOL_I64, 1, slots);
-    step.state.folded = tensor(folded, LOL_I64, 1, slots);
+    step.state = state_of(kv, ksum, k_ring, v_ring, length, folded, B, RING);
     step.o = TENSOR(stepped, B, H, 1, V);
     CHECK(lol_hybrid_attention_step(&step) == LOL_OK);
     CHECK(length[0] == t + 1);

@@ -16,7 +16,6 @@ static lol_features features(void) {
   return f;
 }
 static lol_hybrid_attention_step_args step_args(int64_t batch) {
-  const int64_t slots[] = {batch};
   lol_hybrid_attention_step_args a = {0};
   a.struct_size = sizeof(a);
   a.context.device = -1;
@@ -28,14 +27,7 @@ static lol_hybrid_attention_step_args step_args(int64_t batch) {
   a.gate = TENSOR(gate, H);
   a.window = WINDOW;
   a.scale = 0.5;
-  a.state.kv = TENSOR(kv, batch, H, WIDE, V);
-  a.state.ksum = TENSOR(ksum, batch, H, WIDE);
-  a.state.k_ring = TENSOR(k_ring, batch, H, R, D);
-  a.state.v_ring = TENSOR(v_ring, batch, H, R, V);
-  a.state.k_sink = TENSOR(NULL, batch, H, 0, D);
-  a.state.v_sink = TENSOR(NULL, batch, H, 0, V);
-  a.state.length = tensor(length, LOL_I64, 1, slots);
-  a.state.folded = tensor(folded, LOL_I64, 1, slots);
+  a.state = state_of(kv, ksum, k_ring, v_ring, length, folded, batch, R);
   a.o = TENSOR(out, batch, H, 1, V);
   return a;
 }

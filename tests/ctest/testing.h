@@ -35,6 +35,22 @@ static inline lol_tensor tensor(void* data, int dtype, int ndim, const int64_t* 
   tensor(data, LOL_F32, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), \
          (const int64_t[]){__VA_ARGS__})
 
+/* The arrays of `batch` states with `ring` slots and no sinks. */
+static inline lol_state state_of(float* kv, float* ksum, float* k_ring, float* v_ring,
+                                 int64_t* length, int64_t* folded, int64_t batch, int64_t ring) {
+  const int64_t slots[] = {batch};
+  lol_state s = {0};
+  s.kv = TENSOR(kv, batch, H, WIDE, V);
+  s.ksum = TENSOR(ksum, batch, H, WIDE);
+  s.k_ring = TENSOR(k_ring, batch, H, ring, D);
+  s.v_ring = TENSOR(v_ring, batch, H, ring, V);
+  s.k_sink = TENSOR(NULL, batch, H, 0, D);
+  s.v_sink = TENSOR(NULL, batch, H, 0, V);
+  s.length = tensor(length, LOL_I64, 1, slots);
+  s.folded = tensor(folded, LOL_I64, 1, slots);
+  return s;
+}
+
 /* Deterministic values in [-1, 1). */
 static inline void fill(float* x, int n, unsigned seed) {
   for (int i = 0; i < n; i++) {

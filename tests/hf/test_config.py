@@ -1,12 +1,48 @@
-"""Settings of LolcatsConfig reach the operators."""
+"""LolcatsConfig: what it refuses, and that its settings reach the operators."""
 
 from dataclasses import replace
 
+import pytest
 import torch
 import transformers
 from helpers.tiny_models import NARROW, tiny, token_ids
 
 import lolcats_ops as lo
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("window", -1, ValueError),
+        ("window", 1.5, TypeError),
+        ("window_kind", "round", ValueError),
+        ("activation", "sin", ValueError),
+        ("activation", "relu", ValueError),  # two_sided
+        ("gate_init", float("nan"), ValueError),
+        ("feature_dim", 0, ValueError),
+        ("softmax_layers", 1, TypeError),
+        ("softmax_layers", "01", TypeError),
+        ("softmax_layers", (True,), TypeError),
+        ("softmax_layers", (1.0,), TypeError),
+        ("softmax_layers", (-1,), ValueError),
+        ("gate_init", "a", TypeError),
+        ("gate_init", True, TypeError),
+        ("gate_init", torch.tensor(0.1), TypeError),
+        ("affine", "no", TypeError),
+        ("two_sided", "no", TypeError),
+        ("share_kv_features", 1, TypeError),
+    ],
+)
+def test_config_names_the_bad_field(field, value, error):
+    with pytest.raises(error, match=field):
+        lo.hf.LolcatsConfig(**{field: value})
+
+
+def test_config_round_trips_and_refuses_unknown_keys():
+    config = lo.hf.LolcatsConfig(window=32, softmax_layers=[1, 2])
+    assert lo.hf.LolcatsConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(ValueError, match="windw"):
+        lo.hf.LolcatsConfig.from_dict({"windw": 3})
 
 
 @torch.no_grad()

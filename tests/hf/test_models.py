@@ -428,38 +428,3 @@ def test_misuse_is_refused(model):
         lo.hf.convert(torch.nn.Linear(2, 2))
     with pytest.raises(TypeError, match="config is a dict"):
         lo.hf.convert(tiny(), {"window": 8})
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "error"),
-    [
-        ("window", -1, ValueError),
-        ("window", 1.5, TypeError),
-        ("window_kind", "round", ValueError),
-        ("activation", "sin", ValueError),
-        ("activation", "relu", ValueError),  # two_sided
-        ("gate_init", float("nan"), ValueError),
-        ("feature_dim", 0, ValueError),
-        ("softmax_layers", 1, TypeError),
-        ("softmax_layers", "01", TypeError),
-        ("softmax_layers", (True,), TypeError),
-        ("softmax_layers", (1.0,), TypeError),
-        ("softmax_layers", (-1,), ValueError),
-        ("gate_init", "a", TypeError),
-        ("gate_init", True, TypeError),
-        ("gate_init", torch.tensor(0.1), TypeError),
-        ("affine", "no", TypeError),
-        ("two_sided", "no", TypeError),
-        ("share_kv_features", 1, TypeError),
-    ],
-)
-def test_config_names_the_bad_field(field, value, error):
-    with pytest.raises(error, match=field):
-        lo.hf.LolcatsConfig(**{field: value})
-
-
-def test_config_round_trips_and_refuses_unknown_keys():
-    config = lo.hf.LolcatsConfig(window=32, softmax_layers=[1, 2])
-    assert lo.hf.LolcatsConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="windw"):
-        lo.hf.LolcatsConfig.from_dict({"windw": 3})
