@@ -43,7 +43,7 @@ from .tokens import (
     tokens_at,
     unpacked,
 )
-from .window import end_chunk, folds, pair_masks, window_start
+from .window import causal_pairs, end_chunk, folds, older_masks, own_masks, window_start
 
 
 @triton.jit
@@ -85,12 +85,11 @@ class KeyPass(NamedTuple):
 
 
 @triton.jit
-def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
+def add_softmax_queries(p, sums, queries, inside, k, v, log2_g):
     """sums with the softmax pairs of a chunk of queries."""
     if sums.dk is None or p.window.size == 0:
         return sums
     else:
-        inside, outside = pair_masks(p, start, distance)
         weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
         dk = product(tl.trans(ds * p.scale), queries.q, sums.dk, p.arithmetic)
         dv = product(tl.trans(weights), queries.row.do, sums.dv, p.arithmetic)
@@ -98,9 +97,8 @@ def add_softmax_queries(p, sums, queries, start, distance, k, v, log2_g):
 
 
 @triton.jit
-def add_linear_queries(p, sums, queries, start, distance, phi_q, v, phi_k):
+def add_linear_queries(p, sums, queries, outside, phi_q, v, phi_k):
     """sums with the pairs of a chunk of queries that are weighed by features."""
-    inside, outside = pair_masks(p, start, distance)
     da = tl.where(outside, weight_gradients(p, queries.row, v), 0.0)
     d_phi = add_product(tl.trans(da), phi_q, sums.d_phi, p.arithmetic)
     if sums.dv is None:
@@ -136,13 +134,12 @@ def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, weight_q, facto
     for c in tl.range(t + 1, last, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
-        sums = add_softmax_queries(p, sums, queries, c * p.chunk, (c - t) * p.chunk, k, v, log2_g)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+        sums = add_softmax_queries(p, sums, queries, inside, k, v, log2_g)
         if p.window.far_linear:
             if t * p.chunk < window_start(p.window, c * p.chunk + p.chunk - 1):
                 phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
-                sums = add_linear_queries(
-                    p, sums, queries, c * p.chunk, (c - t) * p.chunk, phi_q, v, phi_k
-                )
+                sums = add_linear_queries(p, sums, queries, outside, phi_q, v, phi_k)
     return sums
 
 
@@ -167,6 +164,7 @@ def backward_keys(
     own_weight = share_of(p.map_k, d_weight, program)
     dw, db = zero_weight(p, p.map_k, d_weight), zero_bias(p.map_k, d_bias)
     WITH_INPUTS: tl.constexpr = dk is not None
+    causal = causal_pairs(p)
     carried = None
     if p.window.lag == 1:
         after = tokens_at(p, at, end * p.chunk, p.chunk)
@@ -193,20 +191,22 @@ def backward_keys(
             sums = KeyPass(None, None, d_phi)
 
         queries = load_queries(p, at, left, incoming, tokens, WITH_INPUTS)
-        sums = add_softmax_queries(p, sums, queries, t * p.chunk, 0, k, v, log2_g)
+        inside, outside = own_masks(p, causal, t * p.chunk)
+        sums = add_softmax_queries(p, sums, queries, inside, k, v, log2_g)
         if p.window.near_linear:
             phi_near = query_features(p, at, tokens, queries.q, weight_q, factor)
-            sums = add_linear_queries(p, sums, queries, t * p.chunk, 0, phi_near, v, phi_k)
+            sums = add_linear_queries(p, sums, queries, outside, phi_near, v, phi_k)
         if p.window.lag == 0:
             state = add_queries(p, state, phi_near, queries.row)
         elif p.window.lag == 1:
             start = (t + 1) * p.chunk
             after = tokens_at(p, at, start, p.chunk)
             newer = unpacked_queries(carried, k.dtype, p.arithmetic)
-            sums = add_softmax_queries(p, sums, newer, start, p.chunk, k, v, log2_g)
+            inside, outside = older_masks(p, start, p.chunk)
+            sums = add_softmax_queries(p, sums, newer, inside, k, v, log2_g)
             phi_far = query_features(p, at, after, newer.q, weight_q, factor)
             if p.window.far_linear:
-                sums = add_linear_queries(p, sums, newer, start, p.chunk, phi_far, v, phi_k)
+                sums = add_linear_queries(p, sums, newer, outside, phi_far, v, phi_k)
             state = add_queries(p, state, phi_far, newer.row)
             carried = packed_queries(queries)
         else:

@@ -44,7 +44,7 @@ from .tokens import (
     tokens_at,
     unpacked,
 )
-from .window import first_tile, pair_masks, sink_mask, window_start
+from .window import causal_pairs, first_tile, older_masks, own_masks, sink_mask, window_start
 
 
 class SoftmaxSums(NamedTuple):
@@ -89,13 +89,13 @@ def far_pairs(p, at, row, c, weight_k, d_phi):
     for t in tl.range(start, tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
         d_phi = linear_pairs(p, row, load_v(p, at, tokens), phi_k, outside, d_phi)
     return d_phi
 
 
 @triton.jit
-def softmax_sums(p, at, q, do, i, c, k, v, k_old, v_old):
+def softmax_sums(p, at, causal, q, do, i, c, k, v, k_old, v_old):
     """Over all keys that a chunk of queries attends by softmax; m is 0 where there are none."""
     zero = tl.zeros((p.chunk,), tl.float32)
     sums = SoftmaxSums(zero - INF, zero, zero, zero)
@@ -104,15 +104,15 @@ def softmax_sums(p, at, q, do, i, c, k, v, k_old, v_old):
         inside = sink_mask(p, at, i, first.position)
         sums = add_softmax_pairs(p, sums, q, do, load_k(p, at, first), load_v(p, at, first), inside)
     if p.window.size > 0:
-        inside, outside = pair_masks(p, c * p.chunk, 0)
+        inside, outside = own_masks(p, causal, c * p.chunk)
         sums = add_softmax_pairs(p, sums, q, do, k, v, inside)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+            inside, outside = older_masks(p, c * p.chunk, p.chunk)
             sums = add_softmax_pairs(p, sums, q, do, k_old, v_old, inside)
         elif p.window.lag == 2:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+                inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
                 sums = add_softmax_pairs(p, sums, q, do, k_far, v_far, inside)
     m = tl.where(sums.m == -INF, 0.0, sums.m)
@@ -127,18 +127,18 @@ def add_softmax_keys(p, dq, queries, k, v, inside, log2_g):
 
 
 @triton.jit
-def window_pairs(p, at, queries, c, k, v, k_old, v_old, log2_g, dq):
+def window_pairs(p, at, causal, queries, c, k, v, k_old, v_old, log2_g, dq):
     """dq with the pairs in the windows of a chunk."""
     if p.window.size > 0:
-        inside, outside = pair_masks(p, c * p.chunk, 0)
+        inside, outside = own_masks(p, causal, c * p.chunk)
         dq = add_softmax_keys(p, dq, queries, k, v, inside, log2_g)
         if p.window.lag == 1:
-            inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+            inside, outside = older_masks(p, c * p.chunk, p.chunk)
             dq = add_softmax_keys(p, dq, queries, k_old, v_old, inside, log2_g)
         elif p.window.lag == 2:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+                inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
                 dq = add_softmax_keys(p, dq, queries, k_far, v_far, inside, log2_g)
     return dq
@@ -186,6 +186,7 @@ def backward_queries(
         dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
         dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
     center = mean_value(p, at, begin)
+    causal = causal_pairs(p)
     k_carried, v_carried = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
@@ -210,7 +211,7 @@ def backward_queries(
             old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
-                inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+                inside, outside = older_masks(p, c * p.chunk, p.chunk)
                 d_phi = linear_pairs(p, row, v_old, phi_old, outside, d_phi)
             state = absorb(p, state, old, phi_old, v_old)
         elif p.window.lag == 2:
@@ -220,7 +221,7 @@ def backward_queries(
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
-            inside, outside = pair_masks(p, c * p.chunk, 0)
+            inside, outside = own_masks(p, causal, c * p.chunk)
             d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
         if p.window.lag == 0:
             state = absorb(p, state, tokens, phi_k, v)
@@ -228,7 +229,7 @@ def backward_queries(
         d_phi = times(d_phi, factor)
         WITH_SOFTMAX: tl.constexpr = dq is not None and p.window.size + p.window.sink > 0
         if WITH_SOFTMAX:
-            sums = softmax_sums(p, at, q, row.do, i, c, k, v, k_old, v_old)
+            sums = softmax_sums(p, at, causal, q, row.do, i, c, k, v, k_old, v_old)
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
         phi = activate(tile.z, p.map_q)
         dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
@@ -244,7 +245,7 @@ def backward_queries(
             less = scaled(excess, factor)
             d_phi = without_excess(d_phi, less, ksum)
             if p.window.near_linear:
-                inside, outside = pair_masks(p, c * p.chunk, 0)
+                inside, outside = own_masks(p, causal, c * p.chunk)
                 pairs = tl.where(outside, -less[:, None], 0.0)
                 d_phi = add_product(pairs, phi_k, d_phi, p.arithmetic)
         tl.store(left.delta + part, row.delta, mask=tokens.valid)
@@ -269,7 +270,7 @@ def backward_queries(
                     grad = product(ds * p.scale, keys_first, grad, p.arithmetic)
                     dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                grad = window_pairs(p, at, queries, c, k, v, k_old, v_old, log2_g, grad)
+                grad = window_pairs(p, at, causal, queries, c, k, v, k_old, v_old, log2_g, grad)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         total_dm += dm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_cuda
 
 from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Sides
 
@@ -170,7 +171,7 @@ def clamp_side(y, f):
     if f.activation == IDENTITY:
         return y
     else:
-        return in_width(f, at_least(y, f.eps), 0.0)
+        return in_width(f, at_least(y, tl.full((), f.eps, y.dtype)), 0.0)
 
 
 @triton.jit
@@ -183,7 +184,11 @@ def clamp(phi, f):
 
 @triton.jit
 def operand_side(z, f, factor, arithmetic):
-    return scaled(clamp_side(activate_side(z, f), f), factor).to(arithmetic.dtype)
+    if factor is None and is_cuda():
+        # Rounding keeps order, and NVIDIA's GPUs clamp two numbers of 16 bits at a time.
+        return clamp_side(activate_side(z, f).to(arithmetic.dtype), f)
+    else:
+        return scaled(clamp_side(activate_side(z, f), f), factor).to(arithmetic.dtype)
 
 
 @triton.jit

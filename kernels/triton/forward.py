@@ -47,7 +47,7 @@ from .tokens import (
     tokens_at,
     unpacked,
 )
-from .window import first_tile, pair_masks, sink_mask, window_start
+from .window import causal_pairs, first_tile, older_masks, own_masks, sink_mask, window_start
 
 
 class Step(NamedTuple):
@@ -166,13 +166,13 @@ def softmax_before(p, at, q, k_old, v_old, i, c):
         sinks = sink_mask(p, at, i, first.position)
         sums = add_softmax(sums, s_first, sinks, v_first, p.arithmetic)
     if p.window.lag == 1:
-        inside, outside = pair_masks(p, c * p.chunk, p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, p.chunk)
         sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
     elif p.window.lag == 2:
         for t in tl.range(first_tile(p, c), c, disable_licm=True):
             tokens = tokens_at(p, at, t * p.chunk, p.chunk)
             s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
-            inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+            inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
             sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
     return sums
 
@@ -194,7 +194,7 @@ def add_far_linear(p, at, sums, phi_q, c, weight_k):
     for t in tl.range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = pair_masks(p, c * p.chunk, (c - t) * p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
         sums = add_linear(sums, phi_q, phi_k, outside, load_v(p, at, tokens), p.arithmetic)
     return sums
 
@@ -214,6 +214,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     factor = linear_factor(p, at)
     state = load_state(p, at, kv0, ksum0, at.slot, False)
     gate = softmax_gate(p, at)
+    causal = causal_pairs(p)
     k_carried, v_carried = None, None
     if p.window.lag == 1:
         old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
@@ -234,7 +235,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
             old = tokens_at(p, at, start - p.chunk, p.chunk)
             phi_old = key_features(p, at, old, k_old, weight_k)
             if p.window.far_linear:
-                inside, outside = pair_masks(p, start, p.chunk)
+                inside, outside = older_masks(p, start, p.chunk)
                 linear = add_linear(linear, phi_q, phi_old, outside, v_old, p.arithmetic)
             state = absorb(p, state, old, phi_old, v_old)
         elif p.window.lag == 2:
@@ -244,7 +245,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         sums = softmax_before(p, at, q, k_old, v_old, i, c)
 
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
-        inside, outside = pair_masks(p, start, 0)
+        inside, outside = own_masks(p, causal, start)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
             linear = add_linear(linear, phi_q, phi_k, outside, v, p.arithmetic)

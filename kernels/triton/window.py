@@ -52,24 +52,62 @@ def end_chunk(p, t):
 
 
 @triton.jit
-def pair_masks(p, start, distance):
-    """Of a chunk of queries at ``start`` and the tile of keys ``distance`` tokens before it: which
-    pairs are in W, which in N, [C, C]; no sinks. Keys past the end are after all queries.
+def causal_pairs(p):
+    """Which keys of its own tile a chunk of queries may attend, [C, C].
+
+    For before the loop over chunks: there ptxas packs these predicates, 32 of a thread, into a word
+    once. In the loop it makes them long before they are used, and packs them in every chunk; but
+    not where all keys are linear, whose only mask spills more if it is kept: that is None here.
     """
     r = tl.arange(0, p.chunk)
-    ahead = r[:, None] + distance - r[None, :]  # i - j
-    known = ahead >= 0
-    if p.window.sink > 0 or p.window.lag > 0:
-        key = r + start - distance
-        known = known & (key[None, :] >= p.window.sink)
-    if p.window.size == 0:
-        return known & (ahead < 0), known
-    elif p.window.kind == SLIDING:
-        return known & (ahead < p.window.size), known & (ahead >= p.window.size)
+    if p.window.lag == 0:
+        return None
     else:
-        key = r + start - distance
-        near = key[None, :] >= window_start(p.window, r + start)[:, None]
-        return known & near, known & (near == 0)
+        return r[:, None] >= r[None, :]
+
+
+@triton.jit
+def parted(known, near):
+    """The pairs that are near, and the others."""
+    return known & near, known & (near == 0)
+
+
+@triton.jit
+def own_masks(p, causal, start):
+    """Of a chunk of queries at ``start`` and the keys of the same tokens: which pairs are in W,
+    which in N, [C, C]; no sinks. Keys past the end are after all queries.
+    """
+    r = tl.arange(0, p.chunk)
+    known = causal
+    if causal is None:
+        known = r[:, None] >= r[None, :]
+    if p.window.sink > 0:
+        known = known & (r + start >= p.window.sink)[None, :]
+    if p.window.size == 0:
+        return parted(known, known == 0)
+    elif not p.window.near_linear:
+        return parted(known, known)
+    elif p.window.kind == SLIDING:
+        return parted(known, r[:, None] - r[None, :] < p.window.size)
+    else:
+        first = window_start(p.window, r + start)
+        return parted(known, (r + start)[None, :] >= first[:, None])
+
+
+@triton.jit
+def older_masks(p, start, distance):
+    """The same of the tile of keys ``distance`` tokens before the chunk, one chunk or several. Keys
+    before the first token are in neither."""
+    r = tl.arange(0, p.chunk)
+    key = r + start - distance
+    known = tl.broadcast_to((key >= p.window.sink)[None, :], (p.chunk, p.chunk))
+    if not p.window.far_linear:
+        return parted(known, known)
+    elif p.window.kind == SLIDING:
+        return parted(known, r[:, None] + distance - r[None, :] < p.window.size)
+    else:
+        first = window_start(p.window, r + start)
+        return parted(known, key[None, :] >= first[:, None])
 
 
 @triton.jit
@@ -78,10 +116,9 @@ def position_masks(p, at, i, j):
     known = (j >= p.window.sink) & (j < at.length)
     causal = (j[None, :] <= i[:, None]) & known[None, :]
     if p.window.size == 0:
-        return causal & (j[None, :] < 0), causal
+        return parted(causal, causal == 0)
     else:
-        near = j[None, :] >= window_start(p.window, i)[:, None]
-        return causal & near, causal & (near == 0)
+        return parted(causal, j[None, :] >= window_start(p.window, i)[:, None])
 
 
 @triton.jit

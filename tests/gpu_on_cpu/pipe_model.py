@@ -59,7 +59,7 @@ _SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}
 _INTEGER = {
     *("FSEL", "FMNMX", "FMNMX3", "FSETP", "FSET", "F2FP", "I2FP"),  # run where integers do
     *("IADD3", "VIADD", "IABS", "IMNMX", "VIMNMX", "ISETP", "LEA", "LOP3", "PLOP3", "SHF", "SGXT"),
-    *("MOV", "SEL", "PRMT", "POPC", "CS2R"),
+    *("MOV", "SEL", "PRMT", "POPC", "CS2R", "HMNMX2"),
 }
 # Shared memory and the L1 cache are one memory with one data path.
 _L1_BY_WIDTH = {"LDS", "STS", "LDGSTS", "LDG", "STG", "LDL", "STL"}

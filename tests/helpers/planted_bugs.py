@@ -18,6 +18,7 @@ from .operators import attention_transfer
 
 BARRIER = r"bar\.sync\s+0;"
 BARRIERS = 4  # of a kernel, that many deleted one at a time
+AFTER = r"setp\.lt\.u32(?=\s+%p\d+, %r\d+, %r)"  # i < j, of the keys that are left out
 WAIT = r"(?:cp\.async\.wait_group|wgmma\.wait_group\.sync\.aligned)\s+\d+;"
 
 
@@ -32,7 +33,7 @@ def forward_bugs(ptx: str) -> Iterator[tuple[str, str]]:
     barriers = len(re.findall(BARRIER, ptx))
     for n in range(0, barriers, -(-barriers // BARRIERS)):
         yield f"barrier {n} deleted", without(ptx, BARRIER, n)
-    yield "mask: i >= j is i > j", ptx.replace("setp.ge.u32", "setp.gt.u32")
+    yield "mask: i >= j is i > j", re.sub(AFTER, "setp.le.u32", ptx)
     yield "mask: i < T is i <= T", ptx.replace("setp.lt.s32", "setp.le.s32")
 
 
