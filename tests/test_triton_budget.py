@@ -4,13 +4,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 import torch
-from gpu_on_cpu import budget
+from gpu_on_cpu import budget, pipe_model
 from helpers import launches
 from helpers.kernel_budget import BUDGET, CI, RENEW
 
@@ -65,6 +66,22 @@ def test_which_kernels_of_hybrid_attention_spill_to_memory(entries):
         *((kernel, target) for kernel in kernels for target in ("sm_80", "sm_90")),
         *((kernel, "sm_100") for kernel in kernels[1:]),
     }
+
+
+@pytest.mark.parametrize(
+    ("case", "bar"), [("bf16 64", 1.3), ("bf16 64 terrace", 1.0), ("bf16 128x64", 1.3)]
+)
+def test_memory_takes_as_long_as_the_busiest_pipe_of_the_forward_pass(case, bar):
+    """By the model, on an H100. docs/gpu.md has what misses its bar."""
+    case = replace(launches.CASES[case], calls=launches.HYBRID)
+    forward, *_ = launches.build_all([("sm_90", case)])
+    assert forward.job.kernel == "attention_forward"
+    head_dim = case.sizes[0]
+    programs, chunk = head_dim // 64, 64  # that share a head; tokens
+    bytes_of_token = 4 * head_dim * 2 + 2 * 4  # q, k, v and y; m and den
+    moved = chunk * bytes_of_token / programs
+    pipes = dict(pipe_model.predict(forward, moved).pipes)
+    assert pipes.pop("memory") * bar >= max(pipes.values())
 
 
 def test_every_shape_has_a_launch_configuration():
