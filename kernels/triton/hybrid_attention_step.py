@@ -139,6 +139,8 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
     """
     new = place_of(p)
     past = past_of(p, pool, new)
+    if not past.known:
+        return
     at = with_head(new, new.head, past.total)
     begin, end = chunk_range(p, new)
     first_head = at.head * group.heads
@@ -192,6 +194,8 @@ def step_segment_sums(p, pool, group, kv, ksum):
     """What every segment adds to the state, [N, Hs, segments, F, V] and [..., F]."""
     new = place_of(p)
     past = past_of(p, pool, new)
+    if not past.known:
+        return
     at = with_head(new, new.head, past.total)
     begin, end = chunk_range(p, new)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
@@ -223,7 +227,7 @@ def initial_states(
     """The states at the start of every segment, or None where there is one."""
     if problem.segments == 1:
         return None, None
-    slots = slice(None) if pool.slots is None else pool.slots.long()
+    slots = slice(None) if pool.slots is None else pool.slots.long().clamp(0, pool.kv.shape[0] - 1)
     initial = pool.kv[slots], pool.ksum[slots]
     return attention.segment_states(problem, v, step_segment_sums, (pool, group), initial)
 
@@ -282,7 +286,8 @@ def hybrid_attention_step_(
     sums = {"kv": kv, "ksum": ksum, "length": length, "folded": folded}
     kv, ksum, length, folded = (contiguous(f"state.{name}", x) for name, x in sums.items())
     slots = None if state_indices is None else state_indices.contiguous()
-    pool = Pool(kv, ksum, *stores, length, folded, slots, constant(ring), constant(slack))
+    size = float(length.shape[0])
+    pool = Pool(kv, ksum, *stores, length, folded, slots, size, constant(ring), constant(slack))
     group = group_of(q, state_heads, ring, slack, terrace, width)
     counters = sequences, state_heads + kv_heads + 1
     arrivals = torch.zeros(counters, dtype=torch.int32, device=q.device)

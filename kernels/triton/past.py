@@ -23,13 +23,14 @@ def past_of(p, pool, new):
     if pool.slots is not None:
         slot = tl.load(pool.slots + new.n)
     slot = slot.to(tl.int64)
-    length = tl.load(pool.length + slot).to(tl.int32)
-    folded = tl.load(pool.folded + slot).to(tl.int32)
+    known = (slot >= 0) & (slot.to(tl.float32) < pool.size)
+    length = tl.load(pool.length + slot, mask=known, other=0).to(tl.int32)
+    folded = tl.load(pool.folded + slot, mask=known, other=0).to(tl.int32)
     total = length + new.length
     # Even after ``slack`` tokens are taken back, no query needs the keys before this one.
     folded_after = tl.maximum(folded, window_start(p.window, total - 1 - pool.slack))
     start, end = tl.maximum(folded, p.window.sink), tl.maximum(folded_after, p.window.sink)
-    return Past(slot, length, total, start, end, folded_after)
+    return Past(slot, known, length, total, start, end, folded_after)
 
 
 @triton.jit

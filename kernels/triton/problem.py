@@ -155,6 +155,7 @@ class Pool(NamedTuple):
     length: Any  # [P] int64
     folded: Any
     slots: Any  # [N], where the state of each sequence is, or None: in the order of the sequences
+    size: Any  # P as a float, on which Triton does not specialise
     ring: Any  # R, constant
     slack: Any  # constant
 
@@ -171,6 +172,7 @@ class Past(NamedTuple):
     """What a sequence remembers before and after a call, in positions."""
 
     slot: Any  # of the pool
+    known: Any  # whether the pool has it: if not, a program has nothing to do
     length: Any  # tokens before the call
     total: Any  # tokens after it
     start: Any  # the state holds [s, start) before

@@ -27,9 +27,10 @@ from helpers.operators import (
     hybrid_attention,
     linear_attention,
 )
-from helpers.states import SETTINGS, case_of, empty_state, feed, prepare, reference_of
+from helpers.states import SETTINGS, arguments, case_of, empty_state, feed, prepare, reference_of
 
 import lolcats_ops as lo
+from lolcats_ops.ops.hybrid_attention_step import step_
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +136,24 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
     others = torch.tensor([0, 2, 4])
     for name, got in pool.select(others).tensors.items():
         assert got.equal(untouched.select(others).tensors[name]) or got.isnan().all(), name
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_sequences_whose_slots_do_not_exist_are_skipped(tokens):
+    """Where tensors are on a GPU; on a CPU the public function refuses such slots."""
+    x = prepare(case_of(3, "sliding", 1, batch=(3, 2)), tokens, torch.float32)
+    pool, slots = empty_state(x, batch=2), torch.tensor([-1, 1, 2])
+    want = pool.clone()
+    with sanitizer.checked(races=True):
+        out = step_(
+            "triton", *arguments(x), pool, state_indices=slots, scale=None, affine=False
+        )  # fmt: skip
+    q, k, v, *others = arguments(x)
+    alone = (q[1:2], k[1:2], v[1:2], *others)
+    own = lo.hybrid_attention_step_(*alone, want, state_indices=slots[1:2], backend="triton")
+    assert out[1:2].equal(own)
+    for name, got in pool.tensors.items():
+        torch.testing.assert_close(got, want.tensors[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("seed", "window"), [(5, 16), (6, 16), (5, 0)])
