@@ -56,8 +56,9 @@ def causal_pairs(p):
     """Which keys of its own tile a chunk of queries may attend, [C, C].
 
     For before the loop over chunks: there ptxas packs these predicates, 32 of a thread, into a word
-    once. In the loop it makes them long before they are used, and packs them in every chunk; but
-    not where all keys are linear, whose only mask spills more if it is kept: that is None here.
+    once. In the loop it makes them long before they are used, and packs them in every chunk. But
+    where a chunk sees no older tile, as in linear attention, to keep the mask spills more than to
+    make it anew: there it is None.
     """
     r = tl.arange(0, p.chunk)
     if p.window.lag == 0:

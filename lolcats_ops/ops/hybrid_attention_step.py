@@ -67,8 +67,8 @@ def hybrid_attention_step_(
             the state's.
         state: a pool of P slots, written in place.
         state_indices: [B] int, the slot of each sequence, no slot twice; None where P == B. On a
-            GPU a sequence whose slot does not exist, such as -1, is skipped: no state changes, and
-            its part of the result means nothing.
+            GPU the kernels skip a sequence whose slot does not exist, such as -1: no state changes,
+            and its part of the result means nothing.
         backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
 
     Returns:

@@ -138,16 +138,15 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
         assert got.equal(untouched.select(others).tensors[name]) or got.isnan().all(), name
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
-def test_sequences_whose_slots_do_not_exist_are_skipped(tokens):
+@pytest.mark.parametrize("tokens", [1, 20, 150])
+def test_sequences_whose_slots_do_not_exist_are_skipped(tokens, monkeypatch):
     """Where tensors are on a GPU; on a CPU the public function refuses such slots."""
+    monkeypatch.setattr("lolcats_ops.kernels.triton.launch.SEGMENT_CHUNKS", 2)
     x = prepare(case_of(3, "sliding", 1, batch=(3, 2)), tokens, torch.float32)
     pool, slots = empty_state(x, batch=2), torch.tensor([-1, 1, 2])
     want = pool.clone()
     with sanitizer.checked(races=True):
-        out = step_(
-            "triton", *arguments(x), pool, state_indices=slots, scale=None, affine=False
-        )  # fmt: skip
+        out = step_("triton", *arguments(x), pool, state_indices=slots, scale=None, affine=False)
     q, k, v, *others = arguments(x)
     alone = (q[1:2], k[1:2], v[1:2], *others)
     own = lo.hybrid_attention_step_(*alone, want, state_indices=slots[1:2], backend="triton")
