@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .remote import CHECKOUT, Server
+from . import CHECKOUT
+from .remote import Server
 
 
 class BaseError(RuntimeError):

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .isolated import Channel, end_if_broken, work_through
+from .isolated import MESSAGE_CHARACTERS, Channel, end_if_broken, work_through
 
 TESTS = ("tests/conformance", "tests/test_cupy.py")
 ON_GPU = ("-m", "gpu")  # see tests/conformance/conftest.py
@@ -104,7 +104,7 @@ class _Collector:
 
     def pytest_collectreport(self, report: Any) -> None:
         if report.failed:
-            self.error = self.error or report.longreprtext[-1000:]
+            self.error = self.error or report.longreprtext[-MESSAGE_CHARACTERS:]
 
     def pytest_collection_finish(self, session: Any) -> None:
         self.names = [item.nodeid for item in session.items]
@@ -130,7 +130,8 @@ class _Reporter:
         self.value["seconds"] += report.duration
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
-            self.error = self.error or (crash.message if crash else report.longreprtext)[:1000]
+            message = crash.message if crash else report.longreprtext
+            self.error = self.error or message[:MESSAGE_CHARACTERS]
         elif report.skipped:
             self.value |= {"outcome": "skipped", "message": report.longrepr[2]}
 

@@ -22,7 +22,8 @@ from threading import Thread
 from time import monotonic
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+from . import CHECKOUT
+
 PATIENCE_S = 10  # for a process to end, which a driver may hold
 MESSAGE_CHARACTERS = 1000  # of an error, the whole of which is in the log
 

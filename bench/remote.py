@@ -15,9 +15,9 @@ from time import sleep
 from types import TracebackType
 from typing import Any
 
+from . import CHECKOUT
 from .cases import Case
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 SETTLE_S = 0.02  # for that long at most, OpenMP threads spin when their work is done
 
 

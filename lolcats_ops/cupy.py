@@ -33,7 +33,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from . import _C, _cuda_sources, numpy
-from .numpy import Features, State
+from .numpy import Features, HybridState
 
 try:
     import cupy
@@ -45,7 +45,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "Features",
-    "State",
+    "HybridState",
     "feature_map",
     "hybrid_attention",
     "hybrid_attention_step_",

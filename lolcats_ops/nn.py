@@ -136,10 +136,7 @@ class HybridAttention(LinearAttention):
     Args:
         heads, kv_heads, head_dim, share_kv_features, features: as in ``LinearAttention``.
         window, window_kind, sink, affine: as in ``lolcats_ops.hybrid_attention``.
-        gate_init: value of sigmoid(gate) at the start, between 0 and 1.
-
-    Raises:
-        ValueError: another gate_init.
+        gate_init: raw gate at the start; the softmax part is weighted by its sigmoid.
 
     >>> attention = HybridAttention(4, 2, 16, window=8, sink=1)
     >>> q, k, v = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
@@ -163,11 +160,9 @@ class HybridAttention(LinearAttention):
         share_kv_features: bool = False,
         **features: Any,
     ) -> None:
-        if not 0 < gate_init < 1:
-            raise ValueError(f"HybridAttention: gate_init is {gate_init}, needs to be in (0, 1)")
         super().__init__(heads, kv_heads, head_dim, share_kv_features=share_kv_features, **features)
         self.kv_heads = kv_heads
-        self.gate = nn.Parameter(torch.full((heads,), gate_init, dtype=torch.float32).logit())
+        self.gate = nn.Parameter(torch.full((heads,), gate_init, dtype=torch.float32))
         self.affine = affine
         self.windows: dict[str, Any] = {
             "window": window,

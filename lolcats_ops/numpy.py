@@ -12,7 +12,7 @@ Every function raises, naming the argument:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,11 +63,13 @@ class Features:
         return ACTIVATIONS.index(self.activation), self._doubles, self.skip, self.eps
 
 
-class State(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class HybridState:
     """The recurrent state of P sequences, SPEC 5, that :func:`hybrid_attention_step_` updates.
 
     >>> k, v = np.zeros((2, 1, 2, 7, 4), np.float32)
-    >>> state = State.empty(3, k, v, Features(np.eye(4)[None].repeat(2, 0)), ring=8, sink=1)
+    >>> phi = Features(np.eye(4)[None].repeat(2, 0))
+    >>> state = HybridState.empty_for(k, v, phi, batch=3, window=8, sink=1)
     >>> state.kv.shape, state.k_ring.shape, state.v_sink.shape
     ((3, 2, 8, 4), (3, 2, 8, 4), (3, 2, 1, 4))
     """
@@ -80,25 +82,42 @@ class State(NamedTuple):
     v_sink: Array  # [P, Hk, s, V]
     length: Array  # [P] int64
     folded: Array  # [P] int64
+    window: int
+    window_kind: str = "sliding"
 
     @classmethod
-    def empty(
-        cls, batch: int, k: Array, v: Array, feature_k: Features, *, ring: int, sink: int = 0
-    ) -> State:
-        """The state of ``batch`` sequences before their first token.
+    def empty_for(
+        cls,
+        k: Array,
+        v: Array,
+        feature_k: Features,
+        *,
+        batch: int | None = None,
+        window: int,
+        window_kind: str = "sliding",
+        sink: int = 0,
+        slack: int = 0,
+    ) -> HybridState:
+        """The state before the first token, for keys k [B, Hk, T, D], values v [B, Hk, T, V] and
+        the map of the keys.
 
-        ``k`` and ``v`` ([., Hk, ., D|V]) give heads, widths and dtype. ``ring`` is at least the
-        window (sliding) or two windows (terrace); what it has beyond can be rewound.
+        Args:
+            batch: where sequences are packed, or states are a pool, how many; None for B.
+            slack: how many of the last tokens stay in the ring beyond the window.
         """
         for name, x in (("k", k), ("v", v)):
             if len(np.shape(x)) != 4 or not hasattr(x, "dtype"):
-                raise TypeError(f"State.empty: {name} needs to be an array of 4 dimensions")
-        _check_map(feature_k, "State.empty: feature_k")
-        for name, count in (("batch", batch), ("ring", ring), ("sink", sink)):
+                raise TypeError(
+                    f"HybridState.empty_for: {name} needs to be an array of 4 dimensions"
+                )
+        _check_map(feature_k, "HybridState.empty_for: feature_k")
+        (sequences, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
+        batch = sequences if batch is None else batch
+        for name, count in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
             if count < 0:
-                raise ValueError(f"State.empty: {name} is {count}, needs at least 0")
-        (_, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
+                raise ValueError(f"HybridState.empty_for: {name} is {count}, needs >= 0")
         heads, width = feature_k.weight.shape[0], feature_k.out_features
+        ring = window * (2 if _window_code(window_kind) else 1) + slack
 
         def zeros(*shape: int, dtype: Any) -> Array:  # of k's library, NumPy or CuPy
             return np.zeros_like(k, dtype, "C", shape=shape)
@@ -112,7 +131,17 @@ class State(NamedTuple):
             zeros(batch, kv_heads, sink, value_dim, dtype=v.dtype),
             zeros(batch, dtype=np.int64),
             zeros(batch, dtype=np.int64),
+            window,
+            window_kind,
         )
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The arrays by name, in the order of the operator's schema."""
+        return {name: getattr(self, name) for name in _STATE_ARRAYS}
+
+
+_STATE_ARRAYS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))
 
 
 class Transfer(NamedTuple):
@@ -219,10 +248,8 @@ def hybrid_attention_step_(
     feature_q: Features,
     feature_k: Features,
     gate: Array,
-    state: State,
+    state: HybridState,
     *,
-    window: int = 64,
-    window_kind: str = "sliding",
     state_indices: Array | None = None,
     scale: float | None = None,
     affine: bool = False,
@@ -234,20 +261,20 @@ def hybrid_attention_step_(
 
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 2, 1, 4), np.float32)
     >>> phi = Features(np.eye(4)[None].repeat(2, 0))
-    >>> state = State.empty(1, k, v, phi, ring=8)
-    >>> y = hybrid_attention_step_(q, k, v, phi, phi, np.zeros(2, np.float32), state, window=8)
+    >>> state = HybridState.empty_for(k, v, phi, window=8)
+    >>> y = hybrid_attention_step_(q, k, v, phi, phi, np.zeros(2, np.float32), state)
     >>> y.shape, state.length
     ((1, 2, 1, 4), array([1]))
     """
     settings = _shared_settings("hybrid_attention_step_", feature_q, feature_k)
-    if not isinstance(state, State):
+    if not isinstance(state, HybridState):
         raise TypeError(
-            f"hybrid_attention_step_: state is of type {type(state).__name__}, needs a State"
+            f"hybrid_attention_step_: state is of type {type(state).__name__}, needs a HybridState"
         )
     return _C.hybrid_attention_step_(
         *_inputs("hybrid_attention_step_", q, k, v, feature_q, feature_k, gate),
-        *(*state, state_indices, None, None, window, _window_code(window_kind)),
-        *(_scale(scale, q), affine, *settings),
+        *(*state.arrays.values(), state_indices, None, None),
+        *(state.window, _window_code(state.window_kind), _scale(scale, q), affine, *settings),
     )
 
 

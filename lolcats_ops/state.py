@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from ._codes import WINDOW_KINDS
 from .features import Features
@@ -282,4 +283,21 @@ def is_readable(x: Tensor) -> bool:
 STATE_TENSORS = tuple(f.name for f in fields(HybridState) if not f.name.startswith("window"))
 
 
+def _flatten(state: HybridState) -> tuple[list[Tensor], tuple[int, str]]:
+    return list(state.tensors.values()), (state.window, state.window_kind)
+
+
+# torch.export takes states in and out.
+_pytree.register_pytree_node(
+    HybridState,
+    _flatten,
+    lambda tensors, windows: HybridState(*tensors, *windows),
+    serialized_type_name="lolcats_ops.HybridState",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda state: (
+        [(_pytree.GetAttrKey(name), tensor) for name, tensor in state.tensors.items()],
+        (state.window, state.window_kind),
+    ),
+)
 torch.serialization.add_safe_globals([HybridState])  # torch.load, which loads weights alone, may

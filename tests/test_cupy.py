@@ -132,12 +132,12 @@ def test_steps_on_a_pool_of_states_equal_one_call(lcp):
     q, k, v, feature_q, feature_k, gate = map(
         on_cupy.to_cupy, (*x.qkv, x.features("q"), x.features("k"), x.leaves["gate"])
     )
-    state = lcp.State.empty(3, k, v, feature_k, ring=6, sink=1)
+    state = lcp.HybridState.empty_for(k, v, feature_k, batch=3, window=5, sink=1, slack=1)
     slots = lcp.cupy.asarray(np.array([2, 0], np.int32))
     for start, stop in ((0, 15), (15, 16), (16, case.T)):
         rows = (array[:, :, start:stop] for array in (q, k, v))
         out = lcp.hybrid_attention_step_(
-            *rows, feature_q, feature_k, gate, state, window=5, state_indices=slots
+            *rows, feature_q, feature_k, gate, state, state_indices=slots
         )
         got = on_cupy.to_torch(out)
         assert_close(f"tokens {start} to {stop}", got, want[:, :, start:stop], torch.float32)

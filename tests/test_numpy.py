@@ -82,10 +82,10 @@ def test_feature_map_and_linear_attention_are_their_definitions(case):
 
 def test_steps_on_a_state_equal_one_call(case):
     q, k, v, *rest = case
-    state = lnp.State.empty(B, k, v, rest[1], ring=8, sink=1)
+    state = lnp.HybridState.empty_for(k, v, rest[1], window=8, sink=1)
     parts = [
         lnp.hybrid_attention_step_(
-            q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], *rest, state, window=8
+            q[:, :, start:stop], k[:, :, start:stop], v[:, :, start:stop], *rest, state
         )
         for start, stop in ((0, 20), (20, 21), (21, T))
     ]
@@ -142,10 +142,10 @@ def test_empty_arrays_have_empty_results(case):
 
 def test_read_only_state_is_refused_and_stays(case):
     q, k, v, *rest = case
-    state = lnp.State.empty(B, k, v, rest[1], ring=8)
+    state = lnp.HybridState.empty_for(k, v, rest[1], window=8)
     state.kv.flags.writeable = False
     with pytest.raises(ValueError, match="kv is read-only"):
-        lnp.hybrid_attention_step_(q, k, v, *rest, state, window=8)
+        lnp.hybrid_attention_step_(q, k, v, *rest, state)
     assert state.length.tolist() == [0] * B
 
 
@@ -194,10 +194,13 @@ def test_parameters_are_real_arrays(wrong):
 def test_a_state_is_of_arrays_and_of_no_negative_size(case):
     q, k, v, phi, _, gate = case
     with pytest.raises(TypeError, match="k needs to be an array of 4 dimensions"):
-        lnp.State.empty(1, k.tolist(), v, phi, ring=8)
-    with pytest.raises(ValueError, match="ring is -1"):
-        lnp.State.empty(1, k, v, phi, ring=-1)
-    with pytest.raises(TypeError, match="state is of type NoneType, needs a State"):
+        lnp.HybridState.empty_for(k.tolist(), v, phi, window=8)
+    for name in ("batch", "window", "sink", "slack"):
+        with pytest.raises(ValueError, match=f"{name} is -1"):
+            lnp.HybridState.empty_for(k, v, phi, **{"window": 8, name: -1})
+    with pytest.raises(ValueError, match="window_kind is 'round'"):
+        lnp.HybridState.empty_for(k, v, phi, window=8, window_kind="round")
+    with pytest.raises(TypeError, match="state is of type NoneType, needs a HybridState"):
         lnp.hybrid_attention_step_(q, k, v, phi, phi, gate, None)
     with pytest.raises(TypeError, match=r"state needs to be a tuple \(kv, ksum\)"):
         lnp.linear_attention(q, q, q, state=3)
@@ -252,32 +255,34 @@ def test_options_do_what_they_do_in_torch(case, op, options, maps):
         assert (got.mse, got.xent) == (want.mse.item(), want.xent.item())
 
 
-@pytest.mark.parametrize("options", [{"affine": True, "scale": 0.3}, {"window_kind": "terrace"}])
-def test_steps_of_a_pool_do_what_they_do_in_torch(case, options):
+@pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ({"affine": True, "scale": 0.3}, {"window": 8, "sink": 1, "slack": 8}),
+        ({}, {"window": 8, "window_kind": "terrace", "sink": 1}),
+    ],
+)
+def test_steps_of_a_pool_do_what_they_do_in_torch(case, options, windows):
     lo = pytest.importorskip("lolcats_ops")
     q, k, v, feature_q, feature_k, gate = case
     slots = np.array([3, 1])
-    state = lnp.State.empty(4, k, v, feature_k, ring=16, sink=1)
-    kind = options.get("window_kind", "sliding")
-    settings = {"window": 8, "window_kind": kind, "sink": 1, "slack": 0 if kind == "terrace" else 8}
-    pool = lo.HybridState.empty_for(
-        of_torch(k), of_torch(v), of_torch(feature_k), batch=4, **settings
-    )
+    state = lnp.HybridState.empty_for(k, v, feature_k, batch=4, **windows)
+    pool = lo.HybridState.empty_for(*map(of_torch, (k, v, feature_k)), batch=4, **windows)
     for start, stop in ((0, 20), (20, 21), (21, T)):
         rows = [x[:, :, start:stop] for x in (q, k, v)]
         got = lnp.hybrid_attention_step_(
-            *rows, feature_q, feature_k, gate, state, window=8, state_indices=slots, **options
+            *rows, feature_q, feature_k, gate, state, state_indices=slots, **options
         )
         want = lo.hybrid_attention_step_(
             *map(of_torch, (*rows, feature_q, feature_k, gate)),
             pool,
             state_indices=of_torch(slots),
-            affine=options.get("affine", False),
-            scale=options.get("scale"),
+            **options,
         )
         assert np.array_equal(got, want.numpy())
-    for array, tensor in zip(state, pool.tensors.values(), strict=True):
-        assert np.array_equal(array, tensor.numpy())
+    assert list(state.arrays) == list(pool.tensors)
+    for name, array in state.arrays.items():
+        assert np.array_equal(array, pool.tensors[name].numpy())
 
 
 def test_linear_attention_takes_every_option(case):

@@ -151,7 +151,9 @@ def plans(
     two = plan(q, k, v, *tensors, None, **settings, tiles=tiles)
     chunks = -(-q.shape[2] // tiles.chunk)
     programs = two.sequences * two.heads * two.slices
-    segments = launch.shares(quadratic, chunks, programs, one.problem.sequences.bounds is not None)
+    segments = launch.segment_count(
+        quadratic, chunks, programs, one.problem.sequences.bounds is not None
+    )
     problem = two.problem._replace(sequences=one.problem.sequences, segments=segments)
     return one, replace(two, problem=problem, segments=segments)
 

@@ -160,7 +160,7 @@ def backward_keys(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
-    state = load_state(p, at, dkv1, dksum1, at.slot, True)
+    state = load_state(p, at, dkv1, dksum1, at.index, True)
     own_weight = share_of(p.map_k, d_weight, program)
     dw, db = zero_weight(p, p.map_k, d_weight), zero_bias(p.map_k, d_bias)
     WITH_INPUTS: tl.constexpr = dk is not None
@@ -270,4 +270,4 @@ def segment_gradients(p, incoming, left, dkv, dksum):
     state = absorb_chunks(
         p, at, empty_state(p), first, last, left, incoming, weight_q, linear_factor(p, at)
     )
-    store_state(p, at, dkv, dksum, at.slot, state, True)
+    store_state(p, at, dkv, dksum, at.index, state, True)

@@ -178,7 +178,7 @@ def backward_queries(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
-    state = load_state(p, at, kv0, ksum0, at.slot, False)
+    state = load_state(p, at, kv0, ksum0, at.index, False)
     own_weight = share_of(p.map_q, d_weight, program)
     dw, db = zero_weight(p, p.map_q, d_weight), zero_bias(p.map_q, d_bias)
     total_dm = tl.zeros((p.chunk,), tl.float32)

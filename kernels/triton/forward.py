@@ -212,7 +212,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     factor = linear_factor(p, at)
-    state = load_state(p, at, kv0, ksum0, at.slot, False)
+    state = load_state(p, at, kv0, ksum0, at.index, False)
     gate = softmax_gate(p, at)
     causal = causal_pairs(p)
     k_carried, v_carried = None, None
@@ -283,7 +283,7 @@ def segment_sums(p, kv, ksum):
     end = tl.where(at.segment == p.segments - 1, begin, end)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     state = absorb_tiles(p, at, empty_state(p), first_tile(p, begin), first_tile(p, end), weight_k)
-    store_state(p, at, kv, ksum, at.slot, state, False)
+    store_state(p, at, kv, ksum, at.index, state, False)
 
 
 @triton.jit

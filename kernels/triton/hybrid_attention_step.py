@@ -150,7 +150,7 @@ def attention_step(p, pool, group, out, kv0, ksum0, arrivals, VALUE_WIDTH: tl.co
     if kv0 is None:
         state = load_state(p, at, pool.kv, pool.ksum, slot, False)
     else:
-        state = load_state(p, at, kv0, ksum0, at.slot, False)
+        state = load_state(p, at, kv0, ksum0, at.index, False)
     folded = tl.where(at.segment == 0, past.start, folded_before(p, past, begin))
 
     last = at.segment == p.segments - 1  # goes round once more, to fold what the call leaves folded
@@ -202,7 +202,7 @@ def step_segment_sums(p, pool, group, kv, ksum):
     start = tl.where(at.segment == 0, past.start, folded_before(p, past, begin))
     stop = folded_before(p, past, end)
     state = fold(p, pool, group, at, new, past, empty_state(p), start, stop, weight_k)
-    store_state(p, at, kv, ksum, at.slot, state, False)
+    store_state(p, at, kv, ksum, at.index, state, False)
 
 
 DECODED = 8  # so many new tokens come one after another, each as if it were alone

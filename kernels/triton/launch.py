@@ -250,7 +250,7 @@ def _tiles(
 ENOUGH_SHARES = 8 * 132
 
 
-def shares(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
+def segment_count(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
     """How many programs of a quadratic kernel share a sequence, where ``programs`` is their number
     with one for each sequence, head and slice; ``unequal`` if ``chunks`` is a bound of all
     sequences together."""

@@ -37,7 +37,7 @@ def past_of(p, pool, new):
 def with_head(at, head, length):
     """The place with another head and length."""
     return Place(
-        at.n, at.batch, at.first, length, head, at.part, at.column, at.segment, at.slot
+        at.n, at.batch, at.first, length, head, at.part, at.column, at.segment, at.index
     )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ class Place(NamedTuple):
     part: Any  # slice of V
     column: Any  # its first column
     segment: Any
-    slot: Any  # number of the (sequence, head, segment)
+    index: Any  # number of the (sequence, head, segment)
 
 
 class Sides(NamedTuple):

@@ -24,8 +24,8 @@ def place_of(p):
     """The program's work. Neighbours share queries, keys and values, and so the L2 cache."""
     pid = tl.program_id(0)
     part, segment = pid % p.slices, pid // p.slices % p.segments
-    slot = pid // p.slices
-    head, n = slot // p.segments % p.heads, slot // (p.segments * p.heads)
+    index = pid // p.slices
+    head, n = index // p.segments % p.heads, index // (p.segments * p.heads)
     first, batch = tl.full((), 0, tl.int64), n
     if p.sequences.bounds is not None:
         first = tl.load(p.sequences.bounds + n).to(tl.int64)
@@ -35,7 +35,7 @@ def place_of(p):
         length = tl.load(p.sequences.lengths + n)
     else:
         length = p.sequences.tokens + n * 0
-    return Place(n, batch, first, length, head, part, part * p.block_v, segment, slot)
+    return Place(n, batch, first, length, head, part, part * p.block_v, segment, index)
 
 
 @triton.jit
