@@ -52,7 +52,10 @@ OutPath = Annotated[
 TextFiles = Annotated[
     list[Path],
     typer.Option(
-        "--text", help="UTF-8 text file; repeat for several.", exists=True, dir_okay=False
+        "--text",
+        help='UTF-8 text, or JSON lines (.jsonl) with a "text" each; repeat for several files.',
+        exists=True,
+        dir_okay=False,
     ),
 ]
 ConfigFile = Annotated[
@@ -188,6 +191,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Sample from the likeliest tokens that make up this much."),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Sample the same each time.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Put the prompt into the model's chat template.")
     ] = False,
@@ -195,13 +203,18 @@ def generate(
 ) -> None:
     """Continue a prompt, printing tokens as they come.
 
-    Example: lolcats generate out/stage2 "What is a list?" --chat --temperature 0.7
+    Example: lolcats generate out/stage2 "What is a list?" --chat --temperature 0.7 --seed 1
     """
-    from transformers import TextStreamer
+    from transformers import TextStreamer, set_seed
 
     from . import _cli_models as models
     from .convert.data import token_rows
 
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    elif top_p < 1 or seed is not None:
+        raise ValueError("generate: --top-p and --seed are for sampling: give a --temperature")
     loaded, tokenizer = models.load(model, device)
     if chat:
         if tokenizer.chat_template is None:
@@ -215,9 +228,8 @@ def generate(
     if not inputs["input_ids"].numel():  # whether blanks have tokens is the tokenizer's choice
         raise ValueError(f"generate: the prompt {prompt!r} has no tokens")
     token_rows("generate", inputs["input_ids"], loaded)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
+    if seed is not None:
+        set_seed(seed)
     loaded.generate(
         **inputs.to(loaded.device),
         max_new_tokens=max_new_tokens,

@@ -66,6 +66,20 @@ def test_two_commands_linearize_a_model(folder):
     assert "window" in lolcats("info", folder / "stage2")
 
 
+def test_sampling_repeats_with_a_seed_and_narrows_with_top_p(folder):
+    """The tiny model is hardly trained: at this temperature every word is as likely."""
+
+    def said(*options):
+        return lolcats("generate", folder / "model", "the quick", "--max-new-tokens", 12, *options)
+
+    hot = ("--temperature", 100)
+    assert said(*hot, "--seed", 1) == said(*hot, "--seed", 1) != said(*hot, "--seed", 2)
+    assert said(*hot, "--top-p", 0, "--seed", 1) == said()
+    for option in (("--seed", 1), ("--top-p", 0.5)):
+        with pytest.raises(ValueError, match="give a --temperature"):
+            said(*option)
+
+
 def test_a_converted_model_keeps_the_attention_that_it_has(folder, tmp_path):
     text, config = ("--text", folder / "text.txt"), ("--config", folder / "lolcats.yaml")
     lolcats("convert", folder / "model", tmp_path / "converted", *config)

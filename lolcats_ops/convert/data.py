@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:
-    """The contents of UTF-8 text files.
+    """The texts of UTF-8 files: of JSON lines (.jsonl) the "text" of each, else the whole file.
 
     Raises:
         OSError: a file that cannot be read. ValueError: no files, or one that is no text.
@@ -27,19 +28,34 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
     """
     if isinstance(paths, str | Path):
         raise TypeError("read_texts: paths is one path, needs a list of them")
-    texts = [_read(Path(path)) for path in paths]
+    texts = [text for path in paths for text in _read(Path(path))]
     if not texts:
         raise ValueError("read_texts: needs at least one file")
     return texts
 
 
-def _read(path: Path) -> str:
+def _read(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        whole = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
-    if not text.strip():
+    texts = [whole]
+    if path.suffix == ".jsonl":
+        lines = enumerate(whole.split("\n"), 1)
+        texts = [_text_of(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    if not any(text.strip() for text in texts):
         raise ValueError(f"read_texts: {path} holds no text")
+    return texts
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"read_texts: {where} is not JSON: {error}") from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'read_texts: {where} is no object with a string "text"')
     return text
 
 

@@ -113,6 +113,19 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         lo.convert.read_texts([tmp_path / "bytes"])
 
 
+def test_json_lines_are_texts_of_their_own(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "thr\u2028ee"}\n', encoding="utf-8")
+    assert lo.convert.read_texts([path]) == ["one\ntwo", "thr\u2028ee"]
+    for wrong, words in (("{", "line 2 is not JSON"), ('["text"]', "line 2 is no object with")):
+        path.write_text('{"text": "one"}\n' + wrong)
+        with pytest.raises(ValueError, match=words):
+            lo.convert.read_texts([path])
+    path.write_text('{"text": " "}')
+    with pytest.raises(ValueError, match="holds no text"):
+        lo.convert.read_texts([path])
+
+
 def test_what_a_stage_cannot_begin_with_is_refused_before_it_trains(model, tmp_path):
     rows = token_rows(2, 32)
     before = lo.hf.attention_layers(model)[0].gate.clone()
