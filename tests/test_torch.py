@@ -161,6 +161,15 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(raw, name).default, tuple(arguments))
 
 
+def test_padded_queries_have_no_output_a_maximum_of_0_and_a_denominator_of_1():
+    arguments = list(raw_calls()["hybrid_attention"])
+    real = arguments[9] = torch.rand(arguments[9].shape) < 0.6
+    out, m, den = raw.hybrid_attention(*arguments)
+    for got, at_padding in ((out.transpose(1, 2), 0.0), (m.mT, 0.0), (den.mT, 1.0)):
+        assert (got[~real] == at_padding).all()
+        assert (got[real] != at_padding).all()
+
+
 @of_all
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compiles_as_one_graph(op, dynamic):

@@ -66,6 +66,39 @@ def test_lora_adapts_all_linear_layers_of_the_attention():
     assert lora == {"qkv_proj", "o_proj"}
 
 
+def test_adapters_have_the_rank_alpha_and_dropout_of_the_settings(model):
+    config = FinetuneConfig(**QUICK, max_steps=1, merge=False, rank=3, alpha=12, dropout=0.25)
+    adapted = lo.convert.finetune(model, token_rows(1, 40), config).model
+    layers = [m for m in adapted.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert len(layers) == 4 * len(lo.hf.attention_layers(adapted))
+    for layer in layers:
+        (rank,), (scaling,), (dropout,) = (
+            settings.values() for settings in (layer.r, layer.scaling, layer.lora_dropout)
+        )
+        assert (rank, scaling, dropout.p) == (3, 4.0, 0.25)
+
+
+def test_gradients_of_accumulated_batches_are_those_of_one_batch():
+    rows = token_rows(8, 32)
+
+    def tuned(batch_size, gradient_accumulation):
+        config = FinetuneConfig(
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            epochs=1,
+            learning_rate=1e-2,
+            warmup=0,
+        )
+        report = lo.convert.finetune(tiny(), rows, config)
+        assert len(report.losses) == len(rows) // (batch_size * gradient_accumulation)
+        return report.model.state_dict()
+
+    once, accumulated = tuned(4, 1), tuned(1, 4)
+    assert not all(x.equal(tiny().state_dict()[name]) for name, x in once.items())
+    for name, x in once.items():
+        torch.testing.assert_close(accumulated[name], x, rtol=1e-3, atol=1e-5)
+
+
 def test_a_target_that_no_module_has_is_named(model):
     config = FinetuneConfig(target_modules=("o_proj", "v_prj", "proj"))
     have = r"\['k_proj', 'o_proj', 'q_proj', 'v_proj'\]"
