@@ -75,18 +75,21 @@ int fail(const char* format, ...) {
 
 const char* last_error() { return message; }
 
-static int check_map(const Checker& c, const lol_tensor& x, const lol_features& features) {
+static int check_map(const Checker& c, const char* op, const lol_tensor& x,
+                     const lol_features& features) {
   LOL_TRY(c.sequence("x", x));
-  const int64_t maps = features.weight.ndim == 3 ? features.weight.shape[0] : 0;
-  const bool divides = maps > 0 && x.shape[1] % maps == 0;
-  return c.features("features", features, x.shape[3], x.shape[1], divides ? maps : x.shape[1]);
+  LOL_TRY(c.map("features", features, x.shape[3]));
+  const int64_t maps = features.weight.shape[0], H = x.shape[1];
+  if (maps > 0 && H % maps == 0) return LOL_OK;
+  return fail("%s: features.weight has %lld heads, needs a divisor of x's %lld", op,
+              (long long)maps, (long long)H);
 }
 
 int check(const lol_feature_map_args& a) {
   const Checker c("feature_map", a.context);
   LOL_TRY(check_size("feature_map", a));
   LOL_TRY(c.on_cpu_or_cuda());
-  LOL_TRY(check_map(c, a.x, a.features));
+  LOL_TRY(check_map(c, "feature_map", a.x, a.features));
   const int64_t* s = a.x.shape;
   return c.output("y", a.y, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])});
 }
@@ -95,7 +98,7 @@ int check(const lol_feature_map_backward_args& a) {
   const Checker c("feature_map_backward", a.context);
   LOL_TRY(check_size("feature_map_backward", a));
   LOL_TRY(c.on_cpu());
-  LOL_TRY(check_map(c, a.x, a.features));
+  LOL_TRY(check_map(c, "feature_map_backward", a.x, a.features));
   const int64_t* s = a.x.shape;
   LOL_TRY(c.strided("dy", a.dy, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])}));
   LOL_TRY(c.gradient("dx", a.dx, a.x));
@@ -175,12 +178,11 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.output("o", a.o, a.q.dtype, {B, H, T, V}));
 
   const lol_state& s = a.state;
-  const int64_t P = s.length.shape[0], Hs = a.feature_k.weight.shape[0],
-                F = width_of(a.feature_k, D);
+  const int64_t P = s.kv.shape[0], Hs = a.feature_k.weight.shape[0], F = width_of(a.feature_k, D);
   const int64_t R = s.k_ring.shape[2], sinks = s.k_sink.shape[2];
+  LOL_TRY(c.contiguous("state.kv", s.kv, LOL_F32, {P, Hs, F, V}));
   LOL_TRY(c.contiguous("state.length", s.length, LOL_I64, {P}));
   LOL_TRY(c.contiguous("state.folded", s.folded, LOL_I64, {P}));
-  LOL_TRY(c.contiguous("state.kv", s.kv, LOL_F32, {P, Hs, F, V}));
   LOL_TRY(c.contiguous("state.ksum", s.ksum, LOL_F32, {P, Hs, F}));
   LOL_TRY(c.contiguous("state.k_ring", s.k_ring, a.q.dtype, {P, Hk, R, D}));
   LOL_TRY(c.contiguous("state.v_ring", s.v_ring, a.q.dtype, {P, Hk, R, V}));
@@ -188,11 +190,11 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.contiguous("state.v_sink", s.v_sink, a.q.dtype, {P, Hk, sinks, V}));
   const int64_t times = a.window_kind == LOL_TERRACE ? 2 : 1;
   if (a.window > R / times) {
-    return fail("%s: state.k_ring holds %lld tokens, the window needs %lld times %lld", op,
-                (long long)R, (long long)times, (long long)a.window);
+    return fail("%s: state.k_ring has %lld slots, a %s window of %lld needs at least %llu", op,
+                (long long)R, times == 2 ? "terrace" : "sliding", (long long)a.window,
+                (unsigned long long)a.window * times);
   }
   const int64_t span = a.window * times;
-  const bool wide = a.state_indices.dtype == LOL_I64;
   if (a.lazy < 0 || a.lazy > R - span) {
     return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
                 (long long)(R - span));
@@ -222,7 +224,8 @@ int check(const lol_hybrid_attention_step_args& a) {
     for (int64_t i = 0; !c.on_device() && i < N; i++) LOL_TRY(counters(i));
     return LOL_OK;
   }
-  LOL_TRY(c.contiguous("state_indices", a.state_indices, wide ? LOL_I64 : LOL_I32, {N}));
+  LOL_TRY(c.indices("state_indices", a.state_indices, N));
+  const bool wide = a.state_indices.dtype == LOL_I64;
   constexpr int64_t FEW = 64;  // pairs of so many are compared, which takes no memory from the heap
   std::vector<bool> taken(!c.on_device() && N > FEW ? P : 0);
   for (int64_t i = 0; !c.on_device() && i < N; i++) {

@@ -12,9 +12,14 @@ namespace lol {
 
 constexpr int64_t MAX_DIM = 256;  // D, V and f: what the kernels' tiles are laid out for
 
-inline const char* name_of(int dtype) {
+inline std::string name_of(int dtype) {
   static const char* names[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool"};
-  return dtype >= 0 && dtype < 6 ? names[dtype] : "unknown";
+  if (dtype >= 0 && dtype < 6) return names[dtype];
+  return "of dtype code " + std::to_string(dtype);
+}
+inline uintptr_t size_of(int dtype) {
+  static const uint8_t sizes[] = {4, 2, 2, 4, 8, 1};
+  return sizes[dtype];
 }
 
 inline std::string shape_text(const int64_t* shape, int ndim) {
@@ -62,6 +67,10 @@ class Checker {
 
   int shape(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     const int ndim = (int)expected.size();
+    if (!present(t) && ndim > 0) {
+      return fail("%s: %s%s is absent, needs %s", op_, name.argument, name.member,
+                  shape_text(expected.begin(), ndim).c_str());
+    }
     if (t.ndim != ndim) {
       return fail("%s: %s%s has %d dimensions, needs %s", op_, name.argument, name.member, t.ndim,
                   shape_text(expected.begin(), ndim).c_str());
@@ -77,10 +86,14 @@ class Checker {
                   shape_text(t.shape, t.ndim).c_str());
     }
     if (t.dtype != dtype)
-      return fail("%s: %s%s is %s, needs %s", op_, name.argument, name.member, name_of(t.dtype),
-                  name_of(dtype));
+      return fail("%s: %s%s is %s, needs %s", op_, name.argument, name.member,
+                  name_of(t.dtype).c_str(), name_of(dtype).c_str());
     if (!t.data && numel(t) > 0)
       return fail("%s: %s%s has no data", op_, name.argument, name.member);
+    if ((uintptr_t)t.data % size_of(dtype)) {
+      return fail("%s: %s%s is %s at an address that is no multiple of %d", op_, name.argument,
+                  name.member, name_of(dtype).c_str(), (int)size_of(dtype));
+    }
     return LOL_OK;
   }
 
@@ -118,6 +131,15 @@ class Checker {
     return LOL_OK;
   }
 
+  // Offsets or slots.
+  int indices(Name name, const lol_tensor& t, int64_t count) const {
+    if (t.dtype != LOL_I32 && t.dtype != LOL_I64) {
+      return fail("%s: %s%s is %s, needs int32 or int64", op_, name.argument, name.member,
+                  name_of(t.dtype).c_str());
+    }
+    return contiguous(name, t, t.dtype, {count});
+  }
+
   // An output that there is only beside an input.
   int absent(Name name, const lol_tensor& t, Name without) const {
     if (!present(t)) return LOL_OK;
@@ -131,8 +153,10 @@ class Checker {
   // Of operators that have no CUDA kernel, and of those that have one.
   int on_cpu() const {
     if (!on_device()) return LOL_OK;
-    fail("%s: device %d asked for, but there is no CUDA kernel: use the Triton kernels", op_,
-         context_.device);
+    fail(
+        "%s: device %d asked for, but there is no CUDA kernel: use the Triton kernels; the CPU is "
+        "device -1",
+        op_, context_.device);
     return LOL_EUNSUPPORTED;
   }
   int on_cpu_or_cuda() const {
@@ -140,8 +164,7 @@ class Checker {
     fail(
         "%s: device %d asked for, but this build has no CUDA kernels: build with "
         "-DLOLCATS_CUDA=ON, or set a launcher that compiles them (lol_set_cuda_launcher; in "
-        "Python, "
-        "lolcats_ops.cupy.install_launcher)",
+        "Python, lolcats_ops.cupy.install_launcher); the CPU is device -1",
         op_, context_.device);
     return LOL_EUNSUPPORTED;
   }
@@ -149,10 +172,12 @@ class Checker {
   bool on_device() const { return context_.device >= 0; }
 
   int sequence(const char* name, const lol_tensor& t) const {
+    if (!present(t)) return fail("%s: %s is absent, needs [B, H, T, D]", op_, name);
     if (t.ndim != 4)
       return fail("%s: %s has %d dimensions, needs 4: [B, H, T, D]", op_, name, t.ndim);
     if (t.dtype > LOL_F16 || t.dtype < 0) {
-      return fail("%s: %s is %s, needs float32, bfloat16 or float16", op_, name, name_of(t.dtype));
+      return fail("%s: %s is %s, needs float32, bfloat16 or float16", op_, name,
+                  name_of(t.dtype).c_str());
     }
     if (t.shape[3] < 1 || t.shape[3] > MAX_DIM) {
       return fail("%s: %s has head dimension %lld, needs 1 to %lld", op_, name,
@@ -167,24 +192,30 @@ class Checker {
     LOL_TRY(sequence("k", k));
     LOL_TRY(sequence("v", v));
     const int64_t H = q.shape[1], Hk = k.shape[1];
-    LOL_TRY(strided("k", k, q.dtype, {q.shape[0], Hk, q.shape[2], q.shape[3]}));
-    LOL_TRY(strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]}));
     if (H < 1) return fail("%s: q has %lld heads, needs 1 or more", op_, (long long)H);
     if (Hk < 1 || H % Hk) {
       return fail("%s: k has %lld heads, which does not divide q's %lld", op_, (long long)Hk,
                   (long long)H);
     }
-    return LOL_OK;
+    LOL_TRY(strided("k", k, q.dtype, {q.shape[0], Hk, q.shape[2], q.shape[3]}));
+    return strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]});
   }
 
+  // The maps of H or Hk heads,
   int features(const char* name, const lol_features& f, int64_t D, int64_t H, int64_t Hk) const {
+    const int64_t Hf = f.weight.shape[0];
+    if (f.weight.ndim == 3 && (Hf < 1 || (Hf != H && Hf != Hk))) {
+      return fail("%s: %s.weight has %lld heads, needs q's %lld or k's %lld", op_, name,
+                  (long long)Hf, (long long)H, (long long)Hk);
+    }
+    return map(name, f, D);
+  }
+  // and of any heads.
+  int map(const char* name, const lol_features& f, int64_t D) const {
+    if (!present(f.weight)) return fail("%s: %s.weight is absent, needs [Hf, D, f]", op_, name);
     if (f.weight.ndim != 3)
       return fail("%s: %s.weight has %d dimensions, needs 3: [Hf, D, f]", op_, name, f.weight.ndim);
     const int64_t Hf = f.weight.shape[0], width = f.weight.shape[2];
-    if (Hf < 1 || (Hf != H && Hf != Hk)) {
-      return fail("%s: %s.weight has %lld heads, needs %lld or %lld", op_, name, (long long)Hf,
-                  (long long)H, (long long)Hk);
-    }
     if (width < 1 || width > MAX_DIM) {
       return fail("%s: %s.weight has width %lld, needs 1 to %lld", op_, name, (long long)width,
                   (long long)MAX_DIM);
@@ -262,10 +293,10 @@ class Checker {
     if (!present(cu_seqlens)) return LOL_OK;
     if (B != 1)
       return fail("%s: cu_seqlens packs sequences into a batch of 1, got %lld", op_, (long long)B);
-    const bool wide = cu_seqlens.dtype == LOL_I64;
     if (cu_seqlens.ndim != 1)
       return fail("%s: cu_seqlens has %d dimensions, needs 1", op_, cu_seqlens.ndim);
-    LOL_TRY(contiguous("cu_seqlens", cu_seqlens, wide ? LOL_I64 : LOL_I32, {cu_seqlens.shape[0]}));
+    LOL_TRY(indices("cu_seqlens", cu_seqlens, cu_seqlens.shape[0]));
+    const bool wide = cu_seqlens.dtype == LOL_I64;
     if (numel(cu_seqlens) < 1) return fail("%s: cu_seqlens is empty, needs [N + 1] offsets", op_);
     int64_t last = 0;
     for (int64_t i = 0; !on_device() && i < numel(cu_seqlens); i++) {

@@ -13,20 +13,22 @@ Every function raises, naming the argument:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._codes import ACTIVATIONS, TWO_SIDED, WINDOW_KINDS
+from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A learned feature map, SPEC 1: weight [Hf, D, f], bias [Hf, f] or None.
+    """A learned feature map, SPEC 1: weight [Hf, D, f], bias [Hf, f] or None. ``two_sided`` is of
+    softmax and exp alone.
 
     >>> Features(np.eye(4)[None]).out_features  # two sides of 4
     8
@@ -46,6 +48,9 @@ class Features:
         if self.weight.ndim != 3:
             raise ValueError(f"Features: weight has shape {self.weight.shape}, needs [Hf, D, f]")
         _code(self.activation, ACTIVATIONS, "Features: activation")
+        for name in ("two_sided", "skip"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"Features: {name} is {value!r}, needs a bool")
 
     @property
     def out_features(self) -> int:
@@ -105,19 +110,31 @@ class HybridState:
             batch: where sequences are packed, or states are a pool, how many; None for B.
             slack: how many of the last tokens stay in the ring beyond the window.
         """
+        op = "HybridState.empty_for"
         for name, x in (("k", k), ("v", v)):
-            if len(np.shape(x)) != 4 or not hasattr(x, "dtype"):
-                raise TypeError(
-                    f"HybridState.empty_for: {name} needs to be an array of 4 dimensions"
-                )
-        _check_map(feature_k, "HybridState.empty_for: feature_k")
+            if len(np.shape(x)) != 4 or not hasattr(x, "dtype") or hasattr(x, "mask"):
+                raise TypeError(f"{op}: {name} needs to be an array of 4 dimensions, without mask")
+            if str(x.dtype) not in DTYPES[:3]:
+                raise TypeError(f"{op}: {name} has dtype {x.dtype}, needs {', '.join(DTYPES[:3])}")
+        _check_map(feature_k, f"{op}: feature_k")
         (sequences, kv_heads, _, head_dim), value_dim = k.shape, v.shape[3]
+        if (v.shape[1], v.dtype) != (kv_heads, k.dtype):
+            raise ValueError(
+                f"{op}: v has {v.shape[1]} heads of {v.dtype}, needs k's {kv_heads} of {k.dtype}"
+            )
+        heads, width = feature_k.weight.shape[0], feature_k.out_features
+        if feature_k.weight.shape[1] != head_dim or heads % kv_heads:
+            raise ValueError(
+                f"{op}: feature_k has a weight {list(feature_k.weight.shape)}, needs [Hf, D, f] "
+                f"for k's {kv_heads} heads of D = {head_dim}"
+            )
         batch = sequences if batch is None else batch
         for name, count in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
+            if isinstance(count, bool) or not isinstance(count, Integral):
+                raise TypeError(f"{op}: {name} is {count!r}, needs an integer")
             if count < 0:
-                raise ValueError(f"HybridState.empty_for: {name} is {count}, needs >= 0")
-        heads, width = feature_k.weight.shape[0], feature_k.out_features
-        ring = window * (2 if _window_code(window_kind) else 1) + slack
+                raise ValueError(f"{op}: {name} is {count}, needs >= 0")
+        ring = window * (2 if _window_code(op, window_kind) else 1) + slack
 
         def zeros(*shape: int, dtype: Any) -> Array:  # of k's library, NumPy or CuPy
             return np.zeros_like(k, dtype, "C", shape=shape)
@@ -236,7 +253,13 @@ def hybrid_attention(
     settings = _shared_settings("hybrid_attention", feature_q, feature_k)
     return _C.hybrid_attention(
         *_inputs("hybrid_attention", q, k, v, feature_q, feature_k, gate),
-        *(cu_seqlens, key_padding_mask, window, _window_code(window_kind), sink),
+        *(
+            cu_seqlens,
+            key_padding_mask,
+            window,
+            _window_code("hybrid_attention", window_kind),
+            sink,
+        ),
         *(_scale(scale, q), affine, *settings),
     )[0]
 
@@ -274,7 +297,13 @@ def hybrid_attention_step_(
     return _C.hybrid_attention_step_(
         *_inputs("hybrid_attention_step_", q, k, v, feature_q, feature_k, gate),
         *(*state.arrays.values(), state_indices, None, None),
-        *(state.window, _window_code(state.window_kind), _scale(scale, q), affine, *settings),
+        *(
+            state.window,
+            _window_code("hybrid_attention_step_", state.window_kind),
+            _scale(scale, q),
+            affine,
+            *settings,
+        ),
     )
 
 
@@ -309,7 +338,14 @@ def attention_transfer(
     settings = _shared_settings("attention_transfer", feature_q, feature_k)
     teacher, mse, cross_entropy, *_ = _C.attention_transfer(
         *_inputs("attention_transfer", q, k, v, feature_q, feature_k, gate),
-        *(cu_seqlens, key_padding_mask, xent, window, _window_code(window_kind), sink),
+        *(
+            cu_seqlens,
+            key_padding_mask,
+            xent,
+            window,
+            _window_code("attention_transfer", window_kind),
+            sink,
+        ),
         *(_scale(scale, q), affine, *settings),
     )
     return Transfer(teacher, float(mse), float(cross_entropy))
@@ -356,8 +392,8 @@ def _scale(scale: float | None, q: Array) -> float:
     return width**-0.5 if width else 1.0  # the library refuses such a q
 
 
-def _window_code(window_kind: str) -> int:
-    return _code(window_kind, WINDOW_KINDS, "window_kind")
+def _window_code(op: str, window_kind: str) -> int:
+    return _code(window_kind, WINDOW_KINDS, f"{op}: window_kind")
 
 
 def _code(name: str, names: tuple[str, ...], argument: str) -> int:

@@ -120,10 +120,14 @@ def test_half_precision_arrays_keep_their_dtype(case, dtype, bound):
         ({"k": np.zeros((B, 4, T, D), np.float32)}, ValueError, "4"),
         ({"v": np.zeros((B, KV_HEADS, T - 1, V), np.float32)}, ValueError, "v"),
         ({"window": -1}, ValueError, "window"),
-        ({"window": "wide"}, TypeError, "window"),
-        ({"window_kind": "round"}, ValueError, "round"),
+        ({"window": "wide"}, TypeError, "window is 'wide', not an integer"),
+        ({"window": 2**70}, ValueError, "window is 1180591620717411303424, beyond 64 bits"),
+        ({"window": None}, TypeError, "window is missing, or None"),
+        ({"window_kind": "round"}, ValueError, "hybrid_attention: window_kind is 'round'"),
         ({"gate": np.zeros(H - 1, np.float32)}, ValueError, "gate"),
         ({"cu_seqlens": np.array([0, T], np.int32)}, ValueError, "cu_seqlens"),
+        ({"q": np.ma.masked_array(np.zeros((B, H, T, D), np.float32))}, TypeError, "masked"),
+        ({"k": np.zeros((B, 5, T, D), np.float32)}, ValueError, "k has 5 heads, which does not"),
     ],
 )
 def test_wrong_arguments_are_named(case, change, exception, words):
@@ -191,17 +195,40 @@ def test_parameters_are_real_arrays(wrong):
         lnp.Features(np.ones((2, 3, 4)), wrong)
 
 
-def test_a_state_is_of_arrays_and_of_no_negative_size(case):
-    q, k, v, phi, _, gate = case
-    with pytest.raises(TypeError, match="k needs to be an array of 4 dimensions"):
-        lnp.HybridState.empty_for(k.tolist(), v, phi, window=8)
-    for name in ("batch", "window", "sink", "slack"):
-        with pytest.raises(ValueError, match=f"{name} is -1"):
-            lnp.HybridState.empty_for(k, v, phi, **{"window": 8, name: -1})
-    with pytest.raises(ValueError, match="window_kind is 'round'"):
-        lnp.HybridState.empty_for(k, v, phi, window=8, window_kind="round")
+@pytest.mark.parametrize("name", ["two_sided", "skip"])
+def test_flags_are_bools(name):
+    with pytest.raises(TypeError, match=f"Features: {name} is 'no', needs a bool"):
+        lnp.Features(np.ones((2, 3, 4)), **{name: "no"})
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "words"),
+    [
+        ({"k": [[1.0]]}, TypeError, "k needs to be an array of 4 dimensions"),
+        ({"v": np.zeros((B, KV_HEADS, T, V))}, TypeError, "v has dtype float64, needs float32, "),
+        ({"v": np.zeros((B, H, T, V), np.float32)}, ValueError, f"v has {H} heads of float32"),
+        ({"feature_k": None}, TypeError, "feature_k is of type NoneType"),
+        ({"feature_k": lnp.Features(np.ones((H, D + 1, F)))}, ValueError, "feature_k has a weight"),
+        *[
+            ({name: -1}, ValueError, f"{name} is -1")
+            for name in ("batch", "window", "sink", "slack")
+        ],
+        ({"window": 8.0}, TypeError, "window is 8.0, needs an integer"),
+        ({"window_kind": "round"}, ValueError, "window_kind is 'round'"),
+    ],
+    ids=str,
+)
+def test_a_state_that_no_call_would_take_is_refused(case, change, exception, words):
+    _, k, v, _, feature_k, _ = case
+    arguments = {"k": k, "v": v, "feature_k": feature_k, "window": 8, **change}
+    with pytest.raises(exception, match=rf"HybridState.empty_for: {words}"):
+        lnp.HybridState.empty_for(**arguments)
+
+
+def test_states_are_named_by_their_type(case):
+    q = case[0]
     with pytest.raises(TypeError, match="state is of type NoneType, needs a HybridState"):
-        lnp.hybrid_attention_step_(q, k, v, phi, phi, gate, None)
+        lnp.hybrid_attention_step_(*case, None)
     with pytest.raises(TypeError, match=r"state needs to be a tuple \(kv, ksum\)"):
         lnp.linear_attention(q, q, q, state=3)
 

@@ -57,8 +57,10 @@ def installed(wheel, tmp_path_factory):
 def test_wheel_holds_the_library_its_header_and_nothing_outside_its_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for part in ("include/lolcats_ops/lolcats_ops.h", "cmake/lolcats_opsConfig.cmake", "py.typed"):
+    header = "include/lolcats_ops"
+    for part in (f"{header}/lolcats_ops.h", f"{header}/SPEC.md", "cmake/lolcats_opsConfig.cmake"):
         assert f"lolcats_ops/{part}" in names
+    assert "lolcats_ops/py.typed" in names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"lolcats_ops"}
 
 
@@ -138,7 +140,8 @@ def test_c_project_finds_the_wheel_with_find_package(installed, tmp_path):
 
 def test_plain_cmake_builds_tests_and_installs(tmp_path):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    options = [f"-D{name}={value}" for name, value in QUICK.items()]
+    strict = {f"CMAKE_{language}_FLAGS": "-Wall -Wextra -Werror" for language in ("C", "CXX")}
+    options = [f"-D{name}={value}" for name, value in {**QUICK, **strict}.items()]
     run("cmake", "-S", REPOSITORY, "-B", build, "-DLOLCATS_BUILD_TESTS=ON", *options)
     run("cmake", "--build", build, "--parallel", 2)
     assert "100% tests passed" in run("ctest", "--test-dir", build, "--output-on-failure")
@@ -156,6 +159,21 @@ def test_a_project_that_becomes_a_wheel_may_have_it_as_a_part(tmp_path):
         "  message(FATAL_ERROR wrong)\nendif()\n"
     )
     run("cmake", "-S", tmp_path, "-B", tmp_path / "build", "-DSKBUILD=2", "-DLOLCATS_ISAS=scalar")
+
+
+def test_a_part_of_a_project_installs_nothing_over_what_is_the_projects(tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(user LANGUAGES C CXX)\n"
+        "include(GNUInstallDirs)\nset(LOLCATS_INSTALL ON)\n"
+        f"add_subdirectory({REPOSITORY} lolcats_ops)\n"
+    )
+    build, prefix = tmp_path / "build", tmp_path / "prefix"
+    run("cmake", "-S", tmp_path, "-B", build, "-DLOLCATS_ISAS=scalar")
+    (build / "lolcats_ops/kernels/liblolcats_ops.so").touch()  # for what a build would have made
+    run("cmake", "--install", build, "--component", "devel", "--prefix", prefix)
+    files = [path.relative_to(prefix) for path in prefix.rglob("*") if path.is_file()]
+    assert Path("share/doc/lolcats_ops/LICENSE") in files
+    assert all("lolcats_ops" in str(path) for path in files)
 
 
 def test_an_instruction_set_that_there_is_not_is_refused(tmp_path):

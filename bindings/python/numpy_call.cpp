@@ -1,10 +1,15 @@
 #include "numpy_call.h"
 
+#include <cstring>
+
 namespace lolcats {
 
 lol_tensor NumpyCall::view(const py::object& object, const char* name, bool written) {
   if (!py::isinstance<py::array>(object)) refuse_type(object, name, "a NumPy array");
   const auto array = py::reinterpret_borrow<py::array>(object);
+  const bool subclass = std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") != 0;
+  if (subclass && py::hasattr(object, "mask"))
+    throw py::type_error(about(name) + " is a masked array, whose mask would be ignored");
   if (written && !array.writeable()) throw py::value_error(about(name) + " is read-only");
   return view_of(array, name);
 }

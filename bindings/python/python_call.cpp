@@ -2,6 +2,7 @@
 
 #include <new>
 #include <stdexcept>
+#include <type_traits>
 
 namespace lolcats {
 namespace {
@@ -32,7 +33,7 @@ py::object PythonCall::next(const char* name) {
 
 py::object PythonCall::required(const char* name) {
   py::object object = next(name);
-  if (object.is_none()) throw py::type_error(about(name) + " is missing");
+  if (object.is_none()) throw py::type_error(about(name) + " is missing, or None");
   return object;
 }
 
@@ -47,8 +48,10 @@ T PythonCall::scalar(const char* name, const char* need) {
   try {
     return object.cast<T>();
   } catch (const py::cast_error&) {
-    throw py::type_error(about(name) + " is " + py::repr(object).cast<std::string>() + ", not " +
-                         need);
+    const auto value = about(name) + " is " + py::repr(object).cast<std::string>();
+    if (std::is_same_v<T, int64_t> && py::isinstance<py::int_>(object))
+      throw py::value_error(value + ", beyond 64 bits");
+    throw py::type_error(value + ", not " + need);
   }
 }
 template int64_t PythonCall::scalar(const char*, const char*);

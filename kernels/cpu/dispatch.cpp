@@ -90,7 +90,7 @@ struct Available {
     (void)v3;
     (void)v4;
 #endif
-    bool amx = false;
+    [[maybe_unused]] bool amx = false;
 #ifdef LOL_HAVE_AMX
     amx = v4 && __builtin_cpu_supports("avx512bf16") && has_matrix_unit();
     if (amx) list[count++] = &amx::kernels;

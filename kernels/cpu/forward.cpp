@@ -239,7 +239,7 @@ void Team::forward(const Run& run, const Outputs& out) {
 #pragma omp parallel num_threads(threads_)
 #endif
   {
-    const MatrixUnit unit{};
+    [[maybe_unused]] const MatrixUnit unit{};
     Member member(p_, run, out, Arena{memory_.data + thread_index() * member_});
     for (;;) {
       const int64_t stretch = __atomic_fetch_add(&begun, 1, __ATOMIC_RELAXED);

@@ -12,7 +12,9 @@ int hybrid_attention(const lol_hybrid_attention_args& a, const Batch& batch) {
   const Problem p = problem_of(a).by_pairs();
   const Outputs out = {a.o, (float*)a.m.data, (float*)a.den.data};
   return forward(p, batch, out, [&](const Sequence& s, int64_t state_head) {
-    Run run = {&s, state_head};
+    Run run = {};
+    run.sequence = &s;
+    run.state_head = state_head;
     run.k = tokens_of(a.k, s, p.kv_head_of(state_head));
     run.v = tokens_of(a.v, s, p.kv_head_of(state_head));
     run.total = s.tokens;

@@ -13,7 +13,9 @@ int linear_attention(const lol_linear_attention_args& a, const Batch& batch) {
   const Outputs out = {a.o, nullptr, (float*)a.den.data};
   return forward(p, batch, out, [&](const Sequence& s, int64_t state_head) {
     const int64_t at = s.slot * p.state_heads() + state_head, F = p.F(), V = p.V();
-    Run run = {&s, state_head};
+    Run run = {};
+    run.sequence = &s;
+    run.state_head = state_head;
     run.k = tokens_of(a.k, s, p.kv_head_of(state_head));
     run.v = tokens_of(a.v, s, p.kv_head_of(state_head));
     run.total = run.fold = s.tokens;

@@ -46,6 +46,26 @@ int main(void) {
   refuses(args, "feature_map: x ");
 
   args = feature_map_args();
+  args.x.dtype = 9;
+  refuses(args, "feature_map: x is of dtype code 9");
+
+  args = feature_map_args();
+  args.x = (lol_tensor){0};
+  refuses(args, "feature_map: x is absent");
+
+  args = feature_map_args();
+  args.y = (lol_tensor){0};
+  refuses(args, "feature_map: y is absent");
+
+  args = feature_map_args();
+  args.features.weight = (lol_tensor){0};
+  refuses(args, "feature_map: features.weight is absent");
+
+  args = feature_map_args();
+  args.x.data = (char*)args.x.data + 2;
+  refuses(args, "feature_map: x is float32 at an address that is no multiple of 4");
+
+  args = feature_map_args();
   args.features.activation = 99;
   refuses(args, "activation");
 
@@ -63,7 +83,7 @@ int main(void) {
 
   args = feature_map_args();
   args.y.shape[3] = F;
-  lol_feature_map_backward_args backward = {sizeof(backward)};
+  lol_feature_map_backward_args backward = {.struct_size = sizeof(backward)};
   backward.context = args.context;
   backward.x = args.x;
   backward.features = args.features;
@@ -109,6 +129,7 @@ int main(void) {
 
   args = feature_map_args();
   args.context.device = 0;
+  if (!lol_has_cuda()) refuses(args, "the CPU is device -1");
   lol_set_cuda_launcher(fail_to_launch, NULL);
   refuses(args, "the launcher's reason");
   lol_set_cuda_launcher(NULL, NULL);

@@ -37,7 +37,7 @@ static lol_hybrid_attention_args hybrid_args(void) {
 
 static void features_of_a_two_sided_softmax_sum_to_two(void) {
   static float y[B * H * T * WIDE], dy[B * H * T * WIDE], dx[B * H * T * D];
-  lol_feature_map_args args = {sizeof(args),
+  lol_feature_map_args args = {.struct_size = sizeof(args),
                                {-1, NULL},
                                TENSOR(q, B, H, T, D),
                                features(weight_q),

@@ -93,7 +93,7 @@ static void attention_is_refused(void) {
   h.den.shape[2] = T - 1;
   REFUSES(lol_hybrid_attention, h, "den has shape");
   h.den.shape[2] = T;
-  lol_hybrid_attention_backward_args b = {sizeof(b), h};
+  lol_hybrid_attention_backward_args b = {.struct_size = sizeof(b), h};
   b.do_ = h.o;
   b.do_.dtype = LOL_BF16;
   REFUSES(lol_hybrid_attention_backward, b, "do is bfloat16");

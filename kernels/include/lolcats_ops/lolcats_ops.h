@@ -1,25 +1,36 @@
 /* lolcats_ops: linearized attention kernels. The plain C ABI; bindings and other programs include
- * this file alone.
+ * this file alone. SPEC is SPEC.md, beside it where it is installed, docs/SPEC.md in the sources.
  *
  * Shapes: B batch, T sequence, H query heads, Hk key/value heads (H % Hk == 0), D query/key head
  * dim, V value head dim, f learned feature width, F width after the activation (2f two-sided, else
- * f), Hf heads of a feature map (H or Hk), Hs heads of the recurrent state (= Hf of feature_k), N
- * packed sequences, P slots of a state pool, R ring size, s sinks. Sequence tensors are [B, H, T,
- * D] with any strides, last dimension contiguous, fp32, bf16 or fp16; q, k, v, o share a dtype.
- * Parameters, statistics, states and their gradients are fp32. Arithmetic is fp32.
+ * f), Hf heads of a feature map (H or Hk; for feature_map alone, any divisor of H), Hs heads of the
+ * recurrent state (= Hf of feature_k), N packed sequences, P slots of a state pool, R ring size, s
+ * sinks. Sequence tensors are [B, H, T, D] with any strides, last dimension contiguous, fp32, bf16
+ * or fp16; q, k, v, o share a dtype. Parameters, statistics, states and their gradients are fp32.
+ * Arithmetic is fp32. Addresses are multiples of the size of an element.
  *
- * Every function returns LOL_OK or an error code; lol_last_error() then says which argument was
- * wrong, what it was and what is needed. On error nothing has been written.
+ * Every function returns LOL_OK or an error code; lol_last_error() then, and only then, says which
+ * argument was wrong, what it was and what is needed. On error nothing has been written. A gate
+ * that is not finite is an error on the CPU; on a GPU values are not looked at.
  *
- * Outputs overlap neither inputs nor each other. struct_size is sizeof the struct, and has to be
- * what the library was built with: any change of a struct is a new LOL_ABI_VERSION.
+ * Outputs overlap neither inputs nor each other. All of them are computed and have to be there, but
+ * for the gradients of inputs that are absent. struct_size is sizeof the struct, in every struct
+ * that has one, and has to be what the library was built with: any change of a struct is a new
+ * LOL_ABI_VERSION.
+ *
+ * Any number of threads may call at the same time. On the CPU each of them has a team of its own,
+ * of as many threads as OpenMP says in it (OMP_NUM_THREADS, omp_set_num_threads), and results do
+ * not depend on how many those are. Scratch memory comes from the heap and is given back before
+ * the call returns; a calling thread's stack needs 256 KiB.
  */
 #ifndef LOLCATS_OPS_H
 #define LOLCATS_OPS_H
 #include <stddef.h>
 #include <stdint.h>
 
+#ifndef LOL_API
 #define LOL_API __attribute__((visibility("default")))
+#endif
 
 #ifdef __cplusplus
 extern "C" {
@@ -52,7 +63,8 @@ typedef enum {
 } lol_activation;
 typedef enum { LOL_SLIDING = 0, LOL_TERRACE = 1 } lol_window_kind;
 
-/* Strides count elements. An absent optional tensor is all zeros. */
+/* Strides count elements. An absent optional tensor is all zeros; one without elements has its
+ * ndim and shape, and needs no data. */
 typedef struct lol_tensor {
   void* data;
   int32_t dtype;
@@ -109,7 +121,8 @@ typedef struct lol_linear_attention_args {
   int32_t normalize;
   double eps;
   lol_tensor kv0, ksum0; /* initial state [B|N, Hs, F, V], [B|N, Hs, F], contiguous, or absent */
-  lol_tensor cu_seqlens; /* [N+1] int32 or int64 contiguous, or absent; needs B == 1 */
+  lol_tensor cu_seqlens; /* [N+1] int32 or int64 contiguous, or absent; needs B == 1. Tokens past
+                            its last offset are padding */
   lol_tensor key_padding_mask; /* [B, T] bool, True = real, or absent */
   lol_tensor o;                /* out [B, H, T, V] */
   lol_tensor den;              /* out [B, H, T] contiguous; ones where normalize == 0 */
@@ -154,7 +167,8 @@ typedef struct lol_hybrid_attention_backward_args {
 
 /* Recurrent state (SPEC 5): kv and ksum hold the positions [s, folded), the ring holds [folded,
  * length) at slot position % R, the sinks hold [0, min(s, length)). R - w (sliding) or R - 2w
- * (terrace) is the slack that can be rewound. */
+ * (terrace) is the slack that can be rewound. Before the first token length, folded, kv and ksum
+ * are zero; what the ring and the sinks hold then does not matter. */
 typedef struct lol_state {
   lol_tensor kv;             /* [P, Hs, F, V] contiguous */
   lol_tensor ksum;           /* [P, Hs, F] contiguous */
