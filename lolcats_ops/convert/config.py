@@ -123,10 +123,9 @@ def checked(caller: str, config: Any, kind: type[Config]) -> Config:
 class ConversionConfig(_Section):
     """Everything the commands read; one YAML file, saved with the model.
 
-    Example:
-        >>> config = ConversionConfig(transfer=TransferConfig(epochs=2))
-        >>> ConversionConfig.model_validate(config.model_dump()) == config
-        True
+    >>> config = ConversionConfig(transfer=TransferConfig(epochs=2))
+    >>> ConversionConfig.model_validate(config.model_dump()) == config
+    True
     """
 
     lolcats: Annotated[LolcatsConfig, BeforeValidator(_attention)] = LolcatsConfig()
@@ -157,11 +156,10 @@ class ConversionConfig(_Section):
     def updated(self, other: ConversionConfig) -> ConversionConfig:
         """These settings with those that ``other`` was given, rather than took by default.
 
-        Example:
-            >>> made_with = ConversionConfig(data=DataConfig(length=64))
-            >>> both = made_with.updated(ConversionConfig(finetune=FinetuneConfig(rank=4)))
-            >>> both.data.length, both.finetune.rank
-            (64, 4)
+        >>> made_with = ConversionConfig(data=DataConfig(length=64))
+        >>> both = made_with.updated(ConversionConfig(finetune=FinetuneConfig(rank=4)))
+        >>> both.data.length, both.finetune.rank
+        (64, 4)
         """
         sections: dict[str, Any] = {}
         for name in other.model_fields_set:

@@ -18,13 +18,12 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
         OSError: a file that cannot be read. ValueError: no files, or one that is no text.
         TypeError: one path for paths.
 
-    Example:
-        >>> from tempfile import NamedTemporaryFile
-        >>> with NamedTemporaryFile("w", suffix=".txt") as file:
-        ...     _ = file.write("Call me Ishmael.")
-        ...     file.flush()
-        ...     read_texts([file.name])
-        ['Call me Ishmael.']
+    >>> from tempfile import NamedTemporaryFile
+    >>> with NamedTemporaryFile("w", suffix=".txt") as file:
+    ...     _ = file.write("Call me Ishmael.")
+    ...     file.flush()
+    ...     read_texts([file.name])
+    ['Call me Ishmael.']
     """
     if isinstance(paths, str | Path):
         raise TypeError("read_texts: paths is one path, needs a list of them")
@@ -67,15 +66,14 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     Raises:
         ValueError: fewer tokens than one row, or rows of no token. TypeError: one string for texts.
 
-    Example:
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> from transformers import PreTrainedTokenizerFast
-        >>> words = Tokenizer(models.WordLevel({"the": 0, "cat": 1, "</s>": 2}, unk_token="the"))
-        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
-        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-        >>> pack(["the cat", "cat the cat"], tokenizer, 3)
-        tensor([[0, 1, 2],
-                [1, 0, 1]])
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"the": 0, "cat": 1, "</s>": 2}, unk_token="the"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    >>> pack(["the cat", "cat the cat"], tokenizer, 3)
+    tensor([[0, 1, 2],
+            [1, 0, 1]])
     """
     if isinstance(texts, str):
         raise TypeError("pack: texts is one string, needs a list of them")

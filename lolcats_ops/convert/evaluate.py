@@ -24,9 +24,8 @@ def evaluate(
         TypeError: `data` is no integer tensor.
         ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary.
 
-    Example:
-        >>> evaluate(model, pack([text], tokenizer, 1024))  # doctest: +SKIP
-        14.2
+    >>> evaluate(model, pack([text], tokenizer, 1024))  # doctest: +SKIP
+    14.2
     """
     data = token_rows("evaluate", data, model, 2)
     training = model.training

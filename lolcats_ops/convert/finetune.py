@@ -108,8 +108,7 @@ def finetune(
     Warns:
         UserWarning: a checkpoint that was not written to its end, which is passed over.
 
-    Example:
-        >>> model = finetune(model, rows, FinetuneConfig(max_steps=20)).model  # doctest: +SKIP
+    >>> model = finetune(model, rows, FinetuneConfig(max_steps=20)).model  # doctest: +SKIP
     """
     config = checked("finetune", config, FinetuneConfig)
     data = token_rows("finetune", data, model, 2)

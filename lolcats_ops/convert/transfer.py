@@ -122,9 +122,8 @@ def transfer(
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
             attention to all earlier tokens, which the model has not been trained for.
 
-    Example:
-        >>> lo.hf.convert(model)  # doctest: +SKIP
-        >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
+    >>> lo.hf.convert(model)  # doctest: +SKIP
+    >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
     """
     config = checked("transfer", config, TransferConfig)
     data = token_rows("transfer", data, model)

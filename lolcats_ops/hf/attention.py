@@ -330,14 +330,22 @@ def _attended(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask == 0
 
 
-def packed_starts(position_ids: Tensor, mask: Tensor | None, batch: int) -> Tensor | None:
-    """Where packed sequences start, [B, T] bool, or None if nothing is packed.
+def packed_starts(
+    position_ids: Tensor, mask: Tensor | None, batch: int | None = None
+) -> Tensor | None:
+    """Where packed sequences start, [B, T] bool, or None if nothing is packed; ``batch`` is B, None
+    for that of the arguments.
 
     Positions that restart, or jump, mean packing where transformers takes them so: where the mask
     that it made is block-diagonal. Beside a padding mask it makes a causal one.
     """
     if mask is None or mask.dim() != 4 or torch.compiler.is_exporting():
         return None
+    if position_ids.dim() == 3:  # of time, height and width; before them those in the text, or not
+        if len(position_ids) < 4:
+            return None
+        position_ids = position_ids[0]
+    batch = max(len(position_ids), len(mask)) if batch is None else batch
     position_ids = position_ids.expand(batch, -1)
     starts = torch.ones_like(position_ids, dtype=torch.bool)
     starts[:, 1:] = position_ids.diff(dim=1) != 1

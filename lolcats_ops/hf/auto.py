@@ -145,17 +145,17 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
 
     Warns:
         UserWarning: the model's attention has dropout, which will not apply to converted layers;
-            the model has no language model head, so that it will not load converted.
+            the model has no language model head, or is of a family that AutoModelForCausalLM does
+            not load, so that it will not load converted.
 
-    Example:
-        >>> from lolcats_ops.hf import attention_layers
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
-        >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
-        [(2, 16, 16), (2, 16, 16)]
+    >>> from lolcats_ops.hf import attention_layers
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(
+    ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8, feature_dim=16))
+    >>> [tuple(layer.feature_q.shape) for layer in attention_layers(model)]
+    [(2, 16, 16), (2, 16, 16)]
     """
     config = LolcatsConfig() if config is None else config
     if not isinstance(config, LolcatsConfig):
@@ -168,9 +168,14 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         model.config.base_model_type = model.config.model_type
         model.config.__class__ = config_class(model.config.__class__)
     model.config.lolcats = config.to_dict()
+    gap = None
     if model.get_output_embeddings() is None:
+        gap = "has no language model head"
+    elif type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        gap = "is of a family that AutoModelForCausalLM does not load"
+    if gap is not None:
         warnings.warn(
-            f"{type(model).__name__} has no language model head: neither a checkpoint of it nor of "
+            f"{type(model).__name__} {gap}: neither a checkpoint of it nor of "
             "a model that holds it will load converted. Keep its `lolcats` parameters by other "
             "means (state_dict, then convert after loading)",
             stacklevel=2,
@@ -185,14 +190,13 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model is not converted.
 
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> tiny = LlamaConfig(
-        ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-        ... )
-        >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8))
-        >>> type(restore(model).config).__name__, attention_layers(model)
-        ('LlamaConfig', [])
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> tiny = LlamaConfig(
+    ...     hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    ... )
+    >>> model = convert(LlamaForCausalLM(tiny), LolcatsConfig(window=8))
+    >>> type(restore(model).config).__name__, attention_layers(model)
+    ('LlamaConfig', [])
     """
     restore_layers(model)
     del model.config.lolcats, model.config.base_model_type
@@ -215,8 +219,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
         ValueError: the checkpoint is not a converted causal language model, is of a family that
             this transformers does not know, or lacks weights that the model has.
 
-    Example:
-        >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
+    >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
     """
     config = kwargs.get("config") or AutoConfig.from_pretrained(path, **kwargs)
     if getattr(config, "lolcats", None) is None:
@@ -224,10 +227,11 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
         )
     kinds = config.architectures or []
-    if any(OTHER_HEAD.search(kind) for kind in kinds):
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or any(OTHER_HEAD.search(kind) for kind in kinds):
         raise ValueError(
-            f"from_pretrained: {path} holds a {' or '.join(kinds)}; "
-            "only causal language models load converted"
+            f"from_pretrained: {path} holds a {' or '.join(kinds)}; only causal language models "
+            "load converted, of families that AutoModelForCausalLM loads"
         )
     wants_info = kwargs.pop("output_loading_info", False)
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)

@@ -26,6 +26,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
     """
 
     supports_early_init = False  # the state needs to know D and V apart
+    # Once initialized, of no tokens: models ask how many there are.
+    keys: Tensor | None
+    values: Tensor | None
 
     def __init__(self, instead_of: CacheLayerMixin, slack: int = 0):
         """A layer in the place of ``instead_of``, which is empty."""
@@ -107,6 +110,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
             self.leave_out(key.shape[2])
             self.state = attention.empty_state(key, value, self.slack)
             self.is_initialized = True
+            self.keys, self.values = (
+                x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value)
+            )
         self._remember(real, key, self.state.ring)
         parameters = (*attention.features(), attention.gate)
         if real is None:
@@ -169,7 +175,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state, self.is_initialized, self.cumulative_length, self.waiting = None, False, 0, 0
-        self.recent = None
+        self.recent = self.keys = self.values = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back -tokens_to_remove tokens; a positive number is the length to crop to.
@@ -237,14 +243,20 @@ def find_beside(layers: list[CacheLayerMixin]) -> None:
     others = [
         layer
         for layer in reversed(layers)
-        if getattr(layer, "is_initialized", False) and not isinstance(layer, LolcatsCacheLayer)
+        if isinstance(layer, CacheLayerMixin)
+        and layer.is_initialized
+        and not isinstance(layer, LolcatsCacheLayer)
     ]
-    used = {type(layer): layer for layer in others}
+    used = {_is_sliding(layer): layer for layer in others}  # what masks depend on
     static = any(layer.is_compileable for layer in others)
     for layer in layers if used else ():
         if isinstance(layer, LolcatsCacheLayer):
-            layer.beside = layer.beside or used.get(type(layer.instead_of))
+            layer.beside = layer.beside or used.get(_is_sliding(layer.instead_of))
             layer.beside_static = static
+
+
+def _is_sliding(layer: CacheLayerMixin) -> bool:
+    return getattr(layer, "is_sliding", False)
 
 
 class LocalCacheLayer(DynamicSlidingWindowLayer):
@@ -297,16 +309,15 @@ class LolcatsCache(DynamicCache):
     Raises:
         TypeError, ValueError: `slack` is not an integer >= 0; the model is not converted.
 
-    Example:
-        >>> cache = LolcatsCache(model, slack=20)  # doctest: +SKIP
-        >>> model.generate(**inputs, past_key_values=cache, assistant_model=small)  # doctest: +SKIP
+    >>> cache = LolcatsCache(model, slack=20)  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache, assistant_model=small)  # doctest: +SKIP
     """
 
     def __init__(self, model: PreTrainedModel, slack: int = 0):
         if isinstance(slack, bool) or not isinstance(slack, int):
-            raise TypeError(f"LolcatsCache: slack={slack!r} must be an integer")
+            raise TypeError(f"LolcatsCache: slack is {slack!r}, needs an integer")
         if slack < 0:
-            raise ValueError(f"LolcatsCache: slack={slack} must be >= 0")
+            raise ValueError(f"LolcatsCache: slack is {slack}, needs >= 0")
         converted = [m.layer_idx for m in model.modules() if attention_of(m) is not None]
         if not converted:
             raise ValueError(f"LolcatsCache: {type(model).__name__} is not converted")
@@ -343,13 +354,12 @@ class LolcatsCache(DynamicCache):
 def cache_bytes(cache: Any) -> int:
     """Bytes of keys, values and states in a cache of transformers, converted layers or not.
 
-    Example:
-        >>> from transformers import DynamicCache
-        >>> cache = DynamicCache()
-        >>> keys, values = torch.zeros(2, 1, 4, 10, 16)
-        >>> _ = cache.update(keys, values, layer_idx=0)
-        >>> cache_bytes(cache)  # two tensors of 640 floats
-        5120
+    >>> from transformers import DynamicCache
+    >>> cache = DynamicCache()
+    >>> keys, values = torch.zeros(2, 1, 4, 10, 16)
+    >>> _ = cache.update(keys, values, layer_idx=0)
+    >>> cache_bytes(cache)  # two tensors of 640 floats
+    5120
     """
     total = 0
     for layer in cache.layers:

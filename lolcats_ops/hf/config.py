@@ -24,7 +24,7 @@ class LolcatsConfig:
             late layers' attention on the first token, which a feature map imitates badly.
         feature_dim: learned feature width f; a two-sided activation doubles it.
         activation: "softmax", "exp", "elu1", "relu", "identity" or "favor".
-        two_sided: features of z and of -z (softmax and exp only).
+        two_sided: features of z and of -z (softmax and exp); the other activations are one-sided.
         init: how feature weights start: "identity" (truncated), "kaiming", "normal" or
             "orthogonal". favor needs the last: one projection for q and k, which is not trained.
         gate_init: raw gate; the softmax part is weighted by its sigmoid.
@@ -36,9 +36,8 @@ class LolcatsConfig:
     Raises:
         ValueError, TypeError: naming the field, its value and what it needs.
 
-    Example:
-        >>> LolcatsConfig(window=128, softmax_layers=(0, 1)).window
-        128
+    >>> LolcatsConfig(window=128, softmax_layers=(0, 1)).window
+    128
     """
 
     window: int = 64
@@ -64,43 +63,42 @@ class LolcatsConfig:
         self._choice("window_kind", WINDOW_KINDS)
         self._choice("activation", ACTIVATIONS)
         self._choice("init", INITS)
-        if self.two_sided and self.activation not in TWO_SIDED:
-            raise ValueError(
-                f"LolcatsConfig: two_sided=True with activation={self.activation!r}: "
-                f"only {' and '.join(TWO_SIDED)} have two sides"
-            )
+        # One-sided activations have one meaning, whatever the flag.
+        object.__setattr__(self, "two_sided", self.two_sided and self.activation in TWO_SIDED)
         check_init("LolcatsConfig", self.activation, self.init)
         if not -1e4 < self.gate_init < 1e4:
             raise ValueError(
-                f"LolcatsConfig: gate_init={self.gate_init} must be finite and moderate"
+                f"LolcatsConfig: gate_init is {self.gate_init}, needs to be finite and moderate"
             )
 
     def _type(self, name: str, needed: str, *allowed: type) -> None:
         value = getattr(self, name)
         # True is an int for isinstance.
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise TypeError(f"LolcatsConfig: {name}={value!r} must be {needed}")
+            raise TypeError(f"LolcatsConfig: {name} is {value!r}, needs {needed}")
 
     def _integer(self, name: str, least: int) -> None:
         self._type(name, "an integer", int)
         if not least <= getattr(self, name) < 2**31:
             raise ValueError(
-                f"LolcatsConfig: {name}={getattr(self, name)} must be >= {least} and below 2**31"
+                f"LolcatsConfig: {name} is {getattr(self, name)}, needs >= {least} and below 2**31"
             )
 
     def _layers(self, name: str) -> None:
         given = getattr(self, name)
         layers = tuple(given) if isinstance(given, Iterable) else (None,)
         if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-            raise TypeError(f"LolcatsConfig: {name}={given!r} must be integers, as in (0, 1)")
+            raise TypeError(f"LolcatsConfig: {name} is {given!r}, needs integers, as in (0, 1)")
         if any(layer < 0 for layer in layers):
-            raise ValueError(f"LolcatsConfig: {name}={given} must be >= 0")
+            raise ValueError(f"LolcatsConfig: {name} is {given}, needs >= 0")
         object.__setattr__(self, name, tuple(sorted(layers)))
 
     def _choice(self, name: str, allowed: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in allowed:
-            raise ValueError(f"LolcatsConfig: {name}={value!r} must be one of {', '.join(allowed)}")
+            raise ValueError(
+                f"LolcatsConfig: {name} is {value!r}, needs one of {', '.join(allowed)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored under `lolcats` in a model's config.json."""

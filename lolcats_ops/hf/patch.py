@@ -1,9 +1,9 @@
 """The attention layers of a pretrained model, swapped in place and revertibly.
 
-No per-model code: every family that dispatches through transformers' AttentionInterface works
-alike. A converted layer holds a submodule `lolcats` (its parameters), its own shallow copy of the
-config (which names our attention) and a forward pre-hook (which hands the attention its cache
-layer). Nothing global changes.
+No per-model code: families that dispatch through transformers' AttentionInterface work alike. A
+converted layer holds a submodule `lolcats` (its parameters), its own shallow copy of the config
+(which names our attention) and a forward pre-hook (which hands the attention its cache layer).
+Nothing global changes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
         )
     for module in modules:
         projection = module.o_proj
-        heads = projection.in_features // module.head_dim
+        heads = projection.in_features // _value_dim(module)
         attention = LolcatsAttention(
             heads,
             heads // module.num_key_value_groups,
@@ -75,6 +75,11 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
         module.register_forward_pre_hook(_before_attention, with_kwargs=True)
     model.base_model.register_forward_pre_hook(_before_layers, with_kwargs=True)
     set_mode(model, "hybrid")
+
+
+def _value_dim(module: Any) -> int:
+    """V, of which its o_proj takes one for every head."""
+    return getattr(module, "v_head_dim", None) or module.head_dim
 
 
 def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -114,11 +119,10 @@ def attention_layers(model: nn.Module) -> list[LolcatsAttention]:
     """The `lolcats` submodules of a converted model (or of one wrapped by PEFT), in layer order;
     none of a model that is not converted.
 
-    Example:
-        >>> attention_layers(nn.Linear(2, 2))
-        []
-        >>> [layer.gate.shape for layer in attention_layers(model)]  # doctest: +SKIP
-        [torch.Size([9]), torch.Size([9]), ...]
+    >>> attention_layers(nn.Linear(2, 2))
+    []
+    >>> [layer.gate.shape for layer in attention_layers(model)]  # doctest: +SKIP
+    [torch.Size([9]), torch.Size([9]), ...]
     """
     return [found for module in model.modules() if (found := attention_of(module)) is not None]
 
@@ -130,12 +134,11 @@ def set_mode(model: nn.Module, mode: Mode) -> None:
     Raises:
         ValueError: an unknown mode, or a model that is not converted.
 
-    Example:
-        >>> set_mode(model, "softmax")  # doctest: +SKIP
-        >>> reference = model(input_ids).logits  # doctest: +SKIP
+    >>> set_mode(model, "softmax")  # doctest: +SKIP
+    >>> reference = model(input_ids).logits  # doctest: +SKIP
     """
     if mode not in get_args(Mode):
-        raise ValueError(f"set_mode: mode={mode!r} must be one of {', '.join(get_args(Mode))}")
+        raise ValueError(f"set_mode: mode is {mode!r}, needs one of {', '.join(get_args(Mode))}")
     for module, _ in _converted(model):
         _set_mode(module, mode)
 
@@ -158,9 +161,8 @@ def _set_mode(module: Any, mode: Mode) -> None:
 def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """`set_mode` for the duration of a with block.
 
-    Example:
-        >>> with use_mode(model, "softmax"):  # doctest: +SKIP
-        ...     logits = model(input_ids).logits
+    >>> with use_mode(model, "softmax"):  # doctest: +SKIP
+    ...     logits = model(input_ids).logits
     """
     before: list[tuple[Any, Mode]] = [(module, own.mode) for module, own in _converted(model)]
     set_mode(model, mode)
@@ -197,7 +199,10 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
             "converted: keep its `lolcats` parameters by state_dict, and convert after loading)"
         )
     if not model._supports_attention_backend:
-        raise refuse("it does not dispatch through transformers' AttentionInterface")
+        raise refuse(
+            "transformers does not say of it that all its attention is dispatched through "
+            "AttentionInterface (_supports_attention_backend)"
+        )
     if getattr(model.config, "is_causal", True) is False:
         raise refuse("its attention is not causal (is_causal=False)")
     if getattr(model.config, "attn_logit_softcapping", None):
@@ -212,8 +217,6 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     ]
     if not modules:
         raise refuse(f"it has no causal attention module with {', '.join(needed)}")
-    if any(getattr(m, "sinks", None) is not None for m in modules):
-        raise refuse("its attention has learned sink logits")
     outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
     if outside:
         raise refuse(
@@ -232,6 +235,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         )
     if not modules:
         raise refuse("softmax_layers leaves no layer to convert")
+    if any(getattr(m, "sinks", None) is not None for m in modules):
+        raise refuse("its attention has learned sink logits")
     others = {
         kinds[m.layer_idx]
         for m in modules
@@ -327,7 +332,7 @@ def _check_once(
     past, starts = 0 if layer is None else int(layer.get_seq_length()), None
     if not past and position_ids is not None:
         # A block-diagonal mask is right beside the positions that say the same.
-        starts = packed_starts(position_ids, mask, max(len(position_ids), len(mask)))
+        starts = packed_starts(position_ids, mask)
     state = getattr(layer, "state", None)
     check_mask(mask, past, _window(module), starts, None if state is None else state.length)
     mask.lolcats_checked = True  # type: ignore[attr-defined]

@@ -53,7 +53,7 @@ def test_config_round_trips_through_yaml(tmp_path):
         ("transfer: {epoch: 1}", r": transfer\.epoch: Extra inputs"),
         ("transfer: {mse: 0, xent: 0}", ": transfer: .* mse and xent are both 0"),
         ("data: {length: 1}", r": data\.length: .* greater than or equal to 2"),
-        ("lolcats: {sink: -1}", ": lolcats: .* sink=-1 must be >= 0"),
+        ("lolcats: {sink: -1}", ": lolcats: .* sink is -1, needs >= 0"),
         ("- transfer", " is a list, needs a mapping"),
         ("transfer", " is a str, needs a mapping"),
         ("''", " is a str, needs a mapping"),

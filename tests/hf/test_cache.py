@@ -219,7 +219,7 @@ def test_a_positive_crop_is_a_length_for_every_layer():
 
 def test_a_cache_is_refused_what_it_cannot_use(model):
     for slack, error in ((-3, ValueError), ("3", TypeError), (True, TypeError)):
-        with pytest.raises(error, match="LolcatsCache: slack="):
+        with pytest.raises(error, match="LolcatsCache: slack is "):
             lo.hf.LolcatsCache(model, slack=slack)
     with pytest.raises(ValueError, match="LolcatsCache: LlamaForCausalLM is not converted"):
         lo.hf.LolcatsCache(tiny())

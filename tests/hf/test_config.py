@@ -17,7 +17,6 @@ import lolcats_ops as lo
         ("window", 1.5, TypeError),
         ("window_kind", "round", ValueError),
         ("activation", "sin", ValueError),
-        ("activation", "relu", ValueError),  # two_sided
         ("gate_init", float("nan"), ValueError),
         ("feature_dim", 0, ValueError),
         ("softmax_layers", 1, TypeError),
@@ -36,6 +35,12 @@ import lolcats_ops as lo
 def test_config_names_the_bad_field(field, value, error):
     with pytest.raises(error, match=field):
         lo.hf.LolcatsConfig(**{field: value})
+
+
+def test_one_sided_activations_are_one_sided_whatever_is_asked():
+    config = lo.hf.LolcatsConfig(activation="relu")
+    assert config == lo.hf.LolcatsConfig(activation="relu", two_sided=False)
+    assert lo.hf.LolcatsConfig.from_dict(config.to_dict()) == config
 
 
 def test_config_round_trips_and_refuses_unknown_keys():

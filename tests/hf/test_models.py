@@ -422,7 +422,7 @@ def test_misuse_is_refused(model):
         lo.hf.restore(tiny())
     with pytest.raises(ValueError, match=r"softmax_layers names \[7\]"):
         lo.hf.convert(tiny(), lo.hf.LolcatsConfig(softmax_layers=(7,)))
-    with pytest.raises(ValueError, match="mode='none'"):
+    with pytest.raises(ValueError, match="mode is 'none'"):
         lo.hf.set_mode(model, "none")
     with pytest.raises(TypeError, match="PreTrainedModel"):
         lo.hf.convert(torch.nn.Linear(2, 2))
