@@ -2,7 +2,8 @@
 but that a state is continued by ``hybrid_attention_step_`` alone.
 
 Arrays are float32, float16 or ``ml_dtypes.bfloat16`` with any strides, the last dimension
-contiguous; nothing is copied. Parameters (weights, biases, gates) are converted to float32.
+contiguous (all dimensions of states, ``cu_seqlens`` and ``state_indices``); nothing is copied, and
+results lie in memory as q does. Parameters (weights, biases, gates) are converted to float32.
 Gradients are in ``lolcats_ops._C``, under the schemas of ``torch.ops.lolcats_ops``.
 
 Every function raises, naming the argument:

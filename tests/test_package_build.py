@@ -146,8 +146,15 @@ def test_plain_cmake_builds_tests_and_installs(tmp_path):
     run("cmake", "--build", build, "--parallel", 2)
     assert "100% tests passed" in run("ctest", "--test-dir", build, "--output-on-failure")
     run("cmake", "--install", build, "--prefix", prefix)
-    config = next(prefix.rglob("lolcats_opsConfig.cmake"))
+    moved = prefix.rename(tmp_path / "moved")
+    config = next(moved.rglob("lolcats_opsConfig.cmake"))
     build_and_test_c_project(tmp_path / "external", config.parent)
+    if shutil.which("pkg-config"):
+        path = str(next(moved.rglob("lolcats_ops.pc")).parent)
+        flags = run("pkg-config", "--cflags", "--libs", "lolcats_ops", PKG_CONFIG_PATH=path)
+        program = REPOSITORY / "tests" / "ctest" / "test_operators.c"
+        run("cc", program, "-o", tmp_path / "program", *flags.split(), "-lm")
+        run(tmp_path / "program", LD_LIBRARY_PATH=str(Path(path).parent))
 
 
 def test_a_project_that_becomes_a_wheel_may_have_it_as_a_part(tmp_path):
