@@ -198,11 +198,6 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
             "it is composite; convert its language model on its own (which will not load "
             "converted: keep its `lolcats` parameters by state_dict, and convert after loading)"
         )
-    if not model._supports_attention_backend:
-        raise refuse(
-            "transformers does not say of it that all its attention is dispatched through "
-            "AttentionInterface (_supports_attention_backend)"
-        )
     if getattr(model.config, "is_causal", True) is False:
         raise refuse("its attention is not causal (is_causal=False)")
     if getattr(model.config, "attn_logit_softcapping", None):
@@ -217,10 +212,15 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     ]
     if not modules:
         raise refuse(f"it has no causal attention module with {', '.join(needed)}")
-    outside = set(config.softmax_layers) - {m.layer_idx for m in modules}
+    if not (model._supports_attention_backend or all(_dispatches(m) for m in modules)):
+        raise refuse("its attention is not dispatched through transformers' AttentionInterface")
+    if any(m.layer_idx is None for m in modules):
+        raise refuse("it applies an attention module as several layers")
+    layers = {m.layer_idx for m in modules}
+    outside = set(config.softmax_layers) - layers
     if outside:
         raise refuse(
-            f"softmax_layers names {sorted(outside)}, but its layers are 0 to {len(modules) - 1}"
+            f"softmax_layers names {sorted(outside)}, but it attends in its layers {sorted(layers)}"
         )
     kinds = getattr(model.config, "layer_types", None) or []
     local = {i for i, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind}
@@ -271,6 +271,13 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         if choice.backend is None:
             raise refuse(f"its heads have {head_dim} dimensions: {choice.why}")
     return modules
+
+
+def _dispatches(module: nn.Module) -> bool:
+    """Whether its forward pass looks attention up in transformers' registry: not all models with
+    layers of other kinds, such as Qwen3-Next, say so themselves."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
 
 
 def local_window(model: nn.Module) -> int | None:

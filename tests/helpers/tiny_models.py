@@ -50,6 +50,7 @@ FAMILIES = {
     "qwen3_moe": transformers.Qwen3MoeConfig,
     "seed_oss": transformers.SeedOssConfig,
     "smollm3": transformers.SmolLM3Config,
+    "stablelm": transformers.StableLmConfig,
     "starcoder2": transformers.Starcoder2Config,
 }
 NARROW = lo.hf.LolcatsConfig(window=8, sink=1, feature_dim=16)

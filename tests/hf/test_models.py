@@ -250,7 +250,6 @@ def test_a_model_converted_under_inference_mode_trains():
 
 
 REFUSED = {
-    "StableLm": (transformers.StableLmConfig, "AttentionInterface"),
     "Phi": (transformers.PhiConfig, "o_proj"),
     "Gemma2": (transformers.Gemma2Config, "attn_logit_softcapping"),
     "GptOss": (transformers.GptOssConfig, "sink"),
@@ -336,6 +335,25 @@ def test_projections_that_have_no_tensor_or_size_are_refused(prompt):
     expected = model(prompt).logits
     got = lo.hf.convert(model, WIDE)(prompt).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+class OwnAttention(transformers.models.llama.modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        return self.o_proj(self.v_proj(hidden_states).repeat(1, 1, 2)), None
+
+
+class SaysNothing(transformers.LlamaForCausalLM):
+    _supports_attention_backend = False
+
+
+def test_attention_that_is_not_dispatched_is_refused_whatever_the_model_says_of_itself(prompt):
+    model = SaysNothing(transformers.LlamaConfig(**SHAPE)).eval()
+    want = model(prompt).logits
+    torch.testing.assert_close(lo.hf.convert(model, WIDE)(prompt).logits, want)
+    lo.hf.restore(model)
+    model.model.layers[1].self_attn.__class__ = OwnAttention
+    with pytest.raises(ValueError, match="is not dispatched through transformers' AttentionInterf"):
+        lo.hf.convert(model, WIDE)
 
 
 def test_dropout_of_attention_is_said_not_to_apply():

@@ -45,6 +45,47 @@ def test_values_may_be_narrower_than_keys_and_sinks_are_of_layers_that_stay(kind
     close(decoded(model, ids), model(ids).logits[:, 17:])
 
 
+RECURRENT = {
+    "jamba": transformers.JambaConfig(
+        **SHAPE, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, num_experts=4, use_mamba_kernels=False, mamba_dt_rank=4,
+    ),
+    "olmo_hybrid": transformers.OlmoHybridConfig(
+        **SHAPE, layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+    "qwen3_5": transformers.Qwen3_5TextConfig(
+        **SHAPE, layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", RECURRENT)
+def test_attention_beside_other_recurrent_layers_is_converted(family, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(RECURRENT[family]).eval()
+    ids, mask = token_ids(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[1, :5] = 0
+    want = model(ids, attention_mask=mask).logits
+    lo.hf.convert(model, WIDE)
+    assert len(lo.hf.attention_layers(model)) == 1
+    close(model(ids, attention_mask=mask).logits[mask.bool()], want[mask.bool()])
+    lo.hf.restore(model)
+    with pytest.raises(
+        ValueError, match=r"softmax_layers names \[0\], but it attends in its layers"
+    ):
+        lo.hf.convert(model, lo.hf.LolcatsConfig(softmax_layers=(0,)))
+    lo.hf.convert(model, NARROW)
+    whole = model(ids, attention_mask=mask, use_cache=False).logits
+    close(decoded(model, ids, mask), whole[:, 17:])
+    model.save_pretrained(tmp_path)
+    assert lo.hf.from_pretrained(tmp_path)(ids, attention_mask=mask).logits.equal(whole)
+
+
 @torch.no_grad()
 def test_layers_with_a_cache_of_their_own_see_the_mask_of_a_padded_batch():
     config = transformers.MiniMaxM3VLTextConfig(
