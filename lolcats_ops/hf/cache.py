@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     CacheLayerMixin,
@@ -53,11 +54,6 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def is_compileable(self) -> bool:
         # So says a static layer; with others beside it that do not, no mask would be made for it.
         return self.beside_static
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for all sequences of the batch."""
-        return 0 if self.state is None else self.state.nbytes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do yet: `attend` makes the state."""
@@ -352,7 +348,7 @@ class LolcatsCache(DynamicCache):
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of keys, values and states in a cache of transformers, converted layers or not.
+    """Bytes of keys, values and states in a cache of transformers, whatever its layers are.
 
     >>> from transformers import DynamicCache
     >>> cache = DynamicCache()
@@ -361,10 +357,5 @@ def cache_bytes(cache: Any) -> int:
     >>> cache_bytes(cache)  # two tensors of 640 floats
     5120
     """
-    total = 0
-    for layer in cache.layers:
-        if isinstance(layer, LolcatsCacheLayer):
-            total += layer.nbytes
-        elif layer.is_initialized:
-            total += layer.keys.nbytes + layer.values.nbytes
-    return total
+    held = (x for layer in cache.layers for x in _pytree.tree_leaves(vars(layer)))
+    return sum(x.nbytes for x in held if isinstance(x, Tensor))

@@ -82,6 +82,8 @@ def test_attention_beside_other_recurrent_layers_is_converted(family, tmp_path):
     lo.hf.convert(model, NARROW)
     whole = model(ids, attention_mask=mask, use_cache=False).logits
     close(decoded(model, ids, mask), whole[:, 17:])
+    caches = [model(ids[:, :n], use_cache=True).past_key_values for n in (10, 20)]
+    assert lo.hf.cache_bytes(caches[0]) == lo.hf.cache_bytes(caches[1]) > 0
     model.save_pretrained(tmp_path)
     assert lo.hf.from_pretrained(tmp_path)(ids, attention_mask=mask).logits.equal(whole)
 
