@@ -117,8 +117,14 @@ def token_rows(caller: str, data: Tensor, model: PreTrainedModel, least: int = 1
     """`data` as int64, if it is rows [N, T] of tokens that `model` has, N >= 1 and T >= `least`.
 
     Raises:
-        TypeError: no integer tensor. ValueError: another shape, or ids beyond the vocabulary.
+        TypeError: no integer tensor, or no model of transformers.
+        ValueError: another shape, or ids beyond the vocabulary.
     """
+    if not hasattr(model, "get_input_embeddings"):
+        raise TypeError(
+            f"{caller}: model is {type(model).__name__}, needs a PreTrainedModel, such as the "
+            "one that a wrapper holds"
+        )
     kind = data.dtype if isinstance(data, Tensor) else f"a {type(data).__name__}"
     if not isinstance(data, Tensor) or kind == torch.bool or kind.is_floating_point:
         raise TypeError(f"{caller}: data is {kind}, needs an integer tensor [N, T] of token ids")

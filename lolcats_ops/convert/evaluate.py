@@ -21,13 +21,16 @@ def evaluate(
     where that is beyond a float.
 
     Raises:
-        TypeError: `data` is no integer tensor.
-        ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary.
+        TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
+        ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary; a
+            `batch_size` below 1.
 
     >>> evaluate(model, pack([text], tokenizer, 1024))  # doctest: +SKIP
     14.2
     """
     data = token_rows("evaluate", data, model, 2)
+    if batch_size < 1:
+        raise ValueError(f"evaluate: batch_size is {batch_size}, needs >= 1")
     training = model.training
     total, seen = 0.0, 0
     try:

@@ -97,7 +97,7 @@ def finetune(
         resume: go on from the last whole one of those, if there is one, to the same result.
 
     Raises:
-        TypeError: `data` is no integer tensor.
+        TypeError: `data` is no integer tensor; `model` is a wrapper of one.
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
             converted, or an `output_dir` with checkpoints of another model, of other data or of
@@ -112,6 +112,11 @@ def finetune(
     """
     config = checked("finetune", config, FinetuneConfig)
     data = token_rows("finetune", data, model, 2)
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "finetune: model is made by torch.compile, whose arguments the Trainer cannot see: "
+            "pass the model itself, which model.compile() compiles in place"
+        )
     if resume and not output_dir:
         raise ValueError("finetune: resume=True without an output_dir, which has the checkpoints")
     if getattr(model, "peft_config", None):
@@ -243,7 +248,7 @@ def _train(
 ) -> list[float]:
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=_Rows(data))
     trainer.remove_callback(transformers.PrinterCallback)  # our bar shows the loss
-    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    rows = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     steps = int(arguments.num_train_epochs * math.ceil(len(data) / rows))
     if arguments.max_steps > 0:
         steps = arguments.max_steps

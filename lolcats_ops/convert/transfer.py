@@ -19,6 +19,7 @@ from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
 from lolcats_ops.hf.patch import local_window
+from lolcats_ops.state import window_start
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class _LayerLearner:
         self.losses: list[float] = []
         self.has_seen_batch = False
         self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer.zero_grad()  # of what was computed before
         # Of a cycle of a single step that would be the last, of a rate near zero, not the first.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer, max_lr=config.learning_rate, total_steps=max(steps, 2)
@@ -106,21 +108,23 @@ def transfer(
 
     Args:
         model: converted by `lo.hf.convert`.
-        data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1.
+        data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1; padding would
+            be learned from like text.
         config: batch sizes, learning rate, loss.
         checkpoint: a file written after every batch; if it exists, training goes on from it to the
             same result.
 
     Raises:
-        TypeError: `data` is no integer tensor.
-        ValueError: a model that is not converted, or whose feature maps are offloaded, `data` of
-            another shape or with ids beyond the vocabulary, or a checkpoint that cannot be read, or
-            that is of another model, of other data or of another configuration.
+        TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
+        ValueError: a model that is not converted, or whose parameters are offloaded or sharded,
+            `data` of another shape or with ids beyond the vocabulary, or a checkpoint that cannot
+            be read, or that is of another model, of other data or of another configuration.
         NotImplementedError: a model that applies a layer several times.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
-            attention to all earlier tokens, which the model has not been trained for.
+            attention to all earlier tokens, which the model has not been trained for; or rows so
+            short that the window holds all of them.
 
     >>> lo.hf.convert(model)  # doctest: +SKIP
     >>> report = transfer(model, pack(texts, tokenizer, 1024))  # doctest: +SKIP
@@ -129,13 +133,24 @@ def transfer(
     data = token_rows("transfer", data, model)
     if checkpoint is not None and not Path(checkpoint).absolute().parent.is_dir():
         raise FileNotFoundError(f"transfer: checkpoint={checkpoint} is in no folder that exists")
-    parameters = model.named_parameters()
-    refuse_offloaded("transfer", (n for n, p in parameters if p.is_meta and ".lolcats." in n))
+    parameters = dict(model.named_parameters())
+    refuse_offloaded(
+        "transfer", (n for n, p in parameters.items() if p.is_meta and ".lolcats." in n)
+    )
+    if any(hasattr(p, "placements") for p in parameters.values()):
+        raise ValueError("transfer: the model is sharded (DTensor): train it before fully_shard()")
     window = local_window(model)
     if window is not None and data.shape[1] > window:
         warnings.warn(
             f"transfer: rows of {data.shape[1]} tokens are longer than the sliding window of "
             f"{window} that layers of this model had; their teacher attends all earlier tokens",
+            stacklevel=2,
+        )
+    own = attention_layers(model)[0].config
+    if window_start(torch.tensor(data.shape[1] - 1), own.window, own.window_kind) <= own.sink:
+        warnings.warn(
+            f"transfer: rows of {data.shape[1]} tokens lie within the window of {own.window} and "
+            f"the {own.sink} sinks: no key is left to the features, so nothing is learned",
             stacklevel=2,
         )
     generator = torch.Generator().manual_seed(config.seed)

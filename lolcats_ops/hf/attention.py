@@ -160,8 +160,7 @@ class LolcatsAttention(Fp32Module):
                 raise NotImplementedError(
                     "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
                 )
-            past = lolcats_cache.cumulative_length - tokens
-            real = real_tokens(attention_mask, batch, tokens, past)
+            real = real_tokens(attention_mask, batch, tokens, lolcats_cache.cumulative_length)
             out = lolcats_cache.attend(self, query, key, value, real, **options)
             return out.transpose(1, 2).contiguous()
 

@@ -133,7 +133,8 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
     The model then takes masks of padding [B, past + T], or of causality and padding [B, H | 1, T,
     Tk] (bool, or additive with 0 and -inf). A call with another raises NotImplementedError; with
     one that hides tokens which its cache holds, or shows padding of before, ValueError. Compiled
-    calls check neither.
+    calls check neither. Positions that restart mean packed sequences without a cache alone, as in
+    transformers; programs of torch.export know these by `cu_seq_lens_q` only.
 
     Only causal language models load converted. A base model, or the language model inside a
     composite one, can be converted, but a checkpoint of it, or of what holds it, loads without:
@@ -188,6 +189,7 @@ def restore(model: PreTrainedModel) -> PreTrainedModel:
     of a model that was loaded converted, what its base family's are.
 
     Raises:
+        TypeError: no PreTrainedModel, such as a PEFT model: restore the model in it.
         ValueError: the model is not converted.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -23,7 +23,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     """The state of one converted layer; the same bytes after 10 tokens or 100 000.
 
     A converted layer announces itself (`expected`), transformers calls `update` before the
-    attention, which only counts, and the attention then calls `attend`.
+    attention, and the attention then calls `attend`. What is refused is not counted.
     """
 
     supports_early_init = False  # the state needs to know D and V apart
@@ -41,7 +41,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.state: lo.HybridState | None = None
         self.expected = False  # whether a converted layer is about to call
         self.cumulative_length = 0  # with padding, which state.length leaves out
-        self.waiting = 0  # tokens that have been counted and not yet attended
+        self.waiting = 0  # tokens that came and have not been attended
         # [B, n] which of the last n tokens are real, as far back as the ring, or without slack of
         # none; None if all ever were
         self.recent: Tensor | None = None
@@ -61,7 +61,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Counts the new tokens.
+        """Waits for the new tokens to be attended.
 
         Raises:
             ValueError: the layer that calls is not converted (any more).
@@ -72,7 +72,6 @@ class LolcatsCacheLayer(CacheLayerMixin):
                 "start with a fresh one"
             )
         self.expected = False
-        self.cumulative_length += key_states.shape[2]
         self.waiting = key_states.shape[2]
         return key_states, value_states
 
@@ -94,6 +93,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
         Raises:
             NotImplementedError: these tokens are in the state already.
+            ValueError: another batch size or dtype than that of the tokens before.
         """
         if self.waiting != key.shape[2]:
             raise NotImplementedError(
@@ -102,53 +102,75 @@ class LolcatsCacheLayer(CacheLayerMixin):
                 "do: pass use_cache=False"
             )
         self.waiting = 0
+        state = self._state_for(attention, key, value)
+        recent = self._remembered(real, key, state.ring)
+        parameters = (*attention.features(), attention.gate)
+        if real is None:
+            out = lo.hybrid_attention_step_(query, key, value, *parameters, state, **options)
+        else:
+            out, state = lo.hybrid_attention(
+                query,
+                key,
+                value,
+                *parameters,
+                window=state.window,
+                window_kind=state.window_kind,
+                sink=state.sink,
+                state=state,
+                return_state=True,
+                key_padding_mask=real,
+                **options,
+            )
         if self.state is None:
-            self.leave_out(key.shape[2])
-            self.state = attention.empty_state(key, value, self.slack)
             self.is_initialized = True
             self.keys, self.values = (
                 x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key, value)
             )
-        self._remember(real, key, self.state.ring)
-        parameters = (*attention.features(), attention.gate)
-        if real is None:
-            return lo.hybrid_attention_step_(query, key, value, *parameters, self.state, **options)
-        out, self.state = lo.hybrid_attention(
-            query,
-            key,
-            value,
-            *parameters,
-            window=self.state.window,
-            window_kind=self.state.window_kind,
-            sink=self.state.sink,
-            state=self.state,
-            return_state=True,
-            key_padding_mask=real,
-            **options,
-        )
+        self.state, self.recent = state, recent
+        self.cumulative_length += key.shape[2]
         return out
 
-    def _remember(self, real: Tensor | None, key: Tensor, most: int) -> None:
+    def _state_for(self, attention: LolcatsAttention, key: Tensor, value: Tensor) -> lo.HybridState:
+        state = self.state
+        if state is None:
+            self._refuse_to_continue()
+            return attention.empty_state(key, value, self.slack)
+        if state.batch != key.shape[0]:
+            raise ValueError(
+                f"the cache holds {state.batch} sequences, this call has {key.shape[0]}; "
+                "batch_repeat_interleave and batch_select_indices of the cache change that"
+            )
+        if state.ring and state.k_ring.dtype != key.dtype:
+            raise ValueError(
+                f"the cache was filled in {state.k_ring.dtype} and is continued in {key.dtype}: "
+                "use the same dtype, or the same autocast, for both"
+            )
+        return state
+
+    def _remembered(self, real: Tensor | None, key: Tensor, most: int) -> Tensor | None:
         """Which of the last tokens are padding: the state holds nothing of them to take back."""
         if real is None and self.recent is None:
-            return
+            return None
         if self.slack == 0:
-            self.recent = key.new_ones((key.shape[0], 0), dtype=torch.bool)
-            return
+            return key.new_ones((key.shape[0], 0), dtype=torch.bool)
         batch, _, tokens, _ = key.shape
         before = self.recent
         if before is None:
-            before = key.new_ones((batch, self.cumulative_length - tokens), dtype=torch.bool)
+            before = key.new_ones((batch, self.cumulative_length), dtype=torch.bool)
         if real is None:
             real = key.new_ones((batch, tokens), dtype=torch.bool)
-        self.recent = torch.cat((before, real), 1)[:, -most:]
+        return torch.cat((before, real), 1)[:, -most:]
 
     def leave_out(self, tokens: int) -> None:
         """Allows the new tokens to bypass the state, which has no gradient, if they are the first.
 
         A training forward makes a cache that nobody reads; continuing from one is the error.
         """
-        if self.cumulative_length > tokens:
+        self._refuse_to_continue()
+        self.cumulative_length, self.waiting = tokens, 0
+
+    def _refuse_to_continue(self) -> None:
+        if self.cumulative_length > 0:
             raise RuntimeError(
                 "the state of a converted layer has no gradient: "
                 "fill and continue a cache under torch.no_grad()"

@@ -102,6 +102,10 @@ def _dropout(module: Any) -> float | None:
 
 def restore_layers(model: PreTrainedModel) -> None:
     """Takes `convert_layers` back exactly."""
+    if not isinstance(getattr(model, "_orig_mod", model), PreTrainedModel):  # that is compiled
+        raise TypeError(
+            f"restore: model is {type(model).__name__}, needs the PreTrainedModel that it holds"
+        )
     set_mode(model, "softmax")
     for module, _ in _converted(model):
         _remove(module, _before_attention)
@@ -160,6 +164,8 @@ def _set_mode(module: Any, mode: Mode) -> None:
 @contextmanager
 def use_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """`set_mode` for the duration of a with block.
+
+    With gradient checkpointing, the backward pass belongs into the block: it computes layers again.
 
     >>> with use_mode(model, "softmax"):  # doctest: +SKIP
     ...     logits = model(input_ids).logits
@@ -251,7 +257,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
         if not hasattr(projection, "in_features") or next(_tensors(projection), None) is None:
             raise refuse(
                 f"its o_proj, a {type(projection).__module__}.{type(projection).__name__}, lacks "
-                "in_features, or tensors that say on which device it is"
+                "in_features, or tensors that say on which device it is (if by quantize_dynamic: "
+                "convert first)"
             )
     offloaded = [
         m.layer_idx
@@ -300,10 +307,21 @@ def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     cache, mask = given.get("past_key_values"), given.get("attention_mask")
     layers = getattr(cache, "layers", [])
     find_beside(layers)
-    if mask is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    held = {layer.cumulative_length for layer in layers if isinstance(layer, LolcatsCacheLayer)}
+    if len(held) > 1:
+        raise ValueError(
+            f"this cache is half updated, its layers hold {' and '.join(map(str, sorted(held)))} "
+            "tokens: an earlier call was interrupted; start with a fresh one"
+        )
+    if mask is None:
         return
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        _check_past(mask, layers)
+        new = [
+            given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None
+        ]
+        _check_past(mask, layers, new[0].shape[1] if new else 0)
         return
     by_kind = mask if isinstance(mask, Mapping) else None
     kinds = getattr(module.config, "layer_types", None) or {}
@@ -318,10 +336,15 @@ def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             _check_once(attention, read, layer, given.get("position_ids"))
 
 
-def _check_past(mask: torch.Tensor, layers: list[Any]) -> None:
+def _check_past(mask: torch.Tensor, layers: list[Any], tokens: int) -> None:
     """Holds a [B, past + T] mask to what the cache has of the past; layers have the same."""
     for layer in layers:
         if isinstance(layer, LolcatsCacheLayer) and layer.state is not None:
+            if mask.shape[1] < layer.cumulative_length + tokens:
+                raise ValueError(
+                    f"attention_mask is of {mask.shape[1]} tokens, needs the "
+                    f"{layer.cumulative_length} of earlier calls and {tokens} new ones"
+                )
             shown, held = mask[:, : layer.cumulative_length], layer.state.length
             if bool((shown.count_nonzero(1).to(held.device) != held).any()):
                 raise past_differs(held)
@@ -393,7 +416,8 @@ def _cache_layer(cache: Cache, index: int) -> LolcatsCacheLayer:
     if not isinstance(layer, LolcatsCacheLayer):
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise ValueError(
-                f"layer {index}: the cache holds keys of the softmax model; start with a fresh one"
+                f"layer {index}: the cache holds keys of the softmax model (or virtual tokens of "
+                "prefix tuning, which a state does not take); start with a fresh one"
             )
         slack = getattr(layer, "lolcats_slack", 0)
         layer = cache.layers[index] = LolcatsCacheLayer(layer, slack)

@@ -144,6 +144,20 @@ def test_what_a_stage_cannot_begin_with_is_refused_before_it_trains(model, tmp_p
         lo.convert.finetune(adapted, rows, config)
 
 
+def test_wrappers_of_a_model_are_named(model):
+    rows = token_rows(1, 32)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    for stage in (lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate):
+        with pytest.raises(TypeError, match="model is AveragedModel, needs a PreTrainedModel"):
+            stage(averaged, rows)
+    with pytest.raises(TypeError, match="restore: model is AveragedModel, needs the PreTrained"):
+        lo.hf.restore(averaged)
+    with pytest.raises(TypeError, match=r"made by torch\.compile"):
+        lo.convert.finetune(torch.compile(model), rows)
+    with pytest.raises(ValueError, match="batch_size is 0, needs >= 1"):
+        lo.convert.evaluate(model, rows, batch_size=0)
+
+
 def test_a_text_that_is_named_twice_is_read_twice(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("words")

@@ -1,5 +1,7 @@
 """Stage 1, on tiny random models."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -123,6 +125,30 @@ def test_transfer_options_train(model, options):
         model, token_rows(6, 40), TransferConfig(batch_size=6, rounds=8, **options)
     )
     assert all(layer[-1] < layer[0] for layer in report.losses)
+
+
+def test_gradients_of_before_are_no_part_of_the_first_step():
+    rows, model = token_rows(2, 40), tiny()
+    lo.hf.convert(model, NARROW)
+    model(rows, labels=rows).loss.backward()
+    other = lo.hf.convert(tiny(), NARROW)
+    losses = [lo.convert.transfer(each, rows).losses for each in (model, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("length", "learns"), [(9, False), (10, True)])
+def test_rows_that_leave_nothing_to_the_features_are_warned_of(length, learns):
+    """NARROW has a window of 8 and a sink."""
+    model, before = lo.hf.convert(tiny(), NARROW), lo.hf.convert(tiny(), NARROW)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lo.convert.transfer(model, token_rows(2, length))
+    said = [str(each.message) for each in caught if "nothing is learned" in str(each.message)]
+    assert len(said) == (0 if learns else 1)
+    moved = [
+        not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True)
+    ]
+    assert any(moved) == learns
 
 
 def test_an_unconverted_model_has_nothing_to_transfer():

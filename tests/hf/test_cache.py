@@ -343,6 +343,41 @@ def test_a_call_that_is_refused_changes_no_cache(model):
 
 
 @torch.no_grad()
+def test_a_call_that_does_not_fit_the_cache_is_named_and_not_counted(model):
+    ids = token_ids(2, 20)
+    expected = model(ids[:1], use_cache=False).logits[:, 10:]
+    cache = transformers.DynamicCache(config=model.config)
+    model(ids[:1, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match="the cache holds 1 sequences, this call has 2"):
+        model(ids[:, 10:], past_key_values=cache)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"filled in torch\.float32 and is continued in "),
+    ):
+        model(ids[:1, 10:], past_key_values=cache)
+    with pytest.raises(ValueError, match="attention_mask is of 12 tokens, needs the 10 of earlier"):
+        model(ids[:1, 10:], attention_mask=torch.ones(1, 12), past_key_values=cache)
+    got = model(ids[:1, 10:], past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_that_was_interrupted_between_layers_is_refused(model):
+    ids, cache = token_ids(1, 20), transformers.DynamicCache(config=model.config)
+    model(ids[:, :10], past_key_values=cache)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    hook = model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids[:, 10:], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ValueError, match="half updated, its layers hold 10 and 20 tokens"):
+        model(ids[:, 10:], past_key_values=cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("filled", [True, False])
 def test_a_restored_model_is_refused_the_cache_of_a_converted_one(model, filled):
     cache, ids = lo.hf.LolcatsCache(model), token_ids(1, 20)
