@@ -211,7 +211,7 @@ def _begin(folder: Path, now: dict[str, str], resume: bool) -> Path | None:
         files = [*(path / name for name in names), *path.glob("rng_state*")]
         if all(is_whole(file) for file in [*files, path / "trainer_state.json"]):
             return path
-        warnings.warn(f"finetune: {path} is incomplete, and passed over", stacklevel=3)
+        warnings.warn(f"finetune: {path} is incomplete, and passed over", stacklevel=4)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(begun) as file:
         file.write(json.dumps(now).encode())

@@ -144,14 +144,14 @@ def transfer(
         warnings.warn(
             f"transfer: rows of {data.shape[1]} tokens are longer than the sliding window of "
             f"{window} that layers of this model had; their teacher attends all earlier tokens",
-            stacklevel=2,
+            stacklevel=3,
         )
     own = attention_layers(model)[0].config
     if window_start(torch.tensor(data.shape[1] - 1), own.window, own.window_kind) <= own.sink:
         warnings.warn(
             f"transfer: rows of {data.shape[1]} tokens lie within the window of {own.window} and "
             f"the {own.sink} sinks: no key is left to the features, so nothing is learned",
-            stacklevel=2,
+            stacklevel=3,
         )
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.cat(

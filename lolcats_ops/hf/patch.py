@@ -58,7 +58,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
     _own_config(model)
     if dropout := max(_dropout(m) or 0.0 for m in modules):
         warnings.warn(
-            f"attention_dropout={dropout} will not apply to converted layers", stacklevel=3
+            f"attention_dropout={dropout} will not apply to converted layers", stacklevel=4
         )
     for module in modules:
         projection = module.o_proj
