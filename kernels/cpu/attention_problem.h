@@ -13,10 +13,10 @@ struct Problem {
   Window window;
   float scale;
   bool affine, normalize;
-  float eps;                    // added to den
-  Format format = Format::f32;  // of tiles
-  int weight_parts = 1;         // of maps
-  bool both_ways = false;       // tiles have their keys as rows and can be summed over V as well
+  float eps;                          // added to den
+  Format format = Format::f32;        // of tiles
+  WeightParts weight_parts = {1, 1};  // of maps
+  bool both_ways = false;  // tiles have their keys as rows and can be summed over V as well
 
   // Products of bf16 by pairs, where the instruction set has them.
   Problem by_pairs() const {
@@ -38,7 +38,7 @@ struct Problem {
   int64_t F() const { return feature_dim(feature_k, D()); }
   int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
   int64_t paired_map_size() const {
-    return format == Format::f32 ? 0 : weight_parts * paired_weight_size(D(), f());
+    return format == Format::f32 ? 0 : weight_parts.all * paired_weight_size(D(), f());
   }
   FeatureMap map_q(int64_t h) const { return map_of(feature_q, h, heads(), D()); }
   FeatureMap map_k(int64_t state_head) const {

@@ -4,6 +4,46 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
+// Where weights in pairs have a row of words for each feature, not a column: only as rows does the
+// matrix unit take left operands without a copy.
+#ifdef LOL_MATRIX_UNIT
+constexpr bool PAIRS_BY_FEATURE = true;
+#else
+constexpr bool PAIRS_BY_FEATURE = false;
+#endif
+inline Operand by_feature(const FeatureMap& map, const float* weight) {
+  if (PAIRS_BY_FEATURE && map.format != Format::f32) return rows(weight, words(map.format, map.D));
+  return transposed(weight, map.f);
+}
+
+// z[f x n] (+)= x W of n tokens of a tile, by the parts [from, to) of W.
+void add_product(const FeatureMap& map, int from, int to, const float* x, int n, float* z,
+                 Into into) {
+  Term terms[MOST_WEIGHT_PARTS];
+  for (int i = from; i < to; i++) {
+    const float* part = map.weight + i * paired_weight_size(map.D, map.f);
+    terms[i - from] = {map.D, by_feature(map, part), x, BLOCK, Skip::none, nullptr};
+  }
+  gemm(map.format, map.f, n, terms, to - from, z, BLOCK, into);
+}
+
+// The parts of W that are not always taken: a tile takes them once, from the first LANES tokens on
+// that have a large z. What has become features before keeps them.
+struct OtherParts {
+  const FeatureMap& map;
+  const float* x;
+  float* z;
+  bool taken;
+  OtherParts(const FeatureMap& of, const float* tokens, float* to)
+      : map(of), x(tokens), z(to), taken(of.parts.always == of.parts.all) {}
+  // Whether z of the tokens from t on has changed.
+  bool take_from(int t) {
+    if (taken) return false;
+    add_product(map, map.parts.always, map.parts.all, x + t, BLOCK - t, z + t, Into::add);
+    return taken = true;
+  }
+};
+
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
 
 // Of LANES tokens: the sums of exponentials, and whether no z was large.
@@ -43,17 +83,24 @@ inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
   return {sums, false};
 }
 
-// The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum,
-// where none of LANES tokens has a z too large for that, as is mostly so.
-template <Format format>
-inline Exponentials exponentials_of_softmax(float* z, float* upper, int f) {
+inline Vec largest_magnitude(const float* z, int f) {
   // Two chains, which wait for one another half as long.
   Vec magnitudes[2] = {max_magnitude(Vec{}, load(z + (f - 1) * BLOCK)), Vec{}};
   for (int i = 0; i + 1 < f; i += 2) {
     for (int r = 0; r < 2; r++)
       magnitudes[r] = max_magnitude(magnitudes[r], load(z + (i + r) * BLOCK));
   }
-  const Vec magnitude = max(magnitudes[0], magnitudes[1]);
+  return max(magnitudes[0], magnitudes[1]);
+}
+
+// The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum,
+// where none of LANES tokens has a z too large for that, as is mostly so.
+template <Format format>
+inline Exponentials exponentials_of_softmax(OtherParts& others, int t, float* upper) {
+  const int f = others.map.f;
+  float* z = others.z + t;
+  Vec magnitude = largest_magnitude(z, f);
+  if (!all_at_most(magnitude, ONE_PART) && others.take_from(t)) magnitude = largest_magnitude(z, f);
   if (!all_at_most(magnitude, UNSHIFTED)) return exponentials_below_one<format>(z, upper, f);
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
@@ -69,14 +116,16 @@ inline Exponentials exponentials_of_softmax(float* z, float* upper, int f) {
   return {sums, all_at_most(magnitude, SMALL)};
 }
 
-// Exponentials of z [F x BLOCK], of which f rows of LANES are given and lost, and if two-sided of
-// -z behind them, divided by their sums if the map is a softmax, and clamped.
+// Exponentials of z [F x BLOCK], of which f rows of the LANES tokens from t on are given and lost,
+// and if two-sided of -z behind them, divided by their sums if the map is a softmax, and clamped.
 template <Format format, class Write>
-inline void exponentials(const FeatureMap& map, float* z, Write write) {
+inline void exponentials(OtherParts& others, int t, Write write) {
+  const FeatureMap& map = others.map;
+  float* z = others.z + t;
   const int f = map.f;
   const bool normalize = map.activation == LOL_SOFTMAX;
   float* upper = map.two_sided ? z + f * BLOCK : nullptr;
-  const Exponentials e = normalize ? exponentials_of_softmax<format>(z, upper, f)
+  const Exponentials e = normalize ? exponentials_of_softmax<format>(others, t, upper)
                                    : exponentials_below_one<format>(z, upper, f);
   const auto write_side = [&](int begin, Vec side_sum, auto clamped) {
     const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f);
@@ -119,18 +168,6 @@ struct InPairs {
 };
 #endif
 
-// Where weights in pairs have a row of words for each feature, not a column: only as rows does the
-// matrix unit take left operands without a copy.
-#ifdef LOL_MATRIX_UNIT
-constexpr bool PAIRS_BY_FEATURE = true;
-#else
-constexpr bool PAIRS_BY_FEATURE = false;
-#endif
-inline Operand by_feature(const FeatureMap& map, const float* weight) {
-  if (PAIRS_BY_FEATURE && map.format != Format::f32) return rows(weight, words(map.format, map.D));
-  return transposed(weight, map.f);
-}
-
 }  // namespace
 
 bool takes_pairs(const lol_features& features) {
@@ -142,7 +179,7 @@ bool takes_pairs(const lol_features& features) {
 #endif
 }
 
-FeatureMap with_paired_weight(FeatureMap map, float* to, int parts) {
+FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts) {
 #ifdef LOL_PAIRS
   const int ld = words(Format::bf16_pairs, map.D);
   const auto keep = [&](float* part, int pair_of, int first, Vec word) {
@@ -158,7 +195,7 @@ FeatureMap with_paired_weight(FeatureMap map, float* to, int parts) {
     for (int j = 0; j < map.f; j += LANES) {
       Vec first = load_first(row + j, map.f - j);
       Vec second = d + 1 < map.D ? load_first(row + map.f + j, map.f - j) : Vec{};
-      for (int i = 0; i < parts; i++) {
+      for (int i = 0; i < parts.all; i++) {
         const Vec word = pair(first, second);
         keep(to + i * paired_weight_size(map.D, map.f), d / 2, j, word);
         first -= first_of(word);
@@ -177,14 +214,9 @@ FeatureMap with_paired_weight(FeatureMap map, float* to, int parts) {
 
 namespace {
 
-// z = x W + b (+ x) [f x BLOCK].
+// z = x W + b (+ x) [f x BLOCK], by those parts of W that are always taken.
 void project(const FeatureMap& map, const float* x, float* z) {
-  Term terms[MOST_WEIGHT_PARTS];
-  for (int i = 0; i < map.parts; i++) {
-    const float* part = map.weight + i * paired_weight_size(map.D, map.f);
-    terms[i] = {map.D, by_feature(map, part), x, BLOCK, Skip::none, nullptr};
-  }
-  gemm(map.format, map.f, BLOCK, terms, map.parts, z, BLOCK, Into::set);
+  add_product(map, 0, map.parts.always, x, BLOCK, z, Into::set);
   for (int i = 0; map.bias && i < map.f; i++) {
     for (int t = i * BLOCK; t < (i + 1) * BLOCK; t += LANES)
       store(z + t, load(z + t) + map.bias[i]);
@@ -194,10 +226,10 @@ void project(const FeatureMap& map, const float* x, float* z) {
 }
 
 template <class Write>
-inline void exponentials_in(const FeatureMap& map, float* z, Write write) {
-  const auto run = map.format == Format::f32 ? exponentials<Format::f32, Write>
-                                             : exponentials<Format::bf16_pairs, Write>;
-  run(map, z, write);
+inline void exponentials_in(OtherParts& others, int t, Write write) {
+  const auto run = others.map.format == Format::f32 ? exponentials<Format::f32, Write>
+                                                    : exponentials<Format::bf16_pairs, Write>;
+  run(others, t, write);
 }
 
 }  // namespace
@@ -208,10 +240,11 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
     return;
   }
   project(map, x, phi);
+  OtherParts others(map, x, phi);
   for (int t = 0; t < BLOCK; t += LANES) {
     float* z = phi + t;
     if (is_exponential(map.activation)) {
-      exponentials_in(map, z, InFloats{z});
+      exponentials_in(others, t, InFloats{z});
       continue;
     }
     Vec half_norm = {};
@@ -227,9 +260,10 @@ void features_in_pairs(const FeatureMap& map, const float* x, float factor, floa
 #ifdef LOL_PAIRS
   if (is_exponential(map.activation) && map.f % 2 == 0 && factor == 1.0f) {
     project(map, x, scratch);
+    OtherParts others(map, x, scratch);
     for (int t = 0; t < BLOCK; t += LANES) {
       uint16_t* along_tokens = to.along_tokens ? (uint16_t*)to.along_tokens + t : nullptr;
-      exponentials_in(map, scratch + t, InPairs{to.along_features + t, along_tokens});
+      exponentials_in(others, t, InPairs{to.along_features + t, along_tokens});
     }
     return;
   }

@@ -14,10 +14,29 @@ constexpr float UNSHIFTED = 80.0f;
 // With |z| up to SMALL, features of a softmax are LEAST_OF_SMALL or more: e^-20 / MAX_FEATURES.
 constexpr float SMALL = 10.0f, LEAST_OF_SMALL = 4.0e-12f;
 
+// A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
+// than x was rounded, which is enough for outputs while |z| is at most ONE_PART (N(0, 1) hardly
+// ever is beyond it): e^z is then off by some 2e-3, where SPEC 9 allows 3.3e-3. In tokens with
+// larger z, softmax takes two; with one, N(0, 9) was off by 4.4e-3. Without a sum to divide by, exp
+// was by 3.7e-3, and relu by 2.6e-2 with four features. Gradients take two, and three where they
+// depend on which z is the largest, or above zero: there rounding can move a gradient to another
+// feature as a whole.
+struct WeightParts {
+  int all;
+  int always;  // the others for LANES tokens with a larger z alone
+};
+constexpr int MOST_WEIGHT_PARTS = 3;
+constexpr float ONE_PART = 4.0f;  // the largest |z| for which one will do
+static inline WeightParts weight_parts_for(int activation, bool of_gradients) {
+  if (activation == LOL_EXP || activation == LOL_RELU) return {3, 3};
+  if (of_gradients) return {2, 2};
+  return {activation == LOL_SOFTMAX ? 2 : 1, 1};
+}
+
 struct FeatureMap {
   const float* weight;  // [D x f] of one head, or pairs; null: phi(x) = x
   Format format;        // of weight and of x
-  int parts;            // that add up to the weight
+  WeightParts parts;    // that add up to the weight
   const float* bias;    // [f] or null
   int D, f, F;
   int activation;
@@ -39,13 +58,13 @@ static inline int64_t feature_dim(const lol_features& features, int64_t D) {
 // The map that head h of `heads` uses.
 static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads, int64_t D) {
   if (!has_map(p))
-    return {nullptr, Format::f32,  1,     nullptr, (int)D, (int)D,
-            (int)D,  LOL_IDENTITY, false, false,   0.0f};
+    return {nullptr, Format::f32,  {1, 1}, nullptr, (int)D, (int)D,
+            (int)D,  LOL_IDENTITY, false,  false,   0.0f};
   const int64_t f = p.weight.shape[2];
   const int64_t own = h / (heads / p.weight.shape[0]);
   return {(const float*)p.weight.data + own * D * f,
           Format::f32,
-          1,
+          {1, 1},
           p.bias.data ? (const float*)p.bias.data + own * f : nullptr,
           (int)D,
           (int)f,
@@ -67,18 +86,8 @@ static inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
 
 // Whether a map can read pairs of bf16: skip and favor need x in fp32.
 bool takes_pairs(const lol_features& features);
-// A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
-// than x was rounded: enough for outputs, but for those of exp, which were off by 3.7e-3, where
-// SPEC 9 allows 3.3e-3, and of relu, by 2.6e-2 with four features. Gradients take two, and three
-// where they depend on which z is the largest, or above zero: there rounding can move a gradient to
-// another feature as a whole.
-constexpr int MOST_WEIGHT_PARTS = 3;
-static inline int weight_parts_for(int activation, bool of_gradients) {
-  if (activation == LOL_EXP || activation == LOL_RELU) return 3;
-  return of_gradients ? 2 : 1;
-}
-// The map with its weight in such parts, pairs along D, one after the other in `to`.
-FeatureMap with_paired_weight(FeatureMap map, float* to, int parts);
+// The map with its weight in parts, pairs along D, one after the other in `to`.
+FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts);
 static inline int64_t paired_weight_size(int64_t D, int64_t f) { return (D + 1) / 2 * f; }
 
 // phi[F x BLOCK] of x[D x BLOCK].

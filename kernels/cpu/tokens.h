@@ -58,7 +58,8 @@ struct Tokens {
 
 static inline Tokens tokens_of(const lol_tensor& t, const Sequence& s, int64_t head) {
   const int64_t size = dtype_size(t.dtype);
-  char* base = (char*)t.data + (s.batch * t.stride[0] + head * t.stride[1]) * size;
+  const int64_t offset = (s.batch * t.stride[0] + head * t.stride[1]) * size;
+  char* base = t.data ? (char*)t.data + offset : nullptr;  // without elements, there may be no data
   return {base, t.stride[2] * size, s.index, s.first, 0, nullptr, nullptr,
           0,    (int)t.shape[3],    t.dtype};
 }

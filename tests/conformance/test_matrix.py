@@ -235,6 +235,24 @@ def test_a_relu_of_few_features_is_as_exact_as_others(backend, device):
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("window", [0, 16])
+@pytest.mark.parametrize("spread", [1.0, 1.4, 2.0, 6.0])
+@pytest.mark.parametrize(("D", "f"), [(64, 64), (16, 4), (60, 24)])
+def test_maps_that_spread_z_keep_bf16_exact(D, f, spread, window, backend, device):
+    """What z is off by is a relative error of its exponential: weights are not rounded to bf16."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 200, D, generator=rng).bfloat16().to(device)
+    weights = torch.randn(2, 2, D, f, generator=rng).to(device) * spread * D**-0.5
+    gate = torch.zeros(2, device=device)
+    got = lo.hybrid_attention(
+        q, k, v, *map(lo.Features, weights), gate, window=window, backend=backend
+    )
+    wide = (*(x.double() for x in (q, k, v)), *(lo.Features(w.double()) for w in weights))
+    want = lo.reference.hybrid_attention(*wide, gate.double(), window=window)
+    assert (got - want).norm() <= 3.3e-3 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 def test_only_equal_entries_share_the_gradient_of_a_maximum(backend, device, activation):
     """Scores and ``z`` of small q and k differ by less than exponentials can tell."""
