@@ -53,3 +53,30 @@ def test_the_projection_of_favor_is_one_and_stays(qkv):
     assert q.equal(k.repeat_interleave(H // KV, 0))
     assert not q.requires_grad
     assert not k.requires_grad
+
+
+class Continues(torch.nn.Module):
+    """Attention on a state, which it returns as it is then; and steps on the state itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = lo.nn.HybridAttention(H, KV, D, window=4, sink=1)
+
+    def forward(self, state, q, k, v):
+        out, then = self.attention(q, k, v, state=state, return_state=True)
+        return out + self.attention.step_(q, k, v, state), then
+
+
+@torch.no_grad()
+def test_states_go_in_and_out_of_exported_programs(qkv, tmp_path):
+    model = Continues().requires_grad_(False)
+    empty = model.attention.empty_state(len(qkv[0]), slack=2)
+    torch.export.save(torch.export.export(model, (empty, *qkv)), tmp_path / "program.pt2")
+    stepped, want_stepped = empty.clone(), empty.clone()
+    out, then = torch.export.load(tmp_path / "program.pt2").module()(stepped, *qkv)
+    want_out, want_then = model(want_stepped, *qkv)
+    assert (then.window, then.window_kind, then.slack) == (4, "sliding", 2)
+    assert stepped.length.tolist() == [T] * len(out)
+    torch.testing.assert_close(out, want_out)
+    for got, want in ((then, want_then), (stepped, want_stepped)):
+        torch.testing.assert_close(got.tensors, want.tensors)

@@ -232,32 +232,6 @@ def test_inductor_export_and_aotinductor(tmp_path):
         close(program.module()(*tensors), want)  # last: it steps the program's own state
 
 
-class Continues(torch.nn.Module):
-    """Attention on a state, which it returns as it is then; and steps on the state itself."""
-
-    def forward(self, state: HybridState, *tensors: Tensor) -> tuple[Tensor, HybridState]:
-        x = Example(*tensors)
-        arguments = *x[:3], Features(x.weight_q), Features(x.weight_k), x.gate, state
-        windows = {"window": state.window, "sink": state.sink}
-        out, then = lo.hybrid_attention(*arguments[:-1], **windows, state=state, return_state=True)
-        return out + lo.hybrid_attention_step_(*arguments), then
-
-
-def test_states_go_in_and_out_of_exported_programs(tmp_path):
-    x = example()
-    empty = HybridState.empty_for(x.k, x.v, Features(x.weight_k), window=4, sink=1, slack=2)
-    stepped, wanted = empty.clone(), empty.clone()
-    with torch.no_grad():
-        torch.export.save(torch.export.export(Continues(), (empty, *x)), tmp_path / "program.pt2")
-        out, then = torch.export.load(tmp_path / "program.pt2").module()(stepped, *x)
-        want_out, want_then = Continues()(wanted, *x)
-    assert (then.window, then.window_kind, then.slack) == (4, "sliding", 2)
-    assert stepped.length.tolist() == [x.q.shape[2]] * x.q.shape[0]
-    for got, want in ((then, want_then), (stepped, wanted)):
-        close(list(got.tensors.values()), list(want.tensors.values()))
-    close([out], [want_out])
-
-
 @of_differentiable
 def test_func_grad_equals_autograd_of_the_reference(op):
     x = example()
