@@ -153,10 +153,8 @@ class Checker {
   // Of operators that have no CUDA kernel, and of those that have one.
   int on_cpu() const {
     if (!on_device()) return LOL_OK;
-    fail(
-        "%s: device %d asked for, but there is no CUDA kernel: use the Triton kernels; the CPU is "
-        "device -1",
-        op_, context_.device);
+    fail("%s: device %d asked for, but there is no CUDA kernel: use the Triton kernels", op_,
+         context_.device);
     return LOL_EUNSUPPORTED;
   }
   int on_cpu_or_cuda() const {
