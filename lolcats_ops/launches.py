@@ -6,10 +6,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from . import _C
-from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS
+from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS, window_span
 from .case import Case
 from .features import out_features
-from .state import window_span
 
 MOST_SHARED_BYTES = 227 * 1024  # of a block, on the GPU that has most: sm_90 and sm_100
 _EPS = 1e-12

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS
+from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS, window_span
 
 Array = NDArray[Any]
 
@@ -135,7 +135,8 @@ class HybridState:
                 raise TypeError(f"{op}: {name} is {count!r}, needs an integer")
             if count < 0:
                 raise ValueError(f"{op}: {name} is {count}, needs >= 0")
-        ring = window * (2 if _window_code(op, window_kind) else 1) + slack
+        _window_code(op, window_kind)
+        ring = window_span(window, window_kind) + slack
 
         def zeros(*shape: int, dtype: Any) -> Array:  # of k's library, NumPy or CuPy
             return np.zeros_like(k, dtype, "C", shape=shape)

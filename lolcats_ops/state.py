@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from ._codes import WINDOW_KINDS
+from ._codes import WINDOW_KINDS, window_span
 from .features import Features
 
 
@@ -26,11 +26,6 @@ def window_start(position: Tensor, window: int, window_kind: str) -> Tensor:
     if window_kind == "sliding" or window == 0:
         return (position - window + 1).clamp(min=0)
     return ((position // window - 1) * window).clamp(min=0)
-
-
-def window_span(window: int, window_kind: str) -> int:
-    """The most keys that a query attends by softmax, sinks aside: w (sliding) or 2w (terrace)."""
-    return window if window_kind == "sliding" else 2 * window
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ constexpr float SMALL = 10.0f, LEAST_OF_SMALL = 4.0e-12f;
 
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
 // than x was rounded, which is enough for outputs while |z| is at most ONE_PART (N(0, 1) hardly
-// ever is beyond it): e^z is then off by some 2e-3, where SPEC 9 allows 3.3e-3. In tokens with
+// ever is beyond it): they are then off by some 2e-3, where SPEC 9 allows 3.3e-3. In tokens with
 // larger z, softmax takes two; with one, N(0, 9) was off by 4.4e-3. Without a sum to divide by, exp
 // was by 3.7e-3, and relu by 2.6e-2 with four features. Gradients take two, and three where they
 // depend on which z is the largest, or above zero: there rounding can move a gradient to another

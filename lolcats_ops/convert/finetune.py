@@ -87,8 +87,8 @@ def finetune(
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
     unless `config.train_features`. The model comes back in the mode, train or eval, that it came
     in, and once merged with the same parameters trainable; on any exception it is as it was, but
-    for the device, which the Trainer chooses. With several processes (torchrun) the Trainer is data
-    parallel: a step takes `batch_size * gradient_accumulation` rows of each.
+    for the device, which the Trainer chooses. Under torchrun on GPUs the Trainer is data
+    parallel: a step takes `batch_size * gradient_accumulation` rows of each process.
 
     Args:
         model: a causal language model, changed in place.
