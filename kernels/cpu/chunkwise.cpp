@@ -77,6 +77,7 @@ void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
 void Chunkwise::fold(int64_t end, Features part) {
   end = at_most(end, tiles.total());
   const int ld = padded(p_.V());
+  const bool by_features = p_.format != Format::f32 && along_ == Along::features;
   while (state.folded < end) {
     KeyTile& tile = tiles.at(state.folded);
     const int n = (int)at_most(tile.n, end - state.folded);
@@ -85,9 +86,11 @@ void Chunkwise::fold(int64_t end, Features part) {
     add_to_center(tile);
     for (int64_t i = part.begin; i < part.end; i += HOT_ROWS) {
       const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
+      const bool last = state.folded + n >= end;
+      float* pairs = last && by_features ? state.readable + i * ld / 2 : nullptr;
       fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
-                (int)(rows.end - i), ld, state.kv + i * ld, state.ksum + i, into);
-      if (state.folded + n >= end) keep_readable(rows);
+                (int)(rows.end - i), ld, state.kv + i * ld, state.ksum + i, into, pairs);
+      if (last && !by_features) keep_readable(rows);
     }
     state.empty = false;
     state.folded += n;

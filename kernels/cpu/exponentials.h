@@ -10,22 +10,42 @@ namespace LOL_ISA {
 // float's bias, is in the low bits of the result.
 constexpr float ROUND_MAGIC = 12582912.0f + 127.0f;  // 1.5 * 2^23 + 127
 constexpr float LOG2_E = 1.44269504f;
-// p 2^n for `rounded` = n + ROUND_MAGIC, -126 <= n <= 127. A product, since adding to p's exponent
-// would make a number of a NaN with low bits.
-static inline Vec times_power_of_2(Vec p, Vec rounded) { return p * (Vec)((VecI)rounded << 23); }
-// p 2^-n, |n| <= 126.
-static inline Vec over_power_of_2(Vec p, Vec rounded) {
-  return p * (Vec)(splat_int(2 * 127 << 23) - ((VecI)rounded << 23));
-}
 
-// x = n ln 2 + r, n whole and |r| <= ln(2) / 2; `rounded` is n + ROUND_MAGIC.
+// x = n log(base) + r, n whole; `exponent` is n as the two below take it.
 struct Reduced {
-  Vec rounded, r;
+  Vec exponent, r;
 };
+// p 2^n, -126 <= n <= 127, and p 2^-n, |n| <= 126.
+#ifdef __AVX512F__
+// An exponent is n or less than 1 above it. On AMD's Zen 4 these instructions leave the units that
+// multiply to others.
+static inline Vec times_power_of_2(Vec p, Vec exponent) {
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)exponent);
+}
+static inline Vec over_power_of_2(Vec p, Vec exponent) { return times_power_of_2(p, -exponent); }
+static inline Vec exponent_of(Vec rounded) { return rounded - ROUND_MAGIC; }
+// To base 2, 0 <= r <= 1.
+static inline Reduced floored(Vec x) {
+  return {x, (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+#else
+// An exponent is n + ROUND_MAGIC. A product, since adding to p's exponent would make a number of a
+// NaN with low bits.
+static inline Vec times_power_of_2(Vec p, Vec exponent) { return p * (Vec)((VecI)exponent << 23); }
+static inline Vec over_power_of_2(Vec p, Vec exponent) {
+  return p * (Vec)(splat_int(2 * 127 << 23) - ((VecI)exponent << 23));
+}
+static inline Vec exponent_of(Vec rounded) { return rounded; }
+static inline Reduced floored(Vec x) {
+  const Vec rounded = (x - 0.5f) + ROUND_MAGIC;
+  return {rounded, x - (rounded - ROUND_MAGIC)};
+}
+#endif
+// To base e, |r| <= ln(2) / 2.
 static inline Reduced reduced(Vec x) {
   const Vec rounded = x * LOG2_E + ROUND_MAGIC, n = rounded - ROUND_MAGIC;
   // ln 2 in two parts, the first with trailing zeros, so that n * hi is exact.
-  return {rounded, (x - n * 0.693359375f) + n * 2.12194440e-4f};
+  return {exponent_of(rounded), (x - n * 0.693359375f) + n * 2.12194440e-4f};
 }
 // e^r = 1 + r + r^2 p(r), p of degree 4 (minimax, 1e-8).
 constexpr float EXP_TERMS[] = {0.5f, 0.16666578f, 4.1666556e-2f, 8.3631732e-3f, 1.3926176e-3f};
@@ -38,7 +58,7 @@ static inline Vec exp_within(Vec x) {
   Vec p = splat(EXP_TERMS[4]);
   for (int i = 3; i >= 0; i--) p = p * at.r + EXP_TERMS[i];
   p = p * at.r + 1.0f;
-  return times_power_of_2(p * at.r + 1.0f, at.rounded);
+  return times_power_of_2(p * at.r + 1.0f, at.exponent);
 }
 static inline Vec above_least_exponent(Vec x) { return max(x, splat(-87.33f)); }
 static inline Vec exp_below_one(Vec x) { return exp_within(above_least_exponent(x)); }
@@ -59,21 +79,21 @@ static inline BothWays exp_both_ways_within(Vec x) {
   even = even * square + EXP_TERMS[0];
   even = even * square + 1.0f;
   const Vec odd = (EXP_TERMS[3] * square + EXP_TERMS[1]) * square + 1.0f;
-  return {times_power_of_2(even + odd * at.r, at.rounded),
-          over_power_of_2(even - odd * at.r, at.rounded)};
+  return {times_power_of_2(even + odd * at.r, at.exponent),
+          over_power_of_2(even - odd * at.r, at.exponent)};
 }
 
 // e^x to 7e-6, 3e-6 of it the polynomial's, for what is then rounded to bf16: 2^t = 2^n p(t - n), p
 // of degree 4 (minimax with p(0) = 1, so that e^0 is 1 and the maximum of a feature map is told by
-// equality), 7 multiplications where exp has 10.
+// equality).
 static inline Vec exp_for_bf16_within(Vec x) {
-  const Vec rounded = x * LOG2_E + ROUND_MAGIC, r = x * LOG2_E - (rounded - ROUND_MAGIC);
-  Vec p = splat(9.5828557e-3f);
-  p = p * r + 5.590643e-2f;
-  p = p * r + 0.24024099f;
-  p = p * r + 0.69312418f;
-  p = p * r + 1.0f;
-  return times_power_of_2(p, rounded);
+  const Reduced at = floored(x * LOG2_E);
+  Vec p = splat(1.3426684e-2f);
+  p = p * at.r + 5.2242473e-2f;
+  p = p * at.r + 0.2412802f;
+  p = p * at.r + 0.69304484f;
+  p = p * at.r + 1.0f;
+  return times_power_of_2(p, at.exponent);
 }
 static inline Vec exp_below_one_for_bf16(Vec x) {
   return exp_for_bf16_within(above_least_exponent(x));

@@ -1,6 +1,6 @@
 #include "gemm.h"
 
-#include "requests.h"
+#include "pairs.h"
 
 namespace lol {
 namespace LOL_ISA {
@@ -28,12 +28,19 @@ constexpr int ANY = 0;
 // buffers; with more, they do not keep up with the work. Shorter vectors take more turns for it.
 constexpr int DEPTH_PER_REQUEST = 64 / LANES;
 
-template <Format format>
-inline Vec multiply_add(Vec sum, Vec a, Vec b) {
+// sums[p] += a b[p] for one word of A.
+template <Format format, int P>
+inline void multiply_add(Vec (&sums)[P], const float* a, const Vec (&b)[P]) {
+  const Vec av = splat(*a);
+  LOL_UNROLL for (int p = 0; p < P; p++) {
 #ifdef LOL_PAIRS
-  if constexpr (format == Format::bf16_pairs) return add_dot(sum, a, b);
+    if constexpr (format == Format::bf16_pairs) {
+      sums[p] = P == 1 ? add_dot_of_word(sums[p], a, b[p]) : add_dot(sums[p], av, b[p]);
+      continue;
+    }
 #endif
-  return sum + a * b;
+    sums[p] += av * b[p];
+  }
 }
 
 // The part of a term that reaches one tile of C.
@@ -45,7 +52,7 @@ struct Depth {
 
 template <Format format, int R, int P, Into into, int ROW>
 __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at, int64_t a_row,
-                                     float* c, int64_t ldc, WantedRows& rows) {
+                                     float* c, int64_t ldc, float* pairs, WantedRows& rows) {
   const int64_t row = ROW == ANY ? a_row : ROW;
   Vec acc[R][P];
   WantedRows wanted = rows;
@@ -61,11 +68,7 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
       if (k % DEPTH_PER_REQUEST == 0) wanted.ask();
       Vec bv[P];
       LOL_UNROLL for (int p = 0; p < P; p++) bv[p] = load(b + p * LANES);
-      LOL_UNROLL for (int r = 0; r < R; r++) {
-        const Vec av = splat(ak[r * row]);
-        LOL_UNROLL for (int p = 0; p < P; p++) acc[r][p] =
-            multiply_add<format>(acc[r][p], av, bv[p]);
-      }
+      LOL_UNROLL for (int r = 0; r < R; r++) multiply_add<format>(acc[r], ak + r * row, bv);
     }
   }
   rows.line = wanted.line;
@@ -75,9 +78,19 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
   LOL_UNROLL for (int r = 0; r < R; r++, c += ldc) {
     LOL_UNROLL for (int p = 0; p < P; p++) {
       float* to = c + p * LANES;
-      store(to, into == Into::add ? load(to) + acc[r][p] : acc[r][p]);
+      if (into == Into::add) acc[r][p] += load(to);
+      store(to, acc[r][p]);
     }
   }
+#ifdef LOL_PAIRS
+  if (format == Format::f32 || !pairs) return;
+  LOL_UNROLL for (int r = 0; r < R; r += 2, pairs += ldc) {
+    LOL_UNROLL for (int p = 0; p < P; p++)
+        store(pairs + p * LANES, pair(acc[r][p], r + 1 < R ? acc[r + 1][p] : Vec{}));
+  }
+#else
+  (void)pairs;
+#endif
 }
 
 struct Range {
@@ -132,6 +145,7 @@ struct Product {
   const Term* term;
   float* c;
   int64_t ldc;
+  float* pairs;  // of rows of C, or null
   Requests* requests;
 };
 
@@ -173,6 +187,7 @@ inline void panel(const Product& p, int m, int n) {
     if (anew || terms < 0) terms = depths_of<format, into>(p, m, m + R, n, n + P * LANES, depths);
     if (terms < 0) continue;
     micro<format, R, P, into, ROW>(depths, terms, m * row, row, p.c + m * p.ldc + n, p.ldc,
+                                   p.pairs ? p.pairs + m / 2 * p.ldc + n : nullptr,
                                    p.requests->at_hand());
   }
   if constexpr (LESS > 0) {
@@ -318,7 +333,8 @@ void multiply_by_tiles(const Product& all, Into into) {
   const int tiled_rows = all.M / TILE * TILE;
   Term left[MOST_TERMS];
   const auto multiply_left = [&](int m, int rows, int terms, Into how) {
-    const Product rest = {rows, all.N, terms, left, all.c + m * all.ldc, all.ldc, all.requests};
+    const Product rest = {rows,    all.N,   terms,       left, all.c + m * all.ldc,
+                          all.ldc, nullptr, all.requests};
     multiply<Format::bf16_pairs>(rest, how);
   };
   if (tiled_rows < all.M) {
@@ -363,10 +379,14 @@ void multiply_by_tiles(const Product& all, Into into) {
 }  // namespace
 
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
-          Into into) {
-  const Product product = {M, N, terms, term, c, ldc, &Requests::of_thread()};
+          Into into, float* pairs) {
+  const Product product = {M, N, terms, term, c, ldc, pairs, &Requests::of_thread()};
 #if defined(LOL_MATRIX_UNIT)
-  if (format == Format::bf16_pairs) return multiply_by_tiles(product, into);
+  if (format == Format::bf16_pairs) {
+    multiply_by_tiles(product, into);
+    if (pairs) pair_rows(pairs, c, M, N);
+    return;
+  }
 #elif defined(LOL_PAIRS)
   if (format == Format::bf16_pairs) return multiply<Format::bf16_pairs>(product, into);
 #else
@@ -376,11 +396,11 @@ void gemm(Format format, int M, int N, const Term* term, int terms, float* c, in
 }
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, Into into, Skip skip, const Band* band) {
+          int64_t ldc, Into into, Skip skip, const Band* band, float* pairs) {
   if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
   if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
   const Term term = {K, a, b, ldb, skip, band};
-  gemm(format, M, N, &term, 1, c, ldc, into);
+  gemm(format, M, N, &term, 1, c, ldc, into, pairs);
 }
 
 }  // namespace LOL_ISA

@@ -80,11 +80,14 @@ struct Term {
   const Band* band;
 };
 constexpr int MOST_TERMS = 17;
+// By pairs, `pairs` unless null gets the rows of C as pairs too, two by two [ceil(M / 2) x N],
+// where ldc is N.
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
-          Into into);
+          Into into, float* pairs = nullptr);
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);
+          int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr,
+          float* pairs = nullptr);
 static inline void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
                         int64_t ldc, Into into, Skip skip = Skip::none,
                         const Band* band = nullptr) {

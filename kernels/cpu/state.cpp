@@ -39,9 +39,10 @@ void sum_rows(float* to, const float* tile, int F, int n, Into into) {
 // kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd
 // number shares its words with a key that stays out: it comes in by itself.
 void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
-                Into into) {
+                Into into, float* pairs) {
 #ifdef LOL_PAIRS
-  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into);
+  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into, Skip::none,
+       nullptr, n % 2 ? nullptr : pairs);
   static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
   const Vec ones = pair(splat(1.0f), splat(1.0f));
   const VecI key = 2 * lane_index();
@@ -65,8 +66,9 @@ void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* k
     for (int j = 0; j < ld; j += LANES)
       store(kv + i * ld + j, load(kv + i * ld + j) + weight * first_of(load(last + j)));
   }
+  if (n % 2 && pairs) pair_rows(pairs, kv, F, ld);
 #else
-  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into;
+  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into, (void)pairs;
 #endif
 }
 
@@ -92,8 +94,8 @@ void add_products_of_pairs(float* to, const float* a, const float* tile, int F) 
 }  // namespace
 
 void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
-               float* ksum, Into into) {
-  if (format != Format::f32) return fold_pairs(phi.data, v, n, F, ld, kv, ksum, into);
+               float* ksum, Into into, float* pairs) {
+  if (format != Format::f32) return fold_pairs(phi.data, v, n, F, ld, kv, ksum, into, pairs);
   gemm(F, ld, n, phi, v, ld, kv, ld, into);
   sum_rows(ksum, phi.data, F, n, into);
 }

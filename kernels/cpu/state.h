@@ -22,9 +22,9 @@ struct Features {
 };
 
 // kv (+)= phi v and ksum (+)= phi over the first n keys of a tile: phi has F rows, along keys, and
-// v [BLOCK x ld], both in `format`.
+// v [BLOCK x ld], both in `format`. `pairs` unless null gets the rows of kv as pairs.
 void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
-               float* ksum, Into into);
+               float* ksum, Into into, float* pairs);
 
 // to[BLOCK] += a[F] tile[F x BLOCK].
 void add_products(Format format, float* to, const float* a, const float* tile, int F);
