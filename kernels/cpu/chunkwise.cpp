@@ -74,26 +74,28 @@ void Chunkwise::store_state(float* to_kv, float* to_ksum, Features part) const {
   }
 }
 
-void Chunkwise::fold(int64_t end, Features part) {
+void Chunkwise::fold(int64_t end, Features part, const State& to) {
   end = at_most(end, tiles.total());
   const int ld = padded(p_.V());
   const bool by_features = p_.format != Format::f32 && along_ == Along::features;
+  const auto rows_of = [&](const State& of, int64_t i, bool last) {
+    return StateRows{of.kv + i * ld, of.ksum + i,
+                     last && by_features ? of.readable + i * ld / 2 : nullptr};
+  };
   while (state.folded < end) {
     KeyTile& tile = tiles.at(state.folded);
     const int n = (int)at_most(tile.n, end - state.folded);
+    const bool last = state.folded + n >= end;
     const Operand phi = tiles.phi_by_keys(tile);
     const Into into = state.empty ? Into::set : Into::add;
     add_to_center(tile);
     for (int64_t i = part.begin; i < part.end; i += HOT_ROWS) {
       const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
-      const bool last = state.folded + n >= end;
-      float* pairs = last && by_features ? state.readable + i * ld / 2 : nullptr;
       fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
-                (int)(rows.end - i), ld, state.kv + i * ld, state.ksum + i, into, pairs);
+                (int)(rows.end - i), ld, into, rows_of(state, i, false), rows_of(to, i, last));
       if (last && !by_features) keep_readable(rows);
     }
-    state.empty = false;
-    state.folded += n;
+    state = {to.kv, to.ksum, to.readable, state.folded + n, false};
   }
 }
 

@@ -26,8 +26,10 @@ class Chunkwise {
             Arena& arena, Along along = Along::features);
   void load_state(const float* kv, const float* ksum, int64_t folded);
   void store_state(float* kv, float* ksum, Features part) const;
-  void fold(int64_t end, Features part);  // takes the keys before `end` into the state
-  void fold(int64_t end) { fold(end, {0, p_.F()}); }
+  // Takes the keys before `end`, if there are any, into rows of the state, and these to another
+  // place, or keeps them where they are.
+  void fold(int64_t end, Features part, const State& to);
+  void fold(int64_t end) { fold(end, {0, p_.F()}, state); }
   void keep_readable(Features part);  // after these rows of kv have changed
   // Of kv along values in pairs, what it lacks: kv - ksum (x) center is kept, since gradients are
   // differences of kv and ksum, and what values have in common would be rounded as a whole. Or

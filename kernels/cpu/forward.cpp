@@ -4,11 +4,11 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// A team costs a tenth in copies of the state and in keys that two stretches load: it pays where
-// single threads would leave more of the machine idle,
+// A team costs a tenth in keys that two stretches load and in states that come from L2: it pays
+// where single threads would leave more of the machine idle,
 constexpr double IDLE = 0.15;
 // and where each thread has a stretch of this many blocks of queries. Fewer load more keys twice;
-// more push tiles and copies of the state out of L2.
+// more push tiles and states out of L2.
 constexpr int64_t BLOCKS = 16;
 
 // The rows of a state in parts, each of which goes from stretch to stretch on its own. Folding is a
@@ -36,18 +36,18 @@ class Pass {
     stored_ = run_.final_kv && first > run_.past && end >= run_.fold;
   }
 
-  // Blocks fold further than the final state may hold when some of it must stay revocable: it is
-  // copied on the way.
-  void fold(int64_t end, Features part) {
+  // As Chunkwise::fold(). Blocks fold further than the final state may hold when some of it must
+  // stay revocable: it is copied on the way.
+  void fold(int64_t end, Features part, const State& to) {
     if (!stored_ && run_.final_kv && end >= run_.fold) {
-      c.fold(run_.fold, part);
+      c.fold(run_.fold, part, to);
       c.store_state(run_.final_kv, run_.final_ksum, part);
       stored_ = true;
     }
-    c.fold(end, part);
+    c.fold(end, part, to);
   }
-  void finish(Features part) {
-    if (run_.final_kv) fold(at_least(run_.fold, c.state.folded), part);
+  void finish(Features part, const State& to) {
+    if (run_.final_kv) fold(at_least(run_.fold, c.state.folded), part, to);
   }
 
   void attend(int64_t h, int64_t first) {
@@ -85,17 +85,11 @@ void copy_rows(float* to, const float* from, int64_t width, Features part) {
   const int64_t at = part.begin * width;
   memcpy(to + at, from + at, sizeof(float) * (size_t)((part.end - part.begin) * width));
 }
-// Part of the sums themselves, or of what is read of them.
 void copy(const State& to, const State& from, int64_t ld, Features part) {
   copy_rows(to.kv, from.kv, ld, part);
   copy_rows(to.ksum, from.ksum, 1, part);
 }
-void copy_readable(const State& to, const State& from, const Problem& p, Features part) {
-  const Features in_words = {words(p.format, (int)part.begin), words(p.format, (int)part.end)};
-  copy_rows(to.readable, from.readable, padded(p.V()), in_words);
-  copy_rows(to.ksum, from.ksum, 1, part);
-}
-// A place for sums, or for what is read of them: one buffer, whichever it holds.
+// A place for sums.
 State take_state(const Problem& p, Arena& arena) {
   float* kv = arena.take(p.F() * padded(p.V()));
   return {kv, arena.take(p.F()), kv, 0, true};
@@ -106,16 +100,23 @@ class Member {
  public:
   static int64_t floats(const Problem& p) {
     return Chunkwise::floats(p) + tiles(p) * (KeyTiles::tile_floats(p) + 64) +
-           BLOCKS * (State::floats(p.F(), p.V()) + 32) +
-           (int64_t)((tiles(p) * sizeof(KeyTile) + BLOCKS * sizeof(State)) / sizeof(float)) + 1024;
+           (BLOCKS + 1) * (State::floats(p.F(), p.V()) + 32) +
+           (int64_t)(tiles(p) * sizeof(KeyTile) / sizeof(float)) + 1024;
   }
 
   Member(const Problem& p, const Run& run, const Outputs& out, Arena arena)
-      : p_(p), run_(run), ld_(padded(p.V())), pass_(p, run, out, arena), state_(pass_.c.state) {
+      : p_(p),
+        run_(run),
+        ld_(padded(p.V())),
+        pass_(p, run, out, arena),
+        state_(pass_.c.state),
+        own_(state_) {
     tiles_ = (KeyTile*)arena.take(tiles(p) * sizeof(KeyTile) / sizeof(float));
-    before_ = (State*)arena.take(BLOCKS * sizeof(State) / sizeof(float));
     for (int64_t i = 0; i < tiles(p); i++) tiles_[i] = KeyTiles::make_tile(p, arena);
-    for (int64_t j = 0; j < BLOCKS; j++) before_[j] = take_state(p, arena);
+    for (State& place : places_) {
+      place = take_state(p, arena);
+      if (p.format != Format::f32) place.kv = own_.kv;  // of which pairs are read
+    }
   }
 
   // Turns to the queries [first, end), and loads keys with their features.
@@ -123,6 +124,7 @@ class Member {
     first_ = first;
     end_ = end;
     blocks_ = (end - first + BLOCK - 1) / BLOCK;
+    state_ = own_;
     if (first == run_.past) pass_.load_state();
     pass_.resume(first);
     // Tiles start where the later blocks will ask for them.
@@ -138,34 +140,31 @@ class Member {
   }
 
   // Takes part of the state from `handed`, which the stretch before has left there, through the
-  // stretch, to the next one or, after the last one, into the final state.
+  // stretch, from place to place, to the next one or, after the last one, into the final state.
   void fold(Features part, const State& handed) {
+    state_ = own_;
     if (first_ != run_.past) {
       copy(state_, handed, ld_, part);
       pass_.c.keep_readable(part);
     }
     pass_.resume(first_);  // each part folds the same keys
     for (int64_t j = 0; j < blocks_; j++) {
-      pass_.fold(p_.window.start(position(j)), part);
-      copy_readable(before_[j], state_, p_, part);
-      before_[j].folded = state_.folded;
-      before_[j].empty = state_.empty;
+      pass_.fold(p_.window.start(position(j)), part, places_[j]);
+      before_[j] = state_;
     }
     if (end_ < run_.total) {
       copy(handed, state_, ld_, part);
     } else {
-      pass_.finish(part);
+      pass_.finish(part, places_[BLOCKS]);
     }
   }
 
   void attend() {
     const int64_t group = p_.group(), h0 = run_.state_head * group;
-    const State own = state_;
     for (int64_t j = 0; j < blocks_; j++) {
       state_ = before_[j];
       for (int64_t h = h0; h < h0 + group; h++) pass_.attend(h, position(j));
     }
-    state_ = own;
   }
 
  private:
@@ -178,8 +177,10 @@ class Member {
   const int64_t ld_;
   Pass pass_;
   State& state_;
+  const State own_;  // where it starts from
   KeyTile* tiles_;
-  State* before_;  // before each block of the stretch, to be read
+  State places_[BLOCKS + 1];  // for where each block has folded, and the end
+  State before_[BLOCKS];      // each block, in the place of the last that folded
   int64_t first_, end_, blocks_;
 };
 
@@ -199,10 +200,10 @@ void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena) 
   const int64_t h0 = run.state_head * p.group();
   pass.load_state();
   for (int64_t first = run.past; first < run.total; first += BLOCK) {
-    pass.fold(p.window.start(first), all);
+    pass.fold(p.window.start(first), all, pass.c.state);
     for (int64_t h = h0; h < h0 + p.group(); h++) pass.attend(h, first);
   }
-  pass.finish(all);
+  pass.finish(all, pass.c.state);
 }
 
 int Team::threads_for(const Problem& p, const Batch& batch) {

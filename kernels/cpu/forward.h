@@ -32,9 +32,10 @@ void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena);
 
 // Several threads on one run, each on a stretch of blocks of queries at a time. A stretch loads its
 // keys with their features, takes the state over from the stretch before it, folds its own keys,
-// leaving a copy for every block, and hands the state on; then it attends. So the threads work at
-// different stretches, of which only the folding, a quarter, has to wait for one another. Each sum
-// is taken in the order in which one thread takes it: results are the same to the bit.
+// from one place to the next so that every block's stays, and hands the state on; then it attends.
+// So the threads work at different stretches, of which only the folding, a quarter, has to wait for
+// one another. Each sum is taken in the order in which one thread takes it: results are the same to
+// the bit.
 class Team {
  public:
   // Threads that would idle if every run had one; 0 where a team would not pay.

@@ -52,7 +52,8 @@ struct Depth {
 
 template <Format format, int R, int P, Into into, int ROW>
 __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at, int64_t a_row,
-                                     float* c, int64_t ldc, float* pairs, WantedRows& rows) {
+                                     const float* before, float* c, int64_t ldc, float* pairs,
+                                     WantedRows& rows) {
   const int64_t row = ROW == ANY ? a_row : ROW;
   Vec acc[R][P];
   WantedRows wanted = rows;
@@ -75,11 +76,10 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
   rows.row_end = wanted.row_end;
   asm("" : "+r"(c));  // addresses of rows are not worth keeping over the loop
   // C last: the sum of a sequence may be so large that a term of this one would vanish in it.
-  LOL_UNROLL for (int r = 0; r < R; r++, c += ldc) {
+  LOL_UNROLL for (int r = 0; r < R; r++, before += ldc, c += ldc) {
     LOL_UNROLL for (int p = 0; p < P; p++) {
-      float* to = c + p * LANES;
-      if (into == Into::add) acc[r][p] += load(to);
-      store(to, acc[r][p]);
+      if (into == Into::add) acc[r][p] += load(before + p * LANES);
+      store(c + p * LANES, acc[r][p]);
     }
   }
 #ifdef LOL_PAIRS
@@ -143,9 +143,10 @@ inline Range words_of(Range depth) {
 struct Product {
   int M, N, terms;
   const Term* term;
+  const float* before;  // C, or what stands for it
   float* c;
   int64_t ldc;
-  float* pairs;  // of rows of C, or null
+  float* pairs;  // or null
   Requests* requests;
 };
 
@@ -161,7 +162,7 @@ inline bool banded(const Product& p) {
 template <Format format, Into into>
 inline int depths_of(const Product& p, int m0, int m1, int n0, int n1, Depth* to) {
   int count = 0;
-  bool left = into == Into::add;
+  bool left = into == Into::add && p.before == p.c;
   for (int t = 0; t < p.terms; t++) {
     const Term& term = p.term[t];
     const Range depth = words_of<format>(depth_of(m0, m1, n0, n1, term));
@@ -186,7 +187,8 @@ inline void panel(const Product& p, int m, int n) {
   for (; m + R <= p.M && !(R < 2 * LESS && p.M - m == 2 * LESS); m += R) {
     if (anew || terms < 0) terms = depths_of<format, into>(p, m, m + R, n, n + P * LANES, depths);
     if (terms < 0) continue;
-    micro<format, R, P, into, ROW>(depths, terms, m * row, row, p.c + m * p.ldc + n, p.ldc,
+    const int64_t at = m * p.ldc + n;
+    micro<format, R, P, into, ROW>(depths, terms, m * row, row, p.before + at, p.c + at, p.ldc,
                                    p.pairs ? p.pairs + m / 2 * p.ldc + n : nullptr,
                                    p.requests->at_hand());
   }
@@ -333,9 +335,9 @@ void multiply_by_tiles(const Product& all, Into into) {
   const int tiled_rows = all.M / TILE * TILE;
   Term left[MOST_TERMS];
   const auto multiply_left = [&](int m, int rows, int terms, Into how) {
-    const Product rest = {rows,    all.N,   terms,       left, all.c + m * all.ldc,
-                          all.ldc, nullptr, all.requests};
-    multiply<Format::bf16_pairs>(rest, how);
+    float* c = all.c + m * all.ldc;
+    multiply<Format::bf16_pairs>({rows, all.N, terms, left, c, c, all.ldc, nullptr, all.requests},
+                                 how);
   };
   if (tiled_rows < all.M) {
     for (int t = 0; t < all.terms; t++) {
@@ -379,12 +381,13 @@ void multiply_by_tiles(const Product& all, Into into) {
 }  // namespace
 
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
-          Into into, float* pairs) {
-  const Product product = {M, N, terms, term, c, ldc, pairs, &Requests::of_thread()};
+          Into into, Beside beside) {
+  const float* before = beside.before ? beside.before : c;
+  const Product product = {M, N, terms, term, before, c, ldc, beside.pairs, &Requests::of_thread()};
 #if defined(LOL_MATRIX_UNIT)
   if (format == Format::bf16_pairs) {
     multiply_by_tiles(product, into);
-    if (pairs) pair_rows(pairs, c, M, N);
+    if (beside.pairs) pair_rows(beside.pairs, c, M, N);
     return;
   }
 #elif defined(LOL_PAIRS)
@@ -396,11 +399,11 @@ void gemm(Format format, int M, int N, const Term* term, int terms, float* c, in
 }
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, Into into, Skip skip, const Band* band, float* pairs) {
+          int64_t ldc, Into into, Skip skip, const Band* band) {
   if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
   if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
   const Term term = {K, a, b, ldb, skip, band};
-  gemm(format, M, N, &term, 1, c, ldc, into, pairs);
+  gemm(format, M, N, &term, 1, c, ldc, into);
 }
 
 }  // namespace LOL_ISA

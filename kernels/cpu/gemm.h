@@ -80,14 +80,16 @@ struct Term {
   const Band* band;
 };
 constexpr int MOST_TERMS = 17;
-// By pairs, `pairs` unless null gets the rows of C as pairs too, two by two [ceil(M / 2) x N],
-// where ldc is N.
+// What stands beside C, or null.
+struct Beside {
+  const float* before;  // of floats: what is added to instead of C itself, ldc apart
+  float* pairs;  // of pairs: gets the rows of C two by two, [ceil(M / 2) x N], where ldc is N
+};
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
-          Into into, float* pairs = nullptr);
+          Into into, Beside beside = {});
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
-          int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr,
-          float* pairs = nullptr);
+          int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);
 static inline void gemm(int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
                         int64_t ldc, Into into, Skip skip = Skip::none,
                         const Band* band = nullptr) {

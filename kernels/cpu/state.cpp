@@ -4,9 +4,9 @@ namespace lol {
 namespace LOL_ISA {
 namespace {
 
-// to[i] (+)= the sum of the lanes of row(i), for four i at a time.
+// to[i] = the sum of the lanes of row(i) (+ from[i]), for four i at a time.
 template <class Row>
-void sum_lanes(float* to, int F, Into into, Row row) {
+void sum_lanes(const float* from, float* to, int F, Into into, Row row) {
   const auto sums_from = [&](int i, int last) {
     Vec lanes[4];
     for (int r = 0; r < 4; r++) lanes[r] = row(r < last ? i + r : i + last);
@@ -15,18 +15,18 @@ void sum_lanes(float* to, int F, Into into, Row row) {
   int i = 0;
   for (; i + 4 <= F; i += 4) {
     Vec4 sums = sums_from(i, 3);
-    if (into == Into::add) sums += load_as<Vec4>(to + i);
+    if (into == Into::add) sums += load_as<Vec4>(from + i);
     memcpy(to + i, &sums, sizeof(sums));
   }
   if (i == F) return;
   const Vec4 sums = sums_from(i, F - 1 - i);
-  for (int r = 0; i + r < F; r++) to[i + r] = into == Into::add ? to[i + r] + sums[r] : sums[r];
+  for (int r = 0; i + r < F; r++) to[i + r] = into == Into::add ? from[i + r] + sums[r] : sums[r];
 }
 
-// to[i] (+)= the sum of the first n entries of row i of tile[F x BLOCK].
-void sum_rows(float* to, const float* tile, int F, int n, Into into) {
+// to[i] = the sum of the first n entries of row i of tile[F x BLOCK] (+ from[i]).
+void sum_rows(const float* from, float* to, const float* tile, int F, int n, Into into) {
   const auto sum_of = [&](auto counted) {
-    sum_lanes(to, F, into, [&](int i) {
+    sum_lanes(from, to, F, into, [&](int i) {
       Vec sum = counted(0, load(tile + i * BLOCK));
       for (int j = LANES; j < BLOCK; j += LANES) sum += counted(j, load(tile + i * BLOCK + j));
       return sum;
@@ -36,18 +36,18 @@ void sum_rows(float* to, const float* tile, int F, int n, Into into) {
   sum_of([=](int j, Vec v) { return select(lane_index() < splat_int(n - j), v, Vec{}); });
 }
 
-// kv += phi v and ksum += phi over the first n keys of a tile of pairs. The last key of an odd
-// number shares its words with a key that stays out: it comes in by itself.
-void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* kv, float* ksum,
-                Into into, float* pairs) {
+// fold_tile() of pairs. The last key of an odd number shares its words with a key that stays out:
+// it comes in by itself.
+void fold_pairs(const float* phi, const float* v, int n, int F, int ld, Into into, StateRows from,
+                StateRows to) {
 #ifdef LOL_PAIRS
-  gemm(Format::bf16_pairs, F, ld, n / 2 * 2, rows(phi, BLOCK / 2), v, ld, kv, ld, into, Skip::none,
-       nullptr, n % 2 ? nullptr : pairs);
+  const Term even = {n / 2 * 2, rows(phi, BLOCK / 2), v, ld, Skip::none, nullptr};
+  gemm(Format::bf16_pairs, F, ld, &even, 1, to.kv, ld, into, {nullptr, n % 2 ? nullptr : to.pairs});
   static_assert(BLOCK == 2 * LANES, "a row of pairs is one vector");
   const Vec ones = pair(splat(1.0f), splat(1.0f));
   const VecI key = 2 * lane_index();
   const auto sum_of = [&](auto counted) {
-    sum_lanes(ksum, F, into,
+    sum_lanes(from.ksum, to.ksum, F, into,
               [&](int i) { return add_dot(Vec{}, counted(load(phi + i * LANES)), ones); });
   };
   if (n == BLOCK) {
@@ -64,11 +64,11 @@ void fold_pairs(const float* phi, const float* v, int n, int F, int ld, float* k
     const float* last = v + n / 2 * ld;
     const Vec weight = splat(bf16_value(row[n - 1]));
     for (int j = 0; j < ld; j += LANES)
-      store(kv + i * ld + j, load(kv + i * ld + j) + weight * first_of(load(last + j)));
+      store(to.kv + i * ld + j, load(to.kv + i * ld + j) + weight * first_of(load(last + j)));
   }
-  if (n % 2 && pairs) pair_rows(pairs, kv, F, ld);
+  if (n % 2 && to.pairs) pair_rows(to.pairs, to.kv, F, ld);
 #else
-  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)kv, (void)ksum, (void)into, (void)pairs;
+  (void)phi, (void)v, (void)n, (void)F, (void)ld, (void)into, (void)from, (void)to;
 #endif
 }
 
@@ -93,11 +93,12 @@ void add_products_of_pairs(float* to, const float* a, const float* tile, int F) 
 
 }  // namespace
 
-void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
-               float* ksum, Into into, float* pairs) {
-  if (format != Format::f32) return fold_pairs(phi.data, v, n, F, ld, kv, ksum, into, pairs);
-  gemm(F, ld, n, phi, v, ld, kv, ld, into);
-  sum_rows(ksum, phi.data, F, n, into);
+void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, Into into,
+               StateRows from, StateRows to) {
+  if (format != Format::f32) return fold_pairs(phi.data, v, n, F, ld, into, from, to);
+  const Term keys = {n, phi, v, ld, Skip::none, nullptr};
+  gemm(format, F, ld, &keys, 1, to.kv, ld, into, {from.kv, nullptr});
+  sum_rows(from.ksum, to.ksum, phi.data, F, n, into);
 }
 
 void add_products(Format format, float* to, const float* a, const float* tile, int F) {
@@ -115,7 +116,7 @@ void add_products(Format format, float* to, const float* a, const float* tile, i
 }
 
 void add_weighted_rows(float* to, const float* tile, const float* weights, int F) {
-  sum_lanes(to, F, Into::add, [&](int i) {
+  sum_lanes(to, to, F, Into::add, [&](int i) {
     Vec sum = {};
     for (int c = 0; c < BLOCK; c += LANES) sum += load(tile + i * BLOCK + c) * load(weights + c);
     return sum;

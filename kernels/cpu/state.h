@@ -21,10 +21,15 @@ struct Features {
   int64_t begin, end;
 };
 
-// kv (+)= phi v and ksum (+)= phi over the first n keys of a tile: phi has F rows, along keys, and
-// v [BLOCK x ld], both in `format`. `pairs` unless null gets the rows of kv as pairs.
-void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, float* kv,
-               float* ksum, Into into, float* pairs);
+// Some rows of a state: where they are, or are to go.
+struct StateRows {
+  float *kv, *ksum;
+  float* pairs;  // kv as pairs, two rows after two, or null
+};
+// to = from, unless that is empty, + phi v and phi over the first n keys of a tile: phi has F rows,
+// along keys, and v [BLOCK x ld], both in `format`. By pairs kv stays where it is.
+void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld, Into into,
+               StateRows from, StateRows to);
 
 // to[BLOCK] += a[F] tile[F x BLOCK].
 void add_products(Format format, float* to, const float* a, const float* tile, int F);
