@@ -117,26 +117,36 @@ inline Exponentials exponentials_of_softmax(OtherParts& others, int t, float* up
 }
 
 // Exponentials of z [F x BLOCK], of which f rows of the LANES tokens from t on are given and lost,
-// and if two-sided of -z behind them, divided by their sums if the map is a softmax, and clamped.
-template <Format format, class Write>
-inline void exponentials(OtherParts& others, int t, Write write) {
+// and if two-sided of -z behind them.
+template <Format format>
+inline Exponentials exponentials_in(OtherParts& others, int t) {
   const FeatureMap& map = others.map;
   float* z = others.z + t;
+  float* upper = map.two_sided ? z + map.f * BLOCK : nullptr;
+  return map.activation == LOL_SOFTMAX ? exponentials_of_softmax<format>(others, t, upper)
+                                       : exponentials_below_one<format>(z, upper, map.f);
+}
+inline Exponentials exponentials(OtherParts& others, int t) {
+  return others.map.format == Format::f32 ? exponentials_in<Format::f32>(others, t)
+                                          : exponentials_in<Format::bf16_pairs>(others, t);
+}
+
+// What they are as features: divided by their sums if the map is a softmax, and clamped.
+template <class Write>
+inline void write_features(const FeatureMap& map, const float* of, const Exponentials& e,
+                           Write write) {
   const int f = map.f;
   const bool normalize = map.activation == LOL_SOFTMAX;
-  float* upper = map.two_sided ? z + f * BLOCK : nullptr;
-  const Exponentials e = normalize ? exponentials_of_softmax<format>(others, t, upper)
-                                   : exponentials_below_one<format>(z, upper, f);
   const auto write_side = [&](int begin, Vec side_sum, auto clamped) {
     const Vec factor = normalize ? 1.0f / side_sum : splat(1.0f);
-    const auto feature = [&](int i) { return clamped(load(z + i * BLOCK) * factor); };
+    const auto feature = [&](int i) { return clamped(load(of + i * BLOCK) * factor); };
     int i = begin;
     for (; i + 2 <= begin + f; i += 2) write.two(i, feature(i), feature(i + 1));
     if (i < begin + f) write.one(i, feature(i));
   };
   const auto write_all = [&](auto clamped) {
     write_side(0, e.sums.up, clamped);
-    if (upper) write_side(f, e.sums.down, clamped);
+    if (map.two_sided) write_side(f, e.sums.down, clamped);
   };
   if (e.of_small && map.eps <= LEAST_OF_SMALL) return write_all([](Vec phi) { return phi; });
   const Vec floor = splat(map.eps);
@@ -225,13 +235,6 @@ void project(const FeatureMap& map, const float* x, float* z) {
     store(z + t, load(z + t) + load(x + t));
 }
 
-template <class Write>
-inline void exponentials_in(OtherParts& others, int t, Write write) {
-  const auto run = others.map.format == Format::f32 ? exponentials<Format::f32, Write>
-                                                    : exponentials<Format::bf16_pairs, Write>;
-  run(others, t, write);
-}
-
 }  // namespace
 
 void features_forward(const FeatureMap& map, const float* x, float* phi) {
@@ -244,7 +247,7 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
   for (int t = 0; t < BLOCK; t += LANES) {
     float* z = phi + t;
     if (is_exponential(map.activation)) {
-      exponentials_in(others, t, InFloats{z});
+      write_features(map, z, exponentials(others, t), InFloats{z});
       continue;
     }
     Vec half_norm = {};
@@ -261,9 +264,13 @@ void features_in_pairs(const FeatureMap& map, const float* x, float factor, floa
   if (is_exponential(map.activation) && map.f % 2 == 0 && factor == 1.0f) {
     project(map, x, scratch);
     OtherParts others(map, x, scratch);
+    // Those of all tokens first: what divides by a sum waits for its last term.
+    Exponentials of_tokens[BLOCK / LANES];
+    for (int t = 0; t < BLOCK; t += LANES) of_tokens[t / LANES] = exponentials(others, t);
     for (int t = 0; t < BLOCK; t += LANES) {
       uint16_t* along_tokens = to.along_tokens ? (uint16_t*)to.along_tokens + t : nullptr;
-      exponentials_in(others, t, InPairs{to.along_features + t, along_tokens});
+      write_features(map, scratch + t, of_tokens[t / LANES],
+                     InPairs{to.along_features + t, along_tokens});
     }
     return;
   }
