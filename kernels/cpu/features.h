@@ -25,9 +25,9 @@ struct WeightParts {
   int always;  // the others for LANES tokens with a larger z alone
 };
 constexpr int MOST_WEIGHT_PARTS = 3;
-// The largest |z| for which one will do. Of N(0, 1) one in 1.7 million is beyond it, so that 16
-// tokens of 64 features hardly ever are; beyond 4 it is one in 16 000.
-constexpr float ONE_PART = 5.0f;
+// The largest |z| for which one will do. Of N(0, 1.25) one in 12 million is beyond it, so that 16
+// tokens of 64 features hardly ever are; beyond 4 it is one in 3000.
+constexpr float ONE_PART = 6.0f;
 static inline WeightParts weight_parts_for(int activation, bool of_gradients) {
   if (activation == LOL_EXP || activation == LOL_RELU) return {3, 3};
   if (of_gradients) return {2, 2};
