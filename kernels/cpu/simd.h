@@ -225,7 +225,7 @@ static inline Vec add_dot(Vec sum, Vec a, Vec b) {
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 // sum + a * b for one word a, an operand of the instruction. GCC does not see that it can be one,
-// and a broadcast of its own takes half a place of the units that multiply on AMD's Zen 4.
+// and broadcasts of its own compete with multiplications on AMD's Zen 4.
 static inline Vec add_dot_of_word(Vec sum, const float* a, Vec b) {
 #ifdef __clang__
   return add_dot(sum, splat(*a), b);
