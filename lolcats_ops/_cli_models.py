@@ -17,6 +17,7 @@ from transformers import (
 
 from .convert import ConversionConfig
 from .convert.files import is_whole, replacing_files
+from .convert.processes import processes
 from .hf import LolcatsConfig  # whose import registers the model type of converted models
 from .hf.auto import refuse_gaps
 
@@ -62,6 +63,15 @@ def naming(path: str) -> Iterator[None]:
         if Path(path).is_dir():
             raise
         raise FileNotFoundError(f"{path}: no such folder; and as a hub id: {error}") from error
+
+
+@contextmanager
+def data_parallel(device: str | None) -> Iterator[bool]:
+    """Work that processes share, where torchrun has started several; yields whether this one is to
+    save and to report what comes of it."""
+    state = processes(device)
+    yield state.is_main_process
+    state.destroy_process_group()
 
 
 def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -126,17 +126,20 @@ def transfer(
 
     settings = models.settings_of(config, model)
     texts = lo.convert.read_texts(text)
-    loaded, tokenizer = models.load_whole(model, device)
-    if not lo.hf.attention_layers(loaded):
-        lo.hf.convert(loaded, settings.lolcats)
-    settings = models.as_converted(settings, config, loaded)
-    rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint = out / "transfer.pt" if resume else None
-    report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
-    models.save(out, loaded, tokenizer, settings)
-    console.print(f"saved {out}")
+    with models.data_parallel(device) as reports:
+        loaded, tokenizer = models.load_whole(model, device)
+        if not lo.hf.attention_layers(loaded):
+            lo.hf.convert(loaded, settings.lolcats)
+        settings = models.as_converted(settings, config, loaded)
+        rows = lo.convert.pack(texts, tokenizer, settings.data.length)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoint = out / "transfer.pt" if resume else None
+        report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
+        if not reports:
+            return
+        models.save(out, loaded, tokenizer, settings)
     first, last = (sum(layer[i] for layer in report.losses) / len(report.losses) for i in (0, -1))
+    console.print(f"saved {out}")
     console.print(
         f"mean loss over layers {first:.4g} -> {last:.4g}, {report.parameters:,} parameters"
     )
@@ -167,17 +170,20 @@ def finetune(
             "give another OUT"
         )
     texts = lo.convert.read_texts(text)
-    loaded, tokenizer = models.load_whole(model, "cpu")  # the Trainer chooses the device
-    if not lo.hf.attention_layers(loaded):
-        raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
-    settings = models.as_converted(settings, config, loaded)
-    rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = out / "checkpoints" if resume else None
-    report = lo.convert.finetune(
-        loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
-    )
-    models.save(out, report.model, tokenizer, settings)
+    with models.data_parallel(None) as reports:
+        loaded, tokenizer = models.load_whole(model, "cpu")  # the Trainer chooses the device
+        if not lo.hf.attention_layers(loaded):
+            raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
+        settings = models.as_converted(settings, config, loaded)
+        rows = lo.convert.pack(texts, tokenizer, settings.data.length)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints = out / "checkpoints" if resume else None
+        report = lo.convert.finetune(
+            loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
+        )
+        if not reports:
+            return
+        models.save(out, report.model, tokenizer, settings)
     console.print(f"saved {out}")
     went = "nothing was left to train"
     if report.losses:

@@ -1,6 +1,7 @@
 """The command line and the demo, end to end on a tiny model with a tokenizer made on the fly."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,53 @@ def test_two_commands_linearize_a_model(folder):
     assert float(evaluated) > 1
     assert lolcats("generate", folder / "stage2", "the quick", "--max-new-tokens", 4).strip()
     assert "window" in lolcats("info", folder / "stage2")
+
+
+def test_two_processes_train_as_one_on_twice_the_batch(folder, tmp_path):
+    """One of them saves and speaks. The mean loss of a batch is that of its halves' means, but for
+    the division by the teacher's variance."""
+    text = ("--text", folder / "text.txt")
+
+    def settings(name, batch):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            "lolcats: {window: 8, feature_dim: 16}\n"
+            "data: {length: 32}\n"
+            f"transfer: {{micro_batch: {batch}, batch_size: {4 * batch}, normalize: false}}\n"
+            f"finetune: {{batch_size: {batch}, gradient_accumulation: 1, max_steps: 3}}\n"
+        )
+        return ("--config", path)
+
+    def together(*arguments):
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2", "-m", "lolcats_ops.cli")  # fmt: skip
+        result = subprocess.run(
+            [*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("saved") == result.stderr.count("left") == 1
+        return result.stdout
+
+    def losses(printed):
+        return [float(number) for number in re.findall(r"[0-9]+\.[0-9]+", printed.splitlines()[-1])]
+
+    one, two = settings("one", 2), settings("two", 1)
+    for command, model, stage in (("transfer", folder / "model", "stage1"),
+                                  ("finetune", tmp_path / "one" / "stage1", "stage2")):  # fmt: skip
+        out = tmp_path / "two" / stage
+        asked = losses(lolcats(command, model, tmp_path / "one" / stage, *text, *one))
+        had = losses(together(command, model, out, *text, *two, "--resume"))
+        assert len(had) == 2
+        assert had == pytest.approx(asked, rel=1e-3)
+        expected, got = (
+            load_file(tmp_path / name / stage / "model.safetensors") for name in ("one", "two")
+        )
+        before = load_file(model / "model.safetensors")
+        assert not all(x.equal(before.get(name, x + 1)) for name, x in expected.items())
+        for name, x in expected.items():
+            torch.testing.assert_close(got[name], x, rtol=1e-3, atol=1e-5)
+        with pytest.raises(ValueError, match="was begun with another configuration"):
+            lolcats(command, model, out, *text, *two, "--resume")
 
 
 def test_sampling_repeats_with_a_seed_and_narrows_with_top_p(folder):

@@ -22,6 +22,7 @@ from lolcats_ops.convert.config import FinetuneConfig, checked
 from lolcats_ops.convert.data import refuse_offloaded, token_rows
 from lolcats_ops.convert.files import is_whole, replacing
 from lolcats_ops.convert.origin import origin, refuse_others
+from lolcats_ops.convert.processes import on_cpu, processes
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import attention_layers
 
@@ -87,7 +88,7 @@ def finetune(
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
     unless `config.train_features`. The model comes back in the mode, train or eval, that it came
     in, and once merged with the same parameters trainable; on any exception it is as it was, but
-    for the device, which the Trainer chooses. Under torchrun on GPUs the Trainer is data
+    for the device, which the Trainer chooses. Under torchrun the Trainer is data
     parallel: a step takes `batch_size * gradient_accumulation` rows of each process.
 
     Args:
@@ -132,6 +133,7 @@ def finetune(
     if output_dir:
         used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
         used["modes"] = [layer.mode for layer in attention_layers(model)]
+        used["processes"] = processes().num_processes
         last = _begin(Path(output_dir), origin(model, data, used, features=True), resume)
     training = model.training
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -152,6 +154,7 @@ def finetune(
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         arguments = transformers.TrainingArguments(
             output_dir=str(output_dir or scratch),
+            use_cpu=on_cpu(),
             save_strategy="epoch" if output_dir else "no",
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,

@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from lolcats_ops.convert.processes import is_main
+
 console = Console(stderr=True)
 
 
@@ -35,7 +37,8 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Bar]:
-    """A bar of `total` steps on stderr; where that is no terminal, one line at the end."""
+    """A bar of `total` steps on stderr; where that is no terminal, one line at the end. Of several
+    processes one shows it."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=24),
@@ -45,5 +48,5 @@ def progress(description: str, total: int) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[measures]}"),
     )
-    with Progress(*columns, console=console) as display:
+    with Progress(*columns, console=console, disable=not is_main()) as display:
         yield Bar(display, display.add_task(description, total=total, measures=""))

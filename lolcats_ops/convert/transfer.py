@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,6 +16,7 @@ from lolcats_ops.convert.config import TransferConfig, checked
 from lolcats_ops.convert.data import input_device, refuse_offloaded, token_rows
 from lolcats_ops.convert.files import replacing
 from lolcats_ops.convert.origin import origin, refuse_others
+from lolcats_ops.convert.processes import is_main, mean_gradients, processes, same_everywhere, share
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
@@ -33,15 +35,26 @@ class TransferReport:
 class _LayerLearner:
     """Trains one layer inside the model's forward pass; its graph ends before the next layer."""
 
-    def __init__(self, attention: LolcatsAttention, config: TransferConfig, steps: int, bar: Bar):
-        parameters = list(attention.parameters())
-        for parameter in parameters:
+    def __init__(
+        self,
+        attention: LolcatsAttention,
+        config: TransferConfig,
+        steps: int,
+        bar: Bar,
+        state: PartialState,
+    ):
+        self.parameters = list(attention.parameters())
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
+        same_everywhere(self.parameters)
         self.config = config
         self.bar = bar
+        self.state = state
         self.losses: list[float] = []
         self.has_seen_batch = False
-        self.optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=0.0
+        )
         self.optimizer.zero_grad()  # of what was computed before
         # Of a cycle of a single step that would be the last, of a rate near zero, not the first.
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -71,6 +84,7 @@ class _LayerLearner:
                 mse = mse / variance.where(variance > 0, 1)  # a pruned layer's teacher is 0
             loss = self.config.mse * mse + self.config.xent * xent
         loss.backward()
+        mse = mean_gradients(self.parameters, mse, self.state)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -106,13 +120,16 @@ def transfer(
     nothing is kept across layers. Memory is that of one layer, linear in T. The language model head
     is not run. An exception leaves features half trained, and the model in the modes that it had.
 
+    Under torchrun it is data parallel: a step takes `micro_batch` rows of each process, whose model
+    is on a device of its own, and the mean of their gradients.
+
     Args:
         model: converted by `lo.hf.convert`.
         data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1; padding would
             be learned from like text.
         config: batch sizes, learning rate, loss.
         checkpoint: a file written after every batch; if it exists, training goes on from it to the
-            same result.
+            same result. All processes read it, the first one writes it.
 
     Raises:
         TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
@@ -157,17 +174,20 @@ def transfer(
     order = torch.cat(
         [torch.randperm(len(data), generator=generator) for _ in range(config.epochs)]
     )
-    batches = data[order].split(config.batch_size)
+    state = processes(input_device(model))
+    own_rows = share(order, state.process_index, state.num_processes)
+    batches = data[own_rows].split(config.batch_size)
     steps = config.rounds * sum(-(-len(batch) // config.micro_batch) for batch in batches)
     with (
         use_mode(model, "transfer"),
         progress("attention transfer", steps * len(attention_layers(model))) as bar,
     ):
         layers = attention_layers(model)
-        learners = [_LayerLearner(layer, config, steps, bar) for layer in layers]
+        learners = [_LayerLearner(layer, config, steps, bar, state) for layer in layers]
         begun = {}
         if checkpoint is not None:
-            begun = origin(model, data, config.model_dump(), features=False)
+            used = {**config.model_dump(), "processes": state.num_processes}
+            begun = origin(model, data, used, features=False)
         done = _resume(checkpoint, begun, layers, learners)
         bar.advance(sum(len(learner.losses) for learner in learners))
         training = model.training
@@ -198,7 +218,7 @@ def _save(
     layers: list[LolcatsAttention],
     learners: list[_LayerLearner],
 ) -> None:
-    if path is None:
+    if path is None or not is_main():
         return
     state = {
         "origin": begun,
