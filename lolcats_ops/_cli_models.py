@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -16,28 +15,32 @@ from transformers import (
 )
 
 from .convert import ConversionConfig
+from .convert.config import fields_of
 from .convert.files import is_whole, replacing_files
 from .convert.processes import processes
 from .hf import LolcatsConfig  # whose import registers the model type of converted models
 from .hf.auto import refuse_gaps
 
 
-def settings_of(path: Path | None, model: str | None = None) -> ConversionConfig:
-    """The settings of a file; those that it does not name are as ``model`` was made with."""
-    given = ConversionConfig() if path is None else ConversionConfig.load(path)
-    made_with = Path(model or "") / "lolcats.yaml"
-    if model is None or not made_with.is_file():
-        return given
-    return ConversionConfig.load(made_with).updated(given)
+def settings_of(config: Path | None, changes: Iterable[str] | None, model: str) -> ConversionConfig:
+    """The settings of a file and of --set; those that neither names are as ``model`` was made
+    with."""
+    given = ConversionConfig.load(config, changes)
+    made_with = Path(model) / "lolcats.yaml"
+    return ConversionConfig.load(made_with).updated(given) if made_with.is_file() else given
 
 
 def as_converted(
-    settings: ConversionConfig, config: Path | None, model: PreTrainedModel
+    settings: ConversionConfig,
+    config: Path | None,
+    changes: Iterable[str] | None,
+    model: PreTrainedModel,
 ) -> ConversionConfig:
-    """``settings`` with the attention that the model has, which ``config`` must not contradict."""
+    """``settings`` with the attention that the model has, which the given ones must not
+    contradict."""
     has = LolcatsConfig.from_dict(model.config.lolcats)
-    given = yaml.safe_load(config.read_bytes()) or {} if config else {}
-    named = {*given.get("lolcats", {})} - {"init", "gate_init"}  # those are of the beginning
+    given = fields_of(config, changes).get("lolcats") or {}
+    named = {*given} - {"init", "gate_init"}  # those are of the beginning
     asked = settings.lolcats.to_dict()
     others = [
         f"{name}={value}"
@@ -46,7 +49,7 @@ def as_converted(
     ]
     if others:
         raise ValueError(
-            f"{config} asks for another attention than the converted model has, which is "
+            "the given settings are of another attention than the converted model has, which is "
             + ", ".join(others)
         )
     return settings.model_copy(update={"lolcats": has})

@@ -66,6 +66,14 @@ ConfigFile = Annotated[
         exists=True,
     ),
 ]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.NAME=VALUE",
+        help="One setting, as lolcats.window=128, over what --config says; repeat for several.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option("--device", help="cpu, cuda, cuda:1, ...; by default the GPU if there is one."),
@@ -88,16 +96,17 @@ def convert(
     model: ModelPath,
     out: OutPath,
     config: ConfigFile = None,
+    changes: Changes = None,
 ) -> None:
     """Swap a model's attention without training, and save it.
 
-    Example: lolcats convert HuggingFaceTB/SmolLM2-135M out/swapped --config lolcats.yaml
+    Example: lolcats convert HuggingFaceTB/SmolLM2-135M out/swapped --set lolcats.window=128
     """
     import lolcats_ops as lo
 
     from . import _cli_models as models
 
-    settings = models.settings_of(config, model)
+    settings = models.settings_of(config, changes, model)
     loaded, tokenizer = models.load_whole(model, "cpu")
     lo.hf.convert(loaded, settings.lolcats)
     models.save(out, loaded, tokenizer, settings)
@@ -110,6 +119,7 @@ def transfer(
     out: OutPath,
     text: TextFiles,
     config: ConfigFile = None,
+    changes: Changes = None,
     device: Device = None,
     resume: Annotated[
         bool, typer.Option(help="Keep a checkpoint in OUT and go on from it.")
@@ -124,13 +134,13 @@ def transfer(
 
     from . import _cli_models as models
 
-    settings = models.settings_of(config, model)
+    settings = models.settings_of(config, changes, model)
     texts = lo.convert.read_texts(text)
     with models.data_parallel(device) as reports:
         loaded, tokenizer = models.load_whole(model, device)
         if not lo.hf.attention_layers(loaded):
             lo.hf.convert(loaded, settings.lolcats)
-        settings = models.as_converted(settings, config, loaded)
+        settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = out / "transfer.pt" if resume else None
@@ -151,6 +161,7 @@ def finetune(
     out: OutPath,
     text: TextFiles,
     config: ConfigFile = None,
+    changes: Changes = None,
     resume: Annotated[
         bool, typer.Option(help="Keep checkpoints in OUT and go on from the last.")
     ] = False,
@@ -163,7 +174,7 @@ def finetune(
 
     from . import _cli_models as models
 
-    settings = models.settings_of(config, model)
+    settings = models.settings_of(config, changes, model)
     if not settings.finetune.merge and out.resolve() == Path(model).resolve():
         raise ValueError(
             f"finetune: {out} holds the model, and with merge: false OUT gets an adapter on it; "
@@ -174,7 +185,7 @@ def finetune(
         loaded, tokenizer = models.load_whole(model, "cpu")  # the Trainer chooses the device
         if not lo.hf.attention_layers(loaded):
             raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
-        settings = models.as_converted(settings, config, loaded)
+        settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
         out.mkdir(parents=True, exist_ok=True)
         checkpoints = out / "checkpoints" if resume else None

@@ -221,11 +221,15 @@ def test_a_stage_goes_on_with_the_settings_of_the_one_before(folder, tmp_path):
     config.write_text("lolcats: {window: 8, feature_dim: 16}\ndata: {length: 32}\n"
                       "transfer: {batch_size: 3}\nfinetune: {max_steps: 1}\n")  # fmt: skip
     lolcats("transfer", folder / "model", tmp_path / "stage1", *text, "--config", config)
-    config.write_text("finetune: {rank: 2}")
-    lolcats("finetune", tmp_path / "stage1", tmp_path / "stage2", *text, "--config", config)
+    config.write_text("finetune: {rank: 4, alpha: 4}")
+    options = ("--config", config, "--set", "finetune.rank=2")
+    lolcats("finetune", tmp_path / "stage1", tmp_path / "stage2", *text, *options)
     saved = ConversionConfig.load(tmp_path / "stage2" / "lolcats.yaml")
     assert (saved.lolcats.window, saved.data.length, saved.transfer.batch_size) == (8, 32, 3)
-    assert (saved.finetune.max_steps, saved.finetune.rank) == (1, 2)
+    assert (saved.finetune.max_steps, saved.finetune.rank, saved.finetune.alpha) == (1, 2, 4)
+    with pytest.raises(ValueError, match="than the converted model has, which is window=8"):
+        lolcats("transfer", tmp_path / "stage1", tmp_path / "no", *text,
+                "--set", "lolcats.window=16")  # fmt: skip
 
 
 def test_version_is_printed():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -120,6 +120,37 @@ def checked(caller: str, config: Any, kind: type[Config]) -> Config:
     return config
 
 
+def fields_of(path: Path | str | None, changes: Iterable[str] | None = None) -> dict[str, Any]:
+    """The fields that a YAML file names, none without one, and on top of them those of `changes`,
+    whose values are YAML as well.
+
+    Raises:
+        ValueError: no YAML, no mapping of sections, or a change that is not of this form.
+
+    >>> fields_of(None, ["lolcats.window=128", "finetune.target_modules=[q_proj, v_proj]"])
+    {'lolcats': {'window': 128}, 'finetune': {'target_modules': ['q_proj', 'v_proj']}}
+    """
+    fields = {} if path is None else _yaml(Path(path).read_bytes(), path)
+    if not isinstance(fields, dict | None):
+        raise ValueError(f"{path} is a {type(fields).__name__}, needs a mapping of sections")
+    fields = fields or {}
+    for change in changes or ():
+        name, equals, value = change.partition("=")
+        section, dot, field = name.partition(".")
+        within = {} if fields.get(section) is None else fields[section]
+        if not (equals and dot) or not isinstance(within, dict):
+            raise ValueError(f"--set {change}: needs section.name=value, as in lolcats.window=128")
+        fields[section] = {**within, field: _yaml(value, f"--set {change}")}
+    return fields
+
+
+def _yaml(text: str | bytes, source: Path | str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not YAML: {error}") from error
+
+
 class ConversionConfig(_Section):
     """Everything the commands read; one YAML file, saved with the model.
 
@@ -134,24 +165,26 @@ class ConversionConfig(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
 
     @classmethod
-    def load(cls, path: Path | str) -> ConversionConfig:
-        """Reads a YAML file; missing fields take their defaults.
+    def load(
+        cls, path: Path | str | None, changes: Iterable[str] | None = None
+    ) -> ConversionConfig:
+        """A YAML file's fields, if there is one, and changes to them, as in `fields_of`; the others
+        take their defaults.
 
         Raises:
-            ValueError: an unknown or invalid field, no mapping, or no YAML; it names the file and
-                the field.
+            ValueError: an unknown or invalid field, no mapping, or no YAML; it names the file or
+                the changes, and the field.
+
+        >>> ConversionConfig.load(None, ["transfer.epochs=2"]).transfer.epochs
+        2
         """
+        changes = list(changes or ())
         try:
-            fields = yaml.load(Path(path).read_bytes(), _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        if not isinstance(fields, dict | None):
-            raise ValueError(f"{path} is a {type(fields).__name__}, needs a mapping of sections")
-        try:
-            return cls.model_validate(fields or {})
+            return cls.model_validate(fields_of(path, changes))
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {'; '.join(wrong)}") from error
+            where = [str(path)] * (path is not None) + [f"--set {change}" for change in changes]
+            raise ValueError(f"{', '.join(where)}: {'; '.join(wrong)}") from error
 
     def updated(self, other: ConversionConfig) -> ConversionConfig:
         """These settings with those that ``other`` was given, rather than took by default.

@@ -1,6 +1,7 @@
 """Data, perplexity, configuration, and what all stages have in common."""
 
 import math
+import re
 
 import accelerate
 import pytest
@@ -66,6 +67,30 @@ def test_a_configuration_that_is_wrong_is_named(content, reason, tmp_path):
     (tmp_path / "c.yaml").write_bytes(content)
     with pytest.raises(ValueError, match=rf"c\.yaml{reason}"):
         ConversionConfig.load(tmp_path / "c.yaml")
+
+
+def test_changes_come_over_what_a_file_says(tmp_path):
+    (tmp_path / "c.yaml").write_text("lolcats: {window: 8, sink: 2}\ntransfer:\n")
+    changes = ["lolcats.window=16", "transfer.learning_rate=1e-3", "finetune.target_modules=[q, k]"]
+    config = ConversionConfig.load(tmp_path / "c.yaml", changes)
+    assert (config.lolcats.window, config.lolcats.sink) == (16, 2)
+    assert config.transfer.learning_rate == 1e-3
+    assert config.finetune.target_modules == ("q", "k")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("window=8", r": needs section\.name=value"),
+        ("lolcats.window", r": needs section\.name=value"),
+        ("lolcats.window=[", " is not YAML"),
+        ("lolcat.window=8", ": lolcat: Extra inputs"),
+        ("lolcats.window=wide", ": lolcats: .*window"),
+    ],
+)
+def test_a_change_that_is_wrong_is_named(change, reason):
+    with pytest.raises(ValueError, match=f"^--set {re.escape(change)}{reason}"):
+        ConversionConfig.load(None, [change])
 
 
 @pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
