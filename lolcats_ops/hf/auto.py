@@ -8,10 +8,12 @@ config class and a model class are derived when first needed.
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -22,6 +24,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import find_adapter_config_file
 
 from lolcats_ops.hf.config import LolcatsConfig
 from lolcats_ops.hf.patch import attention_layers, convert_layers, restore_layers
@@ -213,7 +216,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` for a converted checkpoint, whatever its family.
 
     Args:
-        path: a folder written by `model.save_pretrained`, or a hub id.
+        path: a folder written by `model.save_pretrained`, or a hub id; or of an adapter (PEFT) on
+            such a model, which is loaded with it.
         kwargs: `dtype`, `device_map`, `revision`, `subfolder`, `config`, ... of transformers. The
             parameters of `lo.hf` stay fp32.
 
@@ -223,7 +227,7 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
     """
-    config = kwargs.get("config") or AutoConfig.from_pretrained(path, **kwargs)
+    config = kwargs.get("config") or AutoConfig.from_pretrained(_base_of(path, kwargs), **kwargs)
     if getattr(config, "lolcats", None) is None:
         raise ValueError(
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
@@ -239,6 +243,14 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     refuse_gaps("from_pretrained", path, info["missing_keys"])
     return (model, info) if wants_info else model
+
+
+def _base_of(path: str, kwargs: dict[str, Any]) -> str:
+    """Where the config is: of an adapter alone, with the model that it is on."""
+    said = find_adapter_config_file(path, **(kwargs.get("adapter_kwargs") or {}))
+    if said is None or Path(said).with_name("config.json").is_file():
+        return path
+    return json.loads(Path(said).read_bytes())["base_model_name_or_path"]
 
 
 def refuse_gaps(caller: str, path: str, missing_keys: Iterable[str]) -> None:

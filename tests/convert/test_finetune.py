@@ -200,6 +200,18 @@ def test_adapters_that_are_not_merged_are_in_the_mode_of_the_model(model, traini
     assert {module.training for module in adapted.modules()} == {training}
 
 
+def test_an_adapter_loads_with_the_model_that_it_is_on(model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+    base, rows = lo.hf.from_pretrained(tmp_path / "base"), token_rows(1, 40)
+    config = FinetuneConfig(**QUICK, max_steps=2, merge=False)
+    adapted = lo.convert.finetune(base, rows, config).model
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        expected = adapted(rows).logits
+        assert lo.hf.from_pretrained(tmp_path / "adapter")(rows).logits.equal(expected)
+        assert not lo.hf.from_pretrained(tmp_path / "base")(rows).logits.equal(expected)
+
+
 def test_merged_model_computes_what_the_adapters_computed(model):
     rows, config = token_rows(2, 40), FinetuneConfig(max_steps=2, learning_rate=1e-2, merge=False)
     adapted = lo.convert.finetune(model, rows, config).model.eval()
