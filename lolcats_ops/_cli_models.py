@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,9 +26,9 @@ from .hf.auto import refuse_gaps
 def settings_of(config: Path | None, changes: Iterable[str] | None, model: str) -> ConversionConfig:
     """The settings of a file and of --set; those that neither names are as ``model`` was made
     with."""
-    given = ConversionConfig.load(config, changes)
     made_with = Path(model) / "lolcats.yaml"
-    return ConversionConfig.load(made_with).updated(given) if made_with.is_file() else given
+    files = [file for file in (made_with, config) if file and (file == config or file.is_file())]
+    return ConversionConfig.load(*files, changes=changes or ())
 
 
 def as_converted(
@@ -39,7 +40,7 @@ def as_converted(
     """``settings`` with the attention that the model has, which the given ones must not
     contradict."""
     has = LolcatsConfig.from_dict(model.config.lolcats)
-    given = fields_of(config, changes).get("lolcats") or {}
+    given = fields_of(*filter(None, [config]), changes=changes or ()).get("lolcats") or {}
     named = {*given} - {"init", "gate_init"}  # those are of the beginning
     asked = settings.lolcats.to_dict()
     others = [
@@ -75,6 +76,7 @@ def data_parallel(device: str | None) -> Iterator[bool]:
     state = processes(device)
     yield state.is_main_process
     state.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)  # which would still tell of it
 
 
 def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -92,6 +94,8 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
         raise ValueError(f"--device {device}: this PyTorch finds no such device: {why}") from error
     try:
         with naming(path):
+            if Path(path).is_dir():  # of which an adapter says what it is on
+                path = str(Path(path).resolve())
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:

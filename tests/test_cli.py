@@ -200,9 +200,12 @@ def test_convert_leaves_no_template_of_another_tokenizer_behind(folder, tmp_path
 
 def test_convert_goes_on_with_the_settings_of_a_model(folder, tmp_path):
     source = shutil.copytree(folder / "model", tmp_path / "model")
-    shutil.copy(folder / "lolcats.yaml", source)
-    lolcats("convert", source, tmp_path / "out")
-    assert ConversionConfig.load(tmp_path / "out" / "lolcats.yaml").lolcats.window == 8
+    (source / "lolcats.yaml").write_text("lolcats: {window: 8}\ntransfer: {mse: 0.0, xent: 1.0}\n")
+    lolcats("convert", source, tmp_path / "out", "--set", "lolcats.sink=2")
+    saved = ConversionConfig.load(tmp_path / "out" / "lolcats.yaml")
+    assert (saved.lolcats.window, saved.lolcats.sink, saved.transfer.mse) == (8, 2, 0)
+    with pytest.raises(ValueError, match="mse and xent are both 0"):
+        lolcats("convert", source, tmp_path / "out", "--set", "transfer.xent=0")
 
 
 def test_an_adapter_does_not_take_the_place_of_its_model(folder, tmp_path, failure):

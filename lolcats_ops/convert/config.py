@@ -120,26 +120,34 @@ def checked(caller: str, config: Any, kind: type[Config]) -> Config:
     return config
 
 
-def fields_of(path: Path | str | None, changes: Iterable[str] | None = None) -> dict[str, Any]:
-    """The fields that a YAML file names, none without one, and on top of them those of `changes`,
-    whose values are YAML as well.
+def fields_of(*paths: Path | str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields that YAML files name, and on top of them those of `changes`, whose values are YAML
+    as well. Of a field that is named twice the last one holds.
 
     Raises:
         ValueError: no YAML, no mapping of sections, or a change that is not of this form.
 
-    >>> fields_of(None, ["lolcats.window=128", "finetune.target_modules=[q_proj, v_proj]"])
+    >>> fields_of(changes=["lolcats.window=128", "finetune.target_modules=[q_proj, v_proj]"])
     {'lolcats': {'window': 128}, 'finetune': {'target_modules': ['q_proj', 'v_proj']}}
     """
-    fields = {} if path is None else _yaml(Path(path).read_bytes(), path)
-    if not isinstance(fields, dict | None):
-        raise ValueError(f"{path} is a {type(fields).__name__}, needs a mapping of sections")
-    fields = fields or {}
-    for change in changes or ():
+    fields: dict[str, Any] = {}
+    for path in paths:
+        sections = _yaml(Path(path).read_bytes(), path)
+        if not isinstance(sections, dict | None):
+            raise ValueError(f"{path} is a {type(sections).__name__}, needs a mapping of sections")
+        for section, named in (sections or {}).items():
+            within = fields.get(section)
+            if isinstance(named, dict) and isinstance(within, dict):
+                named = {**within, **named}
+            fields[section] = named
+    for change in changes:
         name, equals, value = change.partition("=")
         section, dot, field = name.partition(".")
-        within = {} if fields.get(section) is None else fields[section]
-        if not (equals and dot) or not isinstance(within, dict):
+        if not (section and dot and field and equals):
             raise ValueError(f"--set {change}: needs section.name=value, as in lolcats.window=128")
+        within = {} if fields.get(section) is None else fields[section]
+        if not isinstance(within, dict):
+            raise ValueError(f"{section} is {within!r}, needs a mapping, for --set {change}")
         fields[section] = {**within, field: _yaml(value, f"--set {change}")}
     return fields
 
@@ -147,7 +155,7 @@ def fields_of(path: Path | str | None, changes: Iterable[str] | None = None) -> 
 def _yaml(text: str | bytes, source: Path | str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date, say, that is none
         raise ValueError(f"{source} is not YAML: {error}") from error
 
 
@@ -165,43 +173,24 @@ class ConversionConfig(_Section):
     finetune: FinetuneConfig = FinetuneConfig()
 
     @classmethod
-    def load(
-        cls, path: Path | str | None, changes: Iterable[str] | None = None
-    ) -> ConversionConfig:
-        """A YAML file's fields, if there is one, and changes to them, as in `fields_of`; the others
-        take their defaults.
+    def load(cls, *paths: Path | str, changes: Iterable[str] = ()) -> ConversionConfig:
+        """The fields of YAML files and changes to them, as in `fields_of`; the others take their
+        defaults.
 
         Raises:
-            ValueError: an unknown or invalid field, no mapping, or no YAML; it names the file or
+            ValueError: an unknown or invalid field, no mapping, or no YAML; it names the files and
                 the changes, and the field.
 
-        >>> ConversionConfig.load(None, ["transfer.epochs=2"]).transfer.epochs
+        >>> ConversionConfig.load(changes=["transfer.epochs=2"]).transfer.epochs
         2
         """
-        changes = list(changes or ())
+        changes = list(changes)
         try:
-            return cls.model_validate(fields_of(path, changes))
+            return cls.model_validate(fields_of(*paths, changes=changes))
         except ValidationError as error:
             wrong = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            where = [str(path)] * (path is not None) + [f"--set {change}" for change in changes]
-            raise ValueError(f"{', '.join(where)}: {'; '.join(wrong)}") from error
-
-    def updated(self, other: ConversionConfig) -> ConversionConfig:
-        """These settings with those that ``other`` was given, rather than took by default.
-
-        >>> made_with = ConversionConfig(data=DataConfig(length=64))
-        >>> both = made_with.updated(ConversionConfig(finetune=FinetuneConfig(rank=4)))
-        >>> both.data.length, both.finetune.rank
-        (64, 4)
-        """
-        sections: dict[str, Any] = {}
-        for name in other.model_fields_set:
-            section, own = getattr(other, name), getattr(self, name)
-            if isinstance(section, _Section):
-                given = {field: getattr(section, field) for field in section.model_fields_set}
-                section = own.model_copy(update=given)
-            sections[name] = section
-        return self.model_copy(update=sections)
+            sources = [*map(str, paths), *(f"--set {change}" for change in changes)]
+            raise ValueError(f"{', '.join(sources)}: {'; '.join(wrong)}") from error
 
     def save(self, path: Path | str) -> None:
         """Writes all fields as YAML."""

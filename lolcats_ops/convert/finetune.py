@@ -22,7 +22,7 @@ from lolcats_ops.convert.config import FinetuneConfig, checked
 from lolcats_ops.convert.data import refuse_offloaded, token_rows
 from lolcats_ops.convert.files import is_whole, replacing
 from lolcats_ops.convert.origin import origin, refuse_others
-from lolcats_ops.convert.processes import on_cpu, processes
+from lolcats_ops.convert.processes import on_cpu, processes, refuse_discord
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import attention_layers
 
@@ -88,8 +88,10 @@ def finetune(
     Works on an unconverted model as well (for comparison). Feature maps and gates stay frozen
     unless `config.train_features`. The model comes back in the mode, train or eval, that it came
     in, and once merged with the same parameters trainable; on any exception it is as it was, but
-    for the device, which the Trainer chooses. Under torchrun the Trainer is data
-    parallel: a step takes `batch_size * gradient_accumulation` rows of each process.
+    for the device, which the Trainer chooses.
+
+    Under torchrun it is data parallel: a step takes `batch_size * gradient_accumulation` rows of
+    each process. All processes call it, with the same data.
 
     Args:
         model: a causal language model, changed in place.
@@ -102,10 +104,10 @@ def finetune(
         TypeError: `data` is no integer tensor; `model` is a wrapper of one.
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
-            converted, or an `output_dir` with checkpoints of another model, of other data or of
-            another configuration (`merge` aside); a model with adapters, or with weights that are
-            offloaded.
-        RuntimeError: a loss that is not finite.
+            converted, an `output_dir` with checkpoints of another model, of other data or of
+            another configuration (`merge` aside), or processes that differ in one of these; a
+            model with adapters, or with weights that are offloaded.
+        RuntimeError: a loss that is not finite; processes that accelerate was not told of.
 
     Warns:
         UserWarning: a checkpoint that was not written to its end, which is passed over.
@@ -129,12 +131,14 @@ def finetune(
         raise ValueError("finetune: train_features=True, but the model is not converted")
     refuse_offloaded("finetune", (name for name, p in model.named_parameters() if p.is_meta))
     targets = _targets(model, config)
-    last = None
+    last, state = None, processes()
+    used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
+    used["modes"] = [layer.mode for layer in attention_layers(model)]
+    used["processes"] = state.num_processes
+    begun = origin(model, data, used, features=True)
     if output_dir:
-        used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
-        used["modes"] = [layer.mode for layer in attention_layers(model)]
-        used["processes"] = processes().num_processes
-        last = _begin(Path(output_dir), origin(model, data, used, features=True), resume)
+        last = _begin(Path(output_dir), begun, resume, state.num_processes)
+    refuse_discord("finetune", {**begun, "checkpoint": str(last and last.name)}, state)
     training = model.training
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     transformers.set_seed(config.seed)  # before the adapters are drawn
@@ -201,7 +205,7 @@ def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
     return sorted(given)
 
 
-def _begin(folder: Path, now: dict[str, str], resume: bool) -> Path | None:
+def _begin(folder: Path, now: dict[str, str], resume: bool, ranks: int) -> Path | None:
     """The checkpoint to go on from. If there is none, `folder` then says what was begun in it."""
     begun = folder / "origin.json"
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
@@ -211,7 +215,8 @@ def _begin(folder: Path, now: dict[str, str], resume: bool) -> Path | None:
         refuse_others("finetune", folder, said, now)
     for path in checkpoints if resume else ():
         names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
-        files = [*(path / name for name in names), *path.glob("rng_state*")]
+        names += [f"rng_state_{i}.pth" for i in range(ranks) if ranks > 1]
+        files = {*(path / name for name in names), *path.glob("rng_state*")}
         if all(is_whole(file) for file in [*files, path / "trainer_state.json"]):
             return path
         warnings.warn(f"finetune: {path} is incomplete, and passed over", stacklevel=4)

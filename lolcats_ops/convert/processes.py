@@ -1,23 +1,40 @@
-"""Data parallelism: torchrun or accelerate launch starts processes, and each takes its share of the
-rows. Accelerate brings them together, as it does for the Trainer."""
+"""Data parallelism: torchrun starts processes, and each takes its share of the rows. Accelerate
+brings them together, as it does for the Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, reduce
-from torch import Tensor
+from accelerate.utils import broadcast, gather_object, reduce
+from torch import Tensor, nn
 
 
 def processes(device: torch.device | str | None = None) -> PartialState:
-    """All of them, met in the first call; this one alone where no launcher has started it.
+    """All of them, met in the first call; this one alone where torchrun has not started it.
 
     Args:
         device: where the model is, or None for where the Trainer puts it.
+
+    Raises:
+        RuntimeError: accelerate has been told of others than there are.
     """
-    return PartialState(cpu=on_cpu() if device is None else str(device).split(":")[0] == "cpu")
+    state = PartialState(cpu=on_cpu() if device is None else str(device).split(":")[0] == "cpu")
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    met = torch.distributed.get_world_size() if _meet() else 1
+    if not state.num_processes == met == max(met, launched):
+        raise RuntimeError(
+            f"of {max(met, launched)} processes {met} have met, and accelerate knows of "
+            f"{state.num_processes}: start them by torchrun, without an Accelerator for another "
+            "device before, and without destroying their group"
+        )
+    return state
+
+
+def _meet() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def on_cpu() -> bool:
@@ -28,8 +45,21 @@ def on_cpu() -> bool:
 
 def is_main() -> bool:
     """Whether this process speaks and writes for all."""
-    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-    return alone or torch.distributed.get_rank() == 0
+    return not _meet() or torch.distributed.get_rank() == 0
+
+
+def refuse_discord(caller: str, begun: Mapping[str, str], state: PartialState) -> None:
+    """Compares what the processes begin with; each has to call it.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    all_begun = gather_object([dict(begun)])
+    if others := [name for name in begun if any(b[name] != begun[name] for b in all_begun)]:
+        raise ValueError(
+            f"{caller}: the {state.num_processes} processes have different {' and '.join(others)}; "
+            "all begin with the same, and each takes its share of the rows"
+        )
 
 
 def share(rows: Tensor, index: int, count: int) -> Tensor:
@@ -43,9 +73,9 @@ def share(rows: Tensor, index: int, count: int) -> Tensor:
     return rows[(torch.arange(turns) * count + index) % len(rows)]
 
 
-def same_everywhere(parameters: Sequence[Tensor]) -> None:
-    """Gives all processes the first one's values, in place."""
-    broadcast([parameter.data for parameter in parameters])
+def same_everywhere(module: nn.Module) -> None:
+    """Gives all processes the first one's parameters and buffers, in place."""
+    broadcast([x.data for x in (*module.parameters(), *module.buffers())])
 
 
 def mean_gradients(parameters: Sequence[Tensor], loss: Tensor, state: PartialState) -> Tensor:

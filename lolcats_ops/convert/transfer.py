@@ -16,7 +16,14 @@ from lolcats_ops.convert.config import TransferConfig, checked
 from lolcats_ops.convert.data import input_device, refuse_offloaded, token_rows
 from lolcats_ops.convert.files import replacing
 from lolcats_ops.convert.origin import origin, refuse_others
-from lolcats_ops.convert.processes import is_main, mean_gradients, processes, same_everywhere, share
+from lolcats_ops.convert.processes import (
+    is_main,
+    mean_gradients,
+    processes,
+    refuse_discord,
+    same_everywhere,
+    share,
+)
 from lolcats_ops.convert.progress import Bar, progress
 from lolcats_ops.hf import LolcatsAttention, attention_layers, use_mode
 from lolcats_ops.hf.attention import Attend
@@ -46,7 +53,7 @@ class _LayerLearner:
         self.parameters = list(attention.parameters())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        same_everywhere(self.parameters)
+        same_everywhere(attention)
         self.config = config
         self.bar = bar
         self.state = state
@@ -121,7 +128,8 @@ def transfer(
     is not run. An exception leaves features half trained, and the model in the modes that it had.
 
     Under torchrun it is data parallel: a step takes `micro_batch` rows of each process, whose model
-    is on a device of its own, and the mean of their gradients.
+    is on a device of its own, and the mean of their gradients. All processes call it, with the same
+    data.
 
     Args:
         model: converted by `lo.hf.convert`.
@@ -135,8 +143,10 @@ def transfer(
         TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
         ValueError: a model that is not converted, or whose parameters are offloaded or sharded,
             `data` of another shape or with ids beyond the vocabulary, or a checkpoint that cannot
-            be read, or that is of another model, of other data or of another configuration.
+            be read, or that is of another model, of other data or of another configuration; or
+            processes that differ in one of these.
         NotImplementedError: a model that applies a layer several times.
+        RuntimeError: processes that accelerate was not told of.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
@@ -184,11 +194,10 @@ def transfer(
     ):
         layers = attention_layers(model)
         learners = [_LayerLearner(layer, config, steps, bar, state) for layer in layers]
-        begun = {}
-        if checkpoint is not None:
-            used = {**config.model_dump(), "processes": state.num_processes}
-            begun = origin(model, data, used, features=False)
+        used = {**config.model_dump(), "processes": state.num_processes}
+        begun = origin(model, data, used, features=False)
         done = _resume(checkpoint, begun, layers, learners)
+        refuse_discord("transfer", {**begun, "checkpoint": str(done)}, state)
         bar.advance(sum(len(learner.losses) for learner in learners))
         training = model.training
         try:

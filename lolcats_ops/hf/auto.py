@@ -223,7 +223,8 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         ValueError: the checkpoint is not a converted causal language model, is of a family that
-            this transformers does not know, or lacks weights that the model has.
+            this transformers does not know, or lacks weights that the model has; or an adapter
+            does not say which model it is on, or that is not there.
 
     >>> model = from_pretrained("out/demo/model")  # doctest: +SKIP
     """
@@ -245,12 +246,25 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     return (model, info) if wants_info else model
 
 
+# Where on the hub, and how.
+HUB = ("token", "revision", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
 def _base_of(path: str, kwargs: dict[str, Any]) -> str:
     """Where the config is: of an adapter alone, with the model that it is on."""
-    said = find_adapter_config_file(path, **(kwargs.get("adapter_kwargs") or {}))
+    hub = {name: kwargs[name] for name in HUB if name in kwargs}
+    said = find_adapter_config_file(path, **{**hub, **(kwargs.get("adapter_kwargs") or {})})
     if said is None or Path(said).with_name("config.json").is_file():
         return path
-    return json.loads(Path(said).read_bytes())["base_model_name_or_path"]
+    try:
+        base = json.loads(Path(said).read_bytes())["base_model_name_or_path"]
+    except (KeyError, TypeError, ValueError):
+        base = None
+    if not isinstance(base, str):
+        raise ValueError(f"from_pretrained: {said} does not say which model the adapter is on")
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(f"from_pretrained: the adapter in {path} is on {base}, which is not there")
+    return base
 
 
 def refuse_gaps(caller: str, path: str, missing_keys: Iterable[str]) -> None:

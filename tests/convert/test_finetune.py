@@ -210,6 +210,13 @@ def test_an_adapter_loads_with_the_model_that_it_is_on(model, tmp_path):
         expected = adapted(rows).logits
         assert lo.hf.from_pretrained(tmp_path / "adapter")(rows).logits.equal(expected)
         assert not lo.hf.from_pretrained(tmp_path / "base")(rows).logits.equal(expected)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"adapter .* is on .*base, which is not there"):
+        lo.hf.from_pretrained(tmp_path / "adapter")
+    said = tmp_path / "adapter" / "adapter_config.json"
+    said.write_text('{"base_model_name_or_path": null}')
+    with pytest.raises(ValueError, match="does not say which model the adapter is on"):
+        lo.hf.from_pretrained(tmp_path / "adapter")
 
 
 def test_merged_model_computes_what_the_adapters_computed(model):

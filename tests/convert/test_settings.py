@@ -72,7 +72,7 @@ def test_a_configuration_that_is_wrong_is_named(content, reason, tmp_path):
 def test_changes_come_over_what_a_file_says(tmp_path):
     (tmp_path / "c.yaml").write_text("lolcats: {window: 8, sink: 2}\ntransfer:\n")
     changes = ["lolcats.window=16", "transfer.learning_rate=1e-3", "finetune.target_modules=[q, k]"]
-    config = ConversionConfig.load(tmp_path / "c.yaml", changes)
+    config = ConversionConfig.load(tmp_path / "c.yaml", changes=changes)
     assert (config.lolcats.window, config.lolcats.sink) == (16, 2)
     assert config.transfer.learning_rate == 1e-3
     assert config.finetune.target_modules == ("q", "k")
@@ -83,6 +83,8 @@ def test_changes_come_over_what_a_file_says(tmp_path):
     [
         ("window=8", r": needs section\.name=value"),
         ("lolcats.window", r": needs section\.name=value"),
+        ("lolcats.=8", r": needs section\.name=value"),
+        ("transfer.seed=2001-13-01", " is not YAML: month"),
         ("lolcats.window=[", " is not YAML"),
         ("lolcat.window=8", ": lolcat: Extra inputs"),
         ("lolcats.window=wide", ": lolcats: .*window"),
@@ -90,7 +92,7 @@ def test_changes_come_over_what_a_file_says(tmp_path):
 )
 def test_a_change_that_is_wrong_is_named(change, reason):
     with pytest.raises(ValueError, match=f"^--set {re.escape(change)}{reason}"):
-        ConversionConfig.load(None, [change])
+        ConversionConfig.load(changes=[change])
 
 
 @pytest.mark.parametrize("stage", [lo.convert.transfer, lo.convert.finetune, lo.convert.evaluate])
