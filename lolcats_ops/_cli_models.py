@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -18,7 +17,7 @@ from transformers import (
 from .convert import ConversionConfig
 from .convert.config import fields_of
 from .convert.files import is_whole, replacing_files
-from .convert.processes import processes
+from .convert.processes import part, processes
 from .hf import LolcatsConfig  # whose import registers the model type of converted models
 from .hf.auto import refuse_gaps
 
@@ -73,10 +72,9 @@ def naming(path: str) -> Iterator[None]:
 def data_parallel(device: str | None) -> Iterator[bool]:
     """Work that processes share, where torchrun has started several; yields whether this one is to
     save and to report what comes of it."""
-    state = processes(device)
-    yield state.is_main_process
-    state.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)  # which would still tell of it
+    index, _ = processes(device)
+    yield index == 0
+    part()
 
 
 def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -131,14 +131,14 @@ def finetune(
         raise ValueError("finetune: train_features=True, but the model is not converted")
     refuse_offloaded("finetune", (name for name, p in model.named_parameters() if p.is_meta))
     targets = _targets(model, config)
-    last, state = None, processes()
+    last, (_, count) = None, processes()
     used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
     used["modes"] = [layer.mode for layer in attention_layers(model)]
-    used["processes"] = state.num_processes
+    used["processes"] = count
     begun = origin(model, data, used, features=True)
     if output_dir:
-        last = _begin(Path(output_dir), begun, resume, state.num_processes)
-    refuse_discord("finetune", {**begun, "checkpoint": str(last and last.name)}, state)
+        last = _begin(Path(output_dir), begun, resume, count)
+    refuse_discord("finetune", {**begun, "checkpoint": str(last and last.name)}, count)
     training = model.training
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     transformers.set_seed(config.seed)  # before the adapters are drawn
@@ -158,7 +158,7 @@ def finetune(
         trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         arguments = transformers.TrainingArguments(
             output_dir=str(output_dir or scratch),
-            use_cpu=on_cpu(),
+            use_cpu=count > 1 and on_cpu(),
             save_strategy="epoch" if output_dir else "no",
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
@@ -205,7 +205,7 @@ def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
     return sorted(given)
 
 
-def _begin(folder: Path, now: dict[str, str], resume: bool, ranks: int) -> Path | None:
+def _begin(folder: Path, now: dict[str, str], resume: bool, count: int) -> Path | None:
     """The checkpoint to go on from. If there is none, `folder` then says what was begun in it."""
     begun = folder / "origin.json"
     found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
@@ -215,7 +215,7 @@ def _begin(folder: Path, now: dict[str, str], resume: bool, ranks: int) -> Path 
         refuse_others("finetune", folder, said, now)
     for path in checkpoints if resume else ():
         names = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt"]
-        names += [f"rng_state_{i}.pth" for i in range(ranks) if ranks > 1]
+        names += [f"rng_state_{i}.pth" for i in range(count) if count > 1]
         files = {*(path / name for name in names), *path.glob("rng_state*")}
         if all(is_whole(file) for file in [*files, path / "trainer_state.json"]):
             return path

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, gather_object, reduce
 from torch import Tensor, nn
 
 
-def processes(device: torch.device | str | None = None) -> PartialState:
-    """All of them, met in the first call; this one alone where torchrun has not started it.
+def processes(device: torch.device | str | None = None) -> tuple[int, int]:
+    """The index of this process, and the count of those that torchrun has started; they meet in the
+    first call. One that is alone has nothing to do with accelerate.
 
     Args:
         device: where the model is, or None for where the Trainer puts it.
@@ -21,8 +23,10 @@ def processes(device: torch.device | str | None = None) -> PartialState:
     Raises:
         RuntimeError: accelerate has been told of others than there are.
     """
-    state = PartialState(cpu=on_cpu() if device is None else str(device).split(":")[0] == "cpu")
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched == 1 and not _meet():
+        return 0, 1
+    state = PartialState(cpu=on_cpu() if device is None else str(device).split(":")[0] == "cpu")
     met = torch.distributed.get_world_size() if _meet() else 1
     if not state.num_processes == met == max(met, launched):
         raise RuntimeError(
@@ -30,7 +34,14 @@ def processes(device: torch.device | str | None = None) -> PartialState:
             f"{state.num_processes}: start them by torchrun, without an Accelerator for another "
             "device before, and without destroying their group"
         )
-    return state
+    return state.process_index, state.num_processes
+
+
+def part() -> None:
+    """Ends what `processes` began; the next call begins anew."""
+    if _meet():
+        PartialState().destroy_process_group()
+        AcceleratorState._reset_state(reset_partial_state=True)  # which would still tell of it
 
 
 def _meet() -> bool:
@@ -38,8 +49,7 @@ def _meet() -> bool:
 
 
 def on_cpu() -> bool:
-    """Whether the Trainer is to stay on the CPU: unless told so, it brings no processes together
-    there."""
+    """Whether the Trainer stays on the CPU, where it brings processes together only if told so."""
     return not torch.accelerator.is_available()
 
 
@@ -48,17 +58,17 @@ def is_main() -> bool:
     return not _meet() or torch.distributed.get_rank() == 0
 
 
-def refuse_discord(caller: str, begun: Mapping[str, str], state: PartialState) -> None:
-    """Compares what the processes begin with; each has to call it.
+def refuse_discord(caller: str, begun: Mapping[str, str], count: int) -> None:
+    """Compares what ``count`` processes begin with; each has to call it.
 
     Raises:
         ValueError: naming what differs.
     """
-    all_begun = gather_object([dict(begun)])
-    if others := [name for name in begun if any(b[name] != begun[name] for b in all_begun)]:
+    everywhere = gather_object([dict(begun)]) if count > 1 else []
+    if others := [name for name in begun if any(b[name] != begun[name] for b in everywhere)]:
         raise ValueError(
-            f"{caller}: the {state.num_processes} processes have different {' and '.join(others)}; "
-            "all begin with the same, and each takes its share of the rows"
+            f"{caller}: the {count} processes have different {' and '.join(others)}; all begin "
+            "with the same, and each takes its share of the rows"
         )
 
 
@@ -73,14 +83,15 @@ def share(rows: Tensor, index: int, count: int) -> Tensor:
     return rows[(torch.arange(turns) * count + index) % len(rows)]
 
 
-def same_everywhere(module: nn.Module) -> None:
-    """Gives all processes the first one's parameters and buffers, in place."""
-    broadcast([x.data for x in (*module.parameters(), *module.buffers())])
+def same_everywhere(module: nn.Module, count: int) -> None:
+    """Gives ``count`` processes the first one's parameters and buffers, in place."""
+    if count > 1:
+        broadcast([x.data for x in (*module.parameters(), *module.buffers())])
 
 
-def mean_gradients(parameters: Sequence[Tensor], loss: Tensor, state: PartialState) -> Tensor:
-    """Puts the mean over processes into each gradient and returns that of ``loss``."""
-    if state.num_processes > 1:
+def mean_gradients(parameters: Sequence[Tensor], loss: Tensor, count: int) -> Tensor:
+    """Puts the mean over ``count`` processes into each gradient and returns that of ``loss``."""
+    if count > 1:
         for parameter in parameters:
             if parameter.grad is not None:
                 parameter.grad = reduce(parameter.grad, "mean")

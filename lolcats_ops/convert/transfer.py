@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -48,15 +47,15 @@ class _LayerLearner:
         config: TransferConfig,
         steps: int,
         bar: Bar,
-        state: PartialState,
+        count: int,
     ):
         self.parameters = list(attention.parameters())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        same_everywhere(attention)
+        same_everywhere(attention, count)
         self.config = config
         self.bar = bar
-        self.state = state
+        self.count = count  # of processes
         self.losses: list[float] = []
         self.has_seen_batch = False
         self.optimizer = torch.optim.AdamW(
@@ -91,7 +90,7 @@ class _LayerLearner:
                 mse = mse / variance.where(variance > 0, 1)  # a pruned layer's teacher is 0
             loss = self.config.mse * mse + self.config.xent * xent
         loss.backward()
-        mse = mean_gradients(self.parameters, mse, self.state)
+        mse = mean_gradients(self.parameters, mse, self.count)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
@@ -184,20 +183,19 @@ def transfer(
     order = torch.cat(
         [torch.randperm(len(data), generator=generator) for _ in range(config.epochs)]
     )
-    state = processes(input_device(model))
-    own_rows = share(order, state.process_index, state.num_processes)
-    batches = data[own_rows].split(config.batch_size)
+    index, count = processes(input_device(model))
+    batches = data[share(order, index, count)].split(config.batch_size)
     steps = config.rounds * sum(-(-len(batch) // config.micro_batch) for batch in batches)
     with (
         use_mode(model, "transfer"),
         progress("attention transfer", steps * len(attention_layers(model))) as bar,
     ):
         layers = attention_layers(model)
-        learners = [_LayerLearner(layer, config, steps, bar, state) for layer in layers]
-        used = {**config.model_dump(), "processes": state.num_processes}
+        learners = [_LayerLearner(layer, config, steps, bar, count) for layer in layers]
+        used = {**config.model_dump(), "processes": count}
         begun = origin(model, data, used, features=False)
         done = _resume(checkpoint, begun, layers, learners)
-        refuse_discord("transfer", {**begun, "checkpoint": str(done)}, state)
+        refuse_discord("transfer", {**begun, "checkpoint": str(done)}, count)
         bar.advance(sum(len(learner.losses) for learner in learners))
         training = model.training
         try:
