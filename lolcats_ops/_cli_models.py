@@ -26,7 +26,9 @@ def settings_of(config: Path | None, changes: Iterable[str] | None, model: str) 
     """The settings of a file and of --set; those that neither names are as ``model`` was made
     with."""
     made_with = Path(model) / "lolcats.yaml"
-    files = [file for file in (made_with, config) if file and (file == config or file.is_file())]
+    files = [made_with] if made_with.is_file() else []
+    if config:
+        files.append(config)
     return ConversionConfig.load(*files, changes=changes or ())
 
 
@@ -39,7 +41,7 @@ def as_converted(
     """``settings`` with the attention that the model has, which the given ones must not
     contradict."""
     has = LolcatsConfig.from_dict(model.config.lolcats)
-    given = fields_of(*filter(None, [config]), changes=changes or ()).get("lolcats") or {}
+    given = fields_of(*([config] if config else []), changes=changes or ()).get("lolcats") or {}
     named = {*given} - {"init", "gate_init"}  # those are of the beginning
     asked = settings.lolcats.to_dict()
     others = [
