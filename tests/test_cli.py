@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers.tiny_models import word_tokenizer
+from helpers.training import torchrun
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -83,12 +84,7 @@ def test_two_processes_train_as_one_on_twice_the_batch(folder, tmp_path):
         return ("--config", path)
 
     def together(*arguments):
-        launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone",
-                    "--nproc-per-node", "2", "-m", "lolcats_ops.cli")  # fmt: skip
-        result = subprocess.run(
-            [*launcher, *map(str, arguments)], capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
+        result = torchrun("-m", "lolcats_ops.cli", *arguments)
         assert result.stdout.count("saved") == result.stderr.count("left") == 1
         return result.stdout
 

@@ -1,14 +1,13 @@
 """What processes that torchrun starts have in common, and what they refuse."""
 
-import subprocess
-import sys
 from pathlib import Path
+
+from helpers.training import torchrun
 
 TESTS = Path(__file__).parents[1]
 
 SCRIPT = """
 import os
-import sys
 
 import torch
 from accelerate import Accelerator
@@ -21,10 +20,10 @@ from helpers.training import tiny, token_rows
 rank = int(os.environ["RANK"])
 
 
-def refused(data, config=None):
+def refused(data):
     for stage in (lo.convert.transfer, lo.convert.finetune):
         try:
-            stage(model, data, config)
+            stage(model, data)
         except (RuntimeError, ValueError) as error:
             yield str(error)
 
@@ -55,11 +54,4 @@ def test_processes_begin_and_end_with_the_same(tmp_path):
     """Feature maps that are drawn at random, and never trained, are the first process's in all."""
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(TESTS)!r})\n{SCRIPT}")
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-    result = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
+    torchrun(script)

@@ -1,4 +1,8 @@
-"""A tiny random model to train, and rows of tokens."""
+"""A tiny random model to train, rows of tokens, and two processes that train together."""
+
+import os
+import subprocess
+import sys
 
 import torch
 import transformers
@@ -26,3 +30,17 @@ def tiny(layers=2):
 
 def token_rows(rows, length):
     return torch.randint(97, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def torchrun(*arguments):
+    """Two processes of `torchrun ARGUMENTS`, on the CPU: they would share a GPU."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    result = subprocess.run(
+        [*launcher, "--nproc-per-node", "2", *map(str, arguments)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result
