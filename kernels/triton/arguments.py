@@ -13,9 +13,7 @@ from torch import Tensor
 from . import launch
 from .launch import next_power_of_2
 from .problem import (
-    EXP,
     IDENTITY,
-    RELU,
     SLIDING,
     Arithmetic,
     Map,
@@ -60,8 +58,6 @@ class Plan:
 FARTHEST = 2**31 // 128
 # Windows of more tokens are as large as can be: sums of two positions stay within 32 bits.
 WIDEST = 2**29
-# Entries of an fp32 weight that are multiplied at a time: 8 KB of gfx942's 64 for a block.
-WHOLE_SLICE = 2048
 
 
 def contiguous(name: str, x: Tensor) -> Tensor:
@@ -98,19 +94,10 @@ def feature_map_of(
     head_dim: int,
     codes: tuple[int, bool, bool, float],
     tiles: launch.Tiles,
-    dtype: torch.dtype,
 ) -> Map:
-    """The map of ``heads`` heads, for activations of ``dtype``; without a weight, the identity.
-
-    Where gradients depend on which z is the largest, or above zero, z comes from weights that are
-    not rounded: what rounding moves there, it moves whole.
-    """
+    """The map of ``heads`` heads; without a weight, the identity."""
     activation, two_sided, skip, eps = codes
     width = head_dim if weight is None else weight.shape[2]
-    columns, projection = tiles.slice, None
-    if dtype == torch.bfloat16 and activation in (EXP.value, RELU.value):
-        columns = min(columns, max(16, WHOLE_SLICE // next_power_of_2(width)))
-        projection = arithmetic_of(torch.float32)
     return Map(
         None if weight is None else weight.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -123,8 +110,7 @@ def feature_map_of(
         constant(width),
         constant(next_power_of_2(width)),
         constant(tiles.resident),
-        constant(min(columns, next_power_of_2(head_dim))),
-        projection,
+        constant(min(tiles.slice, next_power_of_2(head_dim))),
     )
 
 
@@ -204,8 +190,8 @@ def plan(
         rows(q),
         rows(k),
         rows(v),
-        feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles, q.dtype),
-        feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles, q.dtype),
+        feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles),
+        feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
         None if gate is None else gate.contiguous(),
         scale,
         sequences_of(q, cu_seqlens, key_padding_mask),

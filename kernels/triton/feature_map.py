@@ -125,7 +125,7 @@ def maps_of(
     programs = -(-length // (tiles.chunk * steps))
     problem = Maps(
         rows(x),
-        feature_map_of(weight, bias, heads, head_dim, codes, tiles, x.dtype),
+        feature_map_of(weight, bias, heads, head_dim, codes, tiles),
         arithmetic_of(x.dtype),
         length,
         *map(constant, (heads, tiles.chunk, next_power_of_2(head_dim), steps)),

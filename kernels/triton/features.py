@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Sides
+from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Parts, Sides
 
 
 @triton.jit
@@ -66,14 +66,33 @@ def load_weight_slice(f, head, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def parts_of(weight, arithmetic):
+    """An fp32 weight as operands of products."""
+    high = weight.to(arithmetic.dtype)
+    if arithmetic.dtype == tl.float32:
+        return Parts(high, None)
+    else:
+        return Parts(high, (weight - high.to(tl.float32)).to(arithmetic.dtype))
+
+
+@triton.jit
 def load_weight(f, head, arithmetic, BLOCK_D: tl.constexpr):
-    """The weight of a resident map, to be kept; None for others."""
+    """The parts of a resident map's weight, to be kept; None for others."""
     if f.weight is None:
         return None
     elif f.resident:
-        return load_weight_slice(f, head, 0, BLOCK_D).to(arithmetic.dtype)
+        return parts_of(load_weight_slice(f, head, 0, BLOCK_D), arithmetic)
     else:
         return None
+
+
+@triton.jit
+def add_projection(x, weight, z, arithmetic):
+    """z + x W; z may be None."""
+    z = product(x, weight.high, z, arithmetic)
+    if weight.low is not None:
+        z = product(x, weight.low, z, arithmetic)
+    return z
 
 
 @triton.jit
@@ -93,7 +112,8 @@ def project_slices(rows, valid, f, head, arithmetic):
         column = first + tl.arange(0, f.slice)
         mask = valid[:, None] & (column < f.head_dim)[None, :]
         part = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
-        z = product(part, load_weight_slice(f, head, first, f.slice), z, arithmetic)
+        weight = parts_of(load_weight_slice(f, head, first, f.slice), arithmetic)
+        z = add_projection(part, weight, z, arithmetic)
     return z
 
 
@@ -101,15 +121,12 @@ def project_slices(rows, valid, f, head, arithmetic):
 def project(x, rows, valid, weight, f, head, arithmetic):
     """z = x W (+ b) (+ x), for favor x W - |x|^2 / 2, fp32 [tokens, f.block].
 
-    x: [tokens, BLOCK_D]. Where the weight is not resident, or must not be rounded, ``rows`` are
-    read again in slices.
+    x: [tokens, BLOCK_D]. Where the weight is not resident, ``rows`` are read again in slices.
     """
     if f.weight is None:
         z = x.to(tl.float32)
-    elif f.projection is not None:
-        z = project_slices(rows, valid, f, head, f.projection)
     elif f.resident:
-        z = product(x, weight, None, arithmetic)
+        z = add_projection(x, weight, None, arithmetic)
     else:
         z = project_slices(rows, valid, f, head, arithmetic)
     if f.bias is not None:

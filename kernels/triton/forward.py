@@ -46,6 +46,7 @@ from .tokens import (
     store_tile,
     tokens_at,
     unpacked,
+    unpacked_anew,
 )
 from .window import causal_pairs, first_tile, older_masks, own_masks, sink_mask, window_start
 
@@ -238,6 +239,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
                 inside, outside = older_masks(p, start, p.chunk)
                 linear = add_linear(linear, phi_q, phi_old, outside, v_old, p.arithmetic)
             state = absorb(p, state, old, phi_old, v_old)
+            k_old = unpacked_anew(k_carried, q.dtype, c)
         elif p.window.lag == 2:
             if p.window.far_linear:
                 linear = add_far_linear(p, at, linear, phi_q, c, weight_k)

@@ -278,10 +278,7 @@ def hybrid_attention_step_(
     )  # fmt: skip
     if decoded:
         exact = Arithmetic(constant(tl.float32), constant(launch.precision(q.dtype)))
-        maps = {
-            n: getattr(problem.problem, n)._replace(projection=None) for n in ("map_q", "map_k")
-        }
-        problem = replace(problem, problem=problem.problem._replace(arithmetic=exact, **maps))
+        problem = replace(problem, problem=problem.problem._replace(arithmetic=exact))
     stores = [rows(x) if x.shape[2] else None for x in (k_ring, v_ring, k_sink, v_sink)]
     sums = {"kv": kv, "ksum": ksum, "length": length, "folded": folded}
     kv, ksum, length, folded = (contiguous(f"state.{name}", x) for name, x in sums.items())

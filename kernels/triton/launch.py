@@ -77,36 +77,36 @@ class Row:
 
 
 SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 256)
-# A weight of 64 x 64 or 128 x 64 stays with the program; larger ones fill registers or, where fp32
-# products split them in two, shared memory.
+# A weight of 64 x 64 or 128 x 64 stays with the program, in shared memory; two parts of larger ones
+# would fill it.
 PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 
+# On AMD operands lie in registers, so that weights are read when they are needed.
+_AMD_BACKWARD = Tiles(16, 32, 4, 1, resident=False, slice=32)
+_AMD_FORWARD = Tiles(32, 64, 4, 1, resident=False, slice=32)
+_READ_MAPS = Tiles(64, 64, 4, 1, resident=False, slice=32)
 _LARGE_MAP = Tiles(32, 128, 4, 1, resident=False)
 _LARGE_ENTROPY = Tiles(32, 128, 4, 1, resident=False, other=32)
-_NARROW_BACKWARD = {
-    "usual": Tiles(64, 64, 4, 1),
-    # Larger tiles would spill thousands of registers, or half of what AMD has.
-    "sm_80": Tiles(32, 64, 4, 1),
-    "gfx942": Tiles(16, 32, 4, 1),
-}
+_LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
 
 # By kernel and by the dtype that it computes in; the first row that fits is taken. What the
 # configurations need on each architecture is in tests/budgets/, renewed by
-# ``python -m helpers.kernel_budget``. Of forward and backward with D up to 128 and f up to 64, in
-# bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the shortest time by the
-# static model (docs/gpu_model.md), spilled registers included; of wider ones and those without maps
-# some on sm_90 are by measurement (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the
-# usual ones. Elsewhere nothing is modelled or measured: those that spill least at the same work.
+# ``python -m helpers.kernel_budget``. Of forward with D up to 128 and of backward with D up to 64,
+# f up to 64, in bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the least
+# time by the static model (docs/gpu_model.md), spilled registers included; on sm_90 those of
+# backward with D = 128, and some of wider ones and of those without maps, are by measurement
+# (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the usual ones. Elsewhere nothing is
+# modelled or measured: those that spill least at the same work.
 # Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
 # of bytes of stack: wide maps are projected 32 columns of x at a time.
 TABLE = {
     ("forward", "bf16"): (
         # For windows of 64, chunks of 64 read q, k and v once.
-        Row(SMALL, usual=Tiles(64, 64, 4, 1)),
+        Row(SMALL, usual=Tiles(64, 64, 4, 1), gfx942=_READ_MAPS),
         Row(PLAIN, usual=Tiles(32, 64, 4, 1), sm_90=Tiles(128, 128, 8, 1)),
         Row(WIDE_PLAIN, usual=Tiles(16, 64, 4, 1), sm_90=Tiles(64, 128, 8, 1)),
-        Row((128, 64), usual=Tiles(64, 64, 4, 1)),
-        Row((64, 128), usual=Tiles(32, 64, 8, 1)),
+        Row((128, 64), usual=Tiles(64, 64, 4, 1), sm_86=_READ_MAPS, gfx942=_READ_MAPS),
+        Row((64, 128), usual=Tiles(32, 64, 8, 1), gfx942=_AMD_FORWARD),
         Row(
             LARGE,
             usual=Tiles(32, 64, 4, 1, resident=False),
@@ -125,7 +125,13 @@ TABLE = {
     ),
     # Eight warps would spill less, but hold, and compute, tiles of 64 rows twice.
     ("backward", "bf16"): (
-        Row(SMALL, **_NARROW_BACKWARD),
+        # Larger tiles would spill thousands of registers, or half of what AMD has.
+        Row(
+            SMALL,
+            usual=Tiles(64, 64, 4, 1),
+            sm_80=Tiles(32, 64, 4, 1),
+            gfx942=_AMD_BACKWARD,
+        ),
         Row(PLAIN, usual=Tiles(32, 64, 8, 1), sm_90=Tiles(64, 128, 4, 1)),
         Row(
             WIDE_PLAIN,
@@ -134,8 +140,19 @@ TABLE = {
             sm_80=Tiles(16, 32, 8, 1),
             sm_90=Tiles(16, 128, 8, 1),
         ),
-        Row((128, 64), **_NARROW_BACKWARD),
-        Row((64, 128), usual=Tiles(32, 64, 8, 1, resident=False)),
+        Row(
+            (128, 64),
+            usual=Tiles(64, 64, 4, 1),
+            # With resident weights a multiprocessor would have one block instead of two.
+            sm_80=Tiles(32, 64, 4, 1, resident=False),
+            sm_90=Tiles(32, 128, 8, 1),
+            gfx942=_AMD_BACKWARD,
+        ),
+        Row(
+            (64, 128),
+            usual=Tiles(32, 64, 8, 1, resident=False, slice=32),
+            gfx942=_AMD_BACKWARD,
+        ),
         Row(
             LARGE,
             usual=Tiles(32, 64, 8, 1, resident=False),
@@ -160,7 +177,7 @@ TABLE = {
     ),
     ("steps", "bf16"): (
         Row(SMALL, usual=Tiles(32, 64, 4, 1)),
-        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1)),
+        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1), gfx942=_AMD_FORWARD),
         Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
         Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
     ),
@@ -177,15 +194,16 @@ TABLE = {
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
     ),
     ("teacher_entropy", "bf16"): (
-        Row(SMALL, usual=Tiles(128, 128, 8, 2, other=64)),
-        Row((64, 128), usual=Tiles(128, 128, 8, 2, other=64), sm_86=_LARGE_ENTROPY),
-        Row((128, 64), usual=Tiles(128, 128, 8, 2, other=32), sm_86=_LARGE_ENTROPY),
+        Row(SMALL, usual=Tiles(128, 128, 8, 2, other=64), sm_80=Tiles(128, 128, 8, 2, other=32)),
+        Row((64, 128), usual=Tiles(128, 128, 8, 2, other=64), sm_80=_LARGE_ENTROPY),
+        Row((128, 64), usual=Tiles(128, 128, 8, 2, other=32), sm_80=_LARGE_ENTROPY),
         Row(LARGE, usual=_LARGE_ENTROPY),
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False, other=16)),
     ),
     ("entropy", "bf16"): (  # V is not read
-        Row(SMALL, (128, 64), usual=Tiles(128, 256, 8, 2, other=32)),
-        Row(LARGE, usual=Tiles(32, 256, 4, 1, resident=False, other=32)),
+        Row(SMALL, usual=Tiles(128, 256, 8, 2, other=32)),
+        Row((128, 64), usual=Tiles(128, 256, 8, 2, other=32), sm_80=_LARGE_PAIRS),
+        Row(LARGE, usual=_LARGE_PAIRS),
         Row(ANY, usual=Tiles(16, 256, 4, 1, resident=False, other=16)),
     ),
     **{
@@ -197,13 +215,9 @@ TABLE = {
         for kernel, block_v in (("teacher", 128), ("teacher_entropy", 128), ("entropy", 256))
     },
     ("feature_map", "bf16"): (
-        Row(SMALL, usual=Tiles(128, 128, 8, 2)),
-        Row(
-            *MIDDLE,
-            usual=Tiles(128, 128, 8, 2),
-            sm_86=_LARGE_MAP,  # which has too little shared memory, as gfx942
-            gfx942=_LARGE_MAP,
-        ),
+        # Without wgmma weights lie in registers.
+        Row(SMALL, usual=Tiles(128, 128, 8, 2), sm_80=Tiles(64, 128, 4, 2), gfx942=_LARGE_MAP),
+        Row(*MIDDLE, usual=Tiles(128, 128, 8, 2), sm_80=_LARGE_MAP, gfx942=_LARGE_MAP),
         Row(LARGE, usual=_LARGE_MAP),
         Row(ANY, usual=Tiles(16, 128, 4, 1, resident=False)),
     ),

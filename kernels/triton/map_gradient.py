@@ -74,7 +74,7 @@ def map_gradient(p, tile, phi, f, head, d_phi, dx, d_weight, slices):
         if f.resident:
             d_weight = product(tl.trans(tile.x), dz, d_weight, p.arithmetic)
             if dx is not None:
-                dx = product(dz, tl.trans(tile.weight), dx, p.arithmetic)
+                dx = product(dz, tl.trans(tile.weight.high), dx, p.arithmetic)
         else:
             add_weight_slices(p, tile, dz, f, slices)
             if dx is not None:

@@ -60,7 +60,6 @@ class Map(NamedTuple):
     block: Any  # f, rounded up to a tile
     resident: Any  # whether the weight is one tile that stays with the program
     slice: Any  # else how many columns of x are projected at a time
-    projection: Arithmetic | None  # of x W by slices, where the weight must not be rounded
 
 
 class Sequences(NamedTuple):
@@ -124,6 +123,17 @@ class Place(NamedTuple):
     column: Any  # its first column
     segment: Any
     index: Any  # number of the (sequence, head, segment)
+
+
+class Parts(NamedTuple):
+    """A weight in the dtype of products: rounded, and what rounding left, None for nothing.
+
+    What z is off by is a relative error of its exponential, and the gradients of ``exp`` and
+    ``relu`` go elsewhere as a whole where another z is the largest, or above zero.
+    """
+
+    high: Any
+    low: Any
 
 
 class Sides(NamedTuple):

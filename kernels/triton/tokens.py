@@ -111,6 +111,16 @@ def unpacked(x, dtype):
 
 
 @triton.jit
+def unpacked_anew(x, dtype, c):
+    """The same, of which the compiler does not know that it is: one tile of both would lie in
+    shared memory from the first use to the last. c is a chunk, at least 0."""
+    if x.dtype == tl.uint32:
+        return unpacked(x + tl.minimum(c, 0).to(tl.uint32), dtype)
+    else:
+        return x
+
+
+@triton.jit
 def store_tile(rows, x, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of load_tile."""
     columns = column + tl.arange(0, BLOCK)

@@ -1,6 +1,7 @@
 """The Triton kernels in the interpreter: bounds are checked in every launch (gpu_on_cpu)."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from helpers.operators import (
     attention_transfer,
     check,
     check_gate,
+    check_spread,
     feature_map,
     hybrid_attention,
     linear_attention,
@@ -98,6 +100,12 @@ def test_gradients_see_weights_that_bf16_does_not_hold(call, activation):
     maps = {"activation": activation, "two_sided": False, "f": 64}
     case = Case("3w+7", D=64, batch=(1, 2), **maps, trained=True, dtype=torch.bfloat16)
     check(call, case, "triton")
+
+
+@pytest.mark.parametrize(("spread", "window"), [(3.0, 0), (6.0, 0), (6.0, 16)])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128)])  # resident maps, others
+def test_maps_that_spread_z_keep_bf16_exact(sizes, spread, window):
+    check_spread(partial(lo.hybrid_attention, backend="triton"), spread, sizes, window=window)
 
 
 SEGMENTED = [

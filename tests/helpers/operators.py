@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType, SimpleNamespace
 
@@ -141,3 +142,39 @@ def check_gate(
     want = gradient(lo.reference, torch.float64)
     got = gradient(lo, torch.bfloat16, backend=backend)
     assert_close("dgate", got, want, torch.bfloat16, factor=2)
+
+
+def check_spread(
+    attention: Callable[..., torch.Tensor],
+    spread: float,
+    sizes: tuple[int, int],
+    device: str = "cpu",
+    *,
+    activation: str = "softmax",
+    gradients: bool = True,
+    **settings: int,
+) -> None:
+    """``attention``, a hybrid_attention, in bf16 with z of N(0, spread^2), ``sizes`` D and f.
+
+    What z is off by is a relative error of its exponential: bf16 does not hold weights well enough.
+    """
+    rng = torch.Generator().manual_seed(0)
+    D, f = sizes
+    rows = torch.randn(4, 1, 2, 200, D, generator=rng).bfloat16()
+    maps = torch.randn(2, 2, D, f, generator=rng) * spread * D**-0.5
+    gate = torch.zeros(2)
+
+    def run(attention: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        parameters = torch.promote_types(dtype, torch.float32)
+        q, k, v, dy = (x.to(device, dtype) for x in rows)
+        leaves = [q, k, v, *(x.to(device, parameters) for x in maps)]
+        leaves = [x.requires_grad_(gradients) for x in leaves]
+        features = (lo.Features(x, activation=activation) for x in leaves[3:])
+        y = attention(*leaves[:3], *features, gate.to(device, parameters), **settings)
+        return [y, *torch.autograd.grad(y, leaves, dy)] if gradients else [y]
+
+    names = ["y", "dq", "dk", "dv", "dweight_q", "dweight_k"] if gradients else ["y"]
+    got = run(attention, torch.bfloat16)
+    want = run(lo.reference.hybrid_attention, torch.float64)
+    for name, y, close in zip(names, got, want, strict=True):
+        assert_close(name, y, close, torch.bfloat16, factor=1 if name == "y" else 2)
