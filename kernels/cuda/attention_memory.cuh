@@ -122,7 +122,7 @@ class AttentionMemory : protected AttentionBlock {
   __device__ __forceinline__ void load_map(MapWeight& to, const Maps& maps) {
     if (maps.weight)
       to.bring(maps.weight + static_cast<int64>(at.head / maps.group) * p.D * p.f, p.D, p.f,
-               kThreads);
+               kThreads, projects_in_f16<T>(p.activation));
   }
   // A warp brings 16 of the kKeys keys from a position on.
   template <int kKeys>

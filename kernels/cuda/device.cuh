@@ -157,6 +157,19 @@ __device__ __forceinline__ float from_f16(unsigned short bits) {
   return value;
 }
 
+// The smaller and the larger of two numbers of bf16, and of two more; NaN if one is.
+__device__ __forceinline__ unsigned min_bf16x2(unsigned a, unsigned b) {
+  unsigned bits;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+
+__device__ __forceinline__ unsigned max_bf16x2(unsigned a, unsigned b) {
+  unsigned bits;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(bits) : "r"(a), "r"(b));
+  return bits;
+}
+
 // Rounded to nearest, ties away from zero: the only rounding to tf32 that sm_80 has.
 __device__ __forceinline__ unsigned to_tf32(float value) {
   unsigned bits;

@@ -6,50 +6,74 @@
 namespace lol {
 namespace cuda {
 
-// The weight of a map [D x f], as right operands. In shared memory, rounded and padded with zeros.
+// Of a row, relative to its maximum.
+__device__ __forceinline__ bool has_exponentials(const Activation& activation) {
+  return activation.kind == kSoftmax || activation.kind == kExp;
+}
+
+// Whether bf16 is projected in fp16, which holds weights of three more bits: what z is off by is a
+// relative error of its exponential. Of x, larger numbers than 65504 end there, and below 2^-14 a
+// multiple of 2^-24 is taken, which no exponential shows; other activations of z keep its range.
+template <class T>
+__device__ __forceinline__ bool projects_in_f16(const Activation& activation) {
+  return kSame<T, bf16> && has_exponentials(activation);
+}
+
+// The weight of a map [D x f]. In shared memory, rounded and padded with zeros.
 template <class T, int kD, int kf, bool kHeld>
 struct Weight {
-  using Number = T;
   static constexpr int kWidth = kf;
   Tile<T, kf> tile;
 
   // By all threads of a block.
-  __device__ __forceinline__ void bring(const float* weight, int D, int f, int threads) {
+  __device__ __forceinline__ void bring(const float* weight, int D, int f, int threads,
+                                        bool in_f16) {
     for (int i = threadIdx.x; i < kD * kf / 2; i += threads) {
       const int row = i / (kf / 2), pair = i % (kf / 2), c = 2 * pair;
       const float* w = weight + row * f + c;
-      tile.pair(row, pair) =
-          pack<T>(row < D && c < f ? w[0] : 0.f, row < D && c + 1 < f ? w[1] : 0.f);
+      const float left = row < D && c < f ? w[0] : 0.f;
+      const float right = row < D && c + 1 < f ? w[1] : 0.f;
+      tile.pair(row, pair) = pack<T>(left, right);
+      if constexpr (kSame<T, bf16>) {
+        if (in_f16) tile.pair(row, pair) = pack<f16>(left, right);
+      }
     }
   }
 };
 // Where it is.
 template <class T, int kD, int kf>
 struct Weight<T, kD, kf, false> {
-  using Number = T;
   static constexpr int kWidth = kf;
   const float* weight;
   int D, f;
 
-  __device__ __forceinline__ void bring(const float* from, int rows, int columns, int) {
+  __device__ __forceinline__ void bring(const float* from, int rows, int columns, int, bool) {
     *this = {from, rows, columns};
   }
   __device__ __forceinline__ float at(int row, int column) const {
     return row < D && column < f ? weight[row * f + column] : 0.f;
   }
 };
-template <class T, int kD, int kf>
-__device__ __forceinline__ void load_right(int lane, Pair<T> (&b)[4],
-                                           const Weight<T, kD, kf, true>& weight, int k, int n) {
-  load_right(lane, b, weight.tile, k, n);
+// The weight as right operands of products in N.
+template <class N, class Weight>
+struct RightWeight {
+  using Number = N;
+  const Weight& weight;
+};
+template <class N, class T, int kD, int kf>
+__device__ __forceinline__ void load_right(int lane, Pair<N> (&b)[4],
+                                           const RightWeight<N, Weight<T, kD, kf, true>>& right,
+                                           int k, int n) {
+  load_right(lane, b, right.weight.tile, k, n);
 }
-template <class T, int kD, int kf>
-__device__ __forceinline__ void load_right(int lane, Pair<T> (&b)[4],
-                                           const Weight<T, kD, kf, false>& weight, int k, int n) {
+template <class N, class T, int kD, int kf>
+__device__ __forceinline__ void load_right(int lane, Pair<N> (&b)[4],
+                                           const RightWeight<N, Weight<T, kD, kf, false>>& right,
+                                           int k, int n) {
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const int row = k + i % 2 * 8 + lane % 4 * 2, column = n + i / 2 * 8 + lane / 4;
-    b[i] = pack<T>(weight.at(row, column), weight.at(row + 1, column));
+    b[i] = pack<N>(right.weight.at(row, column), right.weight.at(row + 1, column));
   }
 }
 
@@ -118,17 +142,40 @@ constexpr unsigned kNaN = 0x7fffffffu;
 // The columns of this thread in tile n of a fragment: this one and the next.
 __device__ __forceinline__ int column_of(int lane, int n) { return 8 * n + lane % 4 * 2; }
 
-// Of a row, relative to its maximum.
-__device__ __forceinline__ bool has_exponentials(const Activation& activation) {
-  return activation.kind == kSoftmax || activation.kind == kExp;
-}
-
 template <int kTiles, class Function>
 __device__ __forceinline__ void for_all(float (&z)[kTiles][4], const Function& function) {
 #pragma unroll
   for (int n = 0; n < kTiles; n++) {
 #pragma unroll
     for (int e = 0; e < 4; e++) z[n][e] = function(z[n][e]);
+  }
+}
+
+// Two numbers of bf16 as the nearest of fp16.
+__device__ __forceinline__ unsigned f16_of_bf16(unsigned pair) {
+  constexpr unsigned kMost = 0x477f477fu;  // 65280, twice: the largest below 65504
+  pair = ptx::max_bf16x2(ptx::min_bf16x2(pair, kMost), kMost | 0x80008000u);
+  return pack<f16>(low<bf16>(pair), high<bf16>(pair));
+}
+
+// z += x W, products in N.
+template <class N, class T, int kD, class Weight, int kTiles>
+__device__ __forceinline__ void add_projection(int lane, float (&z)[kTiles][4],
+                                               const Tile<T, kD>& x, const Weight& weight,
+                                               int first) {
+  const RightWeight<N, Weight> right = {weight};
+  constexpr int kMost = kUnrollFor<T, 2 * Weight::kWidth>;
+  // With two kinds of products, eight at a time would leave too few registers.
+  constexpr int kUnroll = kD > 96 && kMost > 4 ? 4 : kMost;
+#pragma unroll kUnroll
+  for (int k = 0; k < kD; k += 16) {
+    Pair<T> a[4];
+    load_left(lane, a, x, 0, k);
+    if constexpr (!kSame<N, T>) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) a[i] = f16_of_bf16(a[i]);
+    }
+    multiply_row<8 * kTiles>(lane, z, a, right, k, first);
   }
 }
 
@@ -151,12 +198,14 @@ __device__ __forceinline__ void project(int lane, float (&z)[kTiles][4], const T
     }
   }
   if (map.projects) {
-    constexpr int kUnroll = kUnrollFor<T, 2 * Weight::kWidth>;
-#pragma unroll kUnroll
-    for (int k = 0; k < kD; k += 16) {
-      Pair<T> a[4];
-      load_left(lane, a, x, 0, k);
-      multiply_row<8 * kTiles>(lane, z, a, map.weight, k, first);
+    if constexpr (kSame<T, bf16>) {
+      if (projects_in_f16<T>(activation)) {
+        add_projection<f16>(lane, z, x, map.weight, first);
+      } else {
+        add_projection<T>(lane, z, x, map.weight, first);
+      }
+    } else {
+      add_projection<T>(lane, z, x, map.weight, first);
     }
   }
   if (!map.projects || activation.skip) {  // f == D

@@ -88,6 +88,23 @@ def test_hybrid_attention_equals_the_reference(case):
     check(operators.hybrid_attention, case)
 
 
+@pytest.mark.parametrize(("D", "instances"), [(64, ONE), (128, ONE_WIDE)])
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+def test_maps_that_spread_z_keep_bf16_exact(activation, D, instances):
+    attention = Kernels(program(instances)).hybrid_attention
+    operators.check_spread(
+        attention, 6.0, (D, 64), activation=activation, gradients=False, window=0
+    )
+
+
+def test_numbers_that_fp16_does_not_hold_are_projected():
+    """Where maps have exponentials, bf16 is projected in fp16, whose largest number is 65504."""
+    x = torch.tensor([-3e38, -1e5, 1e5, 3e38]).bfloat16().expand(1, 1, 4, 4).contiguous()
+    phi = lo.Features(torch.eye(4)[None] * 1e-4)
+    args = (x, x, torch.ones_like(x), phi, phi, torch.zeros(1))
+    assert Kernels(program(ONE)).hybrid_attention(*args, window=0).eq(1).all()
+
+
 LINEAR = (*operators.MAPS, *operators.SEQUENCES, "activation", "normalize", "initial")
 
 

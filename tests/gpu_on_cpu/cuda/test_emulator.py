@@ -179,6 +179,14 @@ def test_conversions_are_those_of_torch():
     assert torch.equal(y.view(torch.float32)[normal].double(), tf32[normal])
 
 
+def test_extremes_of_pairs_are_those_of_torch():
+    values = torch.tensor([0.0, 1.5, -2.0, 3e38, float("inf"), float("-inf"), float("nan")])
+    a, b = (x.flatten().bfloat16() for x in torch.meshgrid(values, values[:6], indexing="ij"))
+    y = run_instruction("extremes", a, torch.empty(2, len(a)).bfloat16(), b=b, n=len(a) // 2)
+    torch.testing.assert_close(y[0], torch.minimum(a, b), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(y[1], torch.maximum(a, b), rtol=0, atol=0, equal_nan=True)
+
+
 def normal(*shape, dtype):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 

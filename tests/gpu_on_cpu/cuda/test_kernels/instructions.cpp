@@ -20,6 +20,9 @@ void run(emulator::Arguments& arguments) {
     launch(conversions, (number("n") + 255) / 256, 256, 0, floats, number("n"),
            arguments.tensor<unsigned short>("bf16"), arguments.tensor<unsigned short>("f16"),
            result, arguments.tensor<float>("back"));
+  if (name == "extremes")
+    launch(extremes, 1, number("n"), 0, arguments.tensor<unsigned>("x"),
+           arguments.tensor<unsigned>("b"), number("n"), result);
   if (name == "mma_bf16")
     launch(multiply_16<Loads::by_hand, ptx::mma_m16n8k16_bf16>, 1, 32, 0, shorts, b, sums);
   if (name == "mma_f16")

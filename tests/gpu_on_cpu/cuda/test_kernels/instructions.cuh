@@ -43,3 +43,11 @@ __global__ void conversions(const float* x, int n, unsigned short* bf16, unsigne
   tf32[i] = ptx::to_tf32(x[i]);
   back[i] = ptx::from_f16(f16[i]);
 }
+
+// Of pairs of bf16: results [2, n], the smaller and the larger.
+__global__ void extremes(const unsigned* a, const unsigned* b, int n, unsigned* results) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  results[i] = ptx::min_bf16x2(a[i], b[i]);
+  results[n + i] = ptx::max_bf16x2(a[i], b[i]);
+}

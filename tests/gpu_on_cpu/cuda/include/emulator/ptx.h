@@ -107,6 +107,23 @@ inline unsigned pack_f16(float low, float high) {
   return emulator::f16_bits(low) | static_cast<unsigned>(emulator::f16_bits(high)) << 16;
 }
 inline float from_f16(unsigned short bits) { return emulator::f16_value(bits); }
+namespace detail {
+// choose(a, b) of both halves; NaN if one of the two is.
+template <class Choose>
+inline unsigned of_bf16_halves(unsigned a, unsigned b, const Choose& choose) {
+  const auto one = [&](unsigned x, unsigned y) {
+    const float left = __uint_as_float(x << 16), right = __uint_as_float(y << 16);
+    return left != left ? left : right != right ? right : choose(left, right);
+  };
+  return pack_bf16(one(a & 0xffff, b & 0xffff), one(a >> 16, b >> 16));
+}
+}  // namespace detail
+inline unsigned min_bf16x2(unsigned a, unsigned b) {
+  return detail::of_bf16_halves(a, b, [](float x, float y) { return x < y ? x : y; });
+}
+inline unsigned max_bf16x2(unsigned a, unsigned b) {
+  return detail::of_bf16_halves(a, b, [](float x, float y) { return x > y ? x : y; });
+}
 inline unsigned to_tf32(float value) { return emulator::tf32_bits(value); }
 
 inline float exp2_approx(float x) {
