@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.target_info import is_cuda
 
-from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Parts, Sides
+from .problem import ELU1, EXP, FAVOR, IDENTITY, INF, LOG2E, RELU, SOFTMAX, Sides, Split
 
 
 @triton.jit
@@ -66,22 +66,22 @@ def load_weight_slice(f, head, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def parts_of(weight, arithmetic):
+def split_weight(weight, arithmetic):
     """An fp32 weight as operands of products."""
     high = weight.to(arithmetic.dtype)
     if arithmetic.dtype == tl.float32:
-        return Parts(high, None)
+        return Split(high, None)
     else:
-        return Parts(high, (weight - high.to(tl.float32)).to(arithmetic.dtype))
+        return Split(high, (weight - high.to(tl.float32)).to(arithmetic.dtype))
 
 
 @triton.jit
 def load_weight(f, head, arithmetic, BLOCK_D: tl.constexpr):
-    """The parts of a resident map's weight, to be kept; None for others."""
+    """The weight of a resident map, split, to be kept; None for others."""
     if f.weight is None:
         return None
     elif f.resident:
-        return parts_of(load_weight_slice(f, head, 0, BLOCK_D), arithmetic)
+        return split_weight(load_weight_slice(f, head, 0, BLOCK_D), arithmetic)
     else:
         return None
 
@@ -112,7 +112,7 @@ def project_slices(rows, valid, f, head, arithmetic):
         column = first + tl.arange(0, f.slice)
         mask = valid[:, None] & (column < f.head_dim)[None, :]
         part = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
-        weight = parts_of(load_weight_slice(f, head, first, f.slice), arithmetic)
+        weight = split_weight(load_weight_slice(f, head, first, f.slice), arithmetic)
         z = add_projection(part, weight, z, arithmetic)
     return z
 

@@ -77,14 +77,14 @@ class Row:
 
 
 SMALL, MIDDLE, LARGE, ANY = (64, 64), ((128, 64), (64, 128)), (128, 128), (256, 256)
-# A weight of 64 x 64 or 128 x 64 stays with the program, in shared memory; two parts of larger ones
-# would fill it.
+# Weights of up to 128 x 64 or 64 x 128 may stay with the program, in shared memory; two parts of
+# larger ones would fill it.
 PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 
-# On AMD operands lie in registers, so that weights are read when they are needed.
+# Operands lie in registers on AMD, where weights that stay would spill.
 _AMD_BACKWARD = Tiles(16, 32, 4, 1, resident=False, slice=32)
 _AMD_FORWARD = Tiles(32, 64, 4, 1, resident=False, slice=32)
-_READ_MAPS = Tiles(64, 64, 4, 1, resident=False, slice=32)
+_READ_MAPS = Tiles(64, 64, 4, 1, resident=False, slice=32)  # there, and where 99 KB hold too little
 _LARGE_MAP = Tiles(32, 128, 4, 1, resident=False)
 _LARGE_ENTROPY = Tiles(32, 128, 4, 1, resident=False, other=32)
 _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)

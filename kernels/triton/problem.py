@@ -125,7 +125,7 @@ class Place(NamedTuple):
     index: Any  # number of the (sequence, head, segment)
 
 
-class Parts(NamedTuple):
+class Split(NamedTuple):
     """A weight in the dtype of products: rounded, and what rounding left, None for nothing.
 
     What z is off by is a relative error of its exponential, and the gradients of ``exp`` and

@@ -176,5 +176,5 @@ def check_spread(
     names = ["y", "dq", "dk", "dv", "dweight_q", "dweight_k"] if gradients else ["y"]
     got = run(attention, torch.bfloat16)
     want = run(lo.reference.hybrid_attention, torch.float64)
-    for name, y, close in zip(names, got, want, strict=True):
-        assert_close(name, y, close, torch.bfloat16, factor=1 if name == "y" else 2)
+    for name, y, expected_y in zip(names, got, want, strict=True):
+        assert_close(name, y, expected_y, torch.bfloat16, factor=1 if name == "y" else 2)
