@@ -6,13 +6,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from helpers.cases import Case, lay_out, make_inputs
+from helpers.kernels import INTERPRETED
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.func import grad, vmap
 
 import lolcats_ops as lo
-from lolcats_ops import ops  # noqa: F401  registers torch.ops.lolcats_ops
 from lolcats_ops.features import Features
+from lolcats_ops.ops.native import operators
 from lolcats_ops.state import HybridState
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,14 +152,15 @@ def raw_calls() -> dict[str, tuple]:
     return calls
 
 
+@pytest.mark.parametrize("backend", ["cpu", *INTERPRETED])
 @pytest.mark.parametrize("name", raw_calls())
-def test_opcheck(name):
+def test_opcheck(name, backend):
     arguments = list(raw_calls()[name])
     if name in {op.__name__ for op in DIFFERENTIABLE}:
         for i, a in enumerate(arguments):
             if isinstance(a, Tensor) and a.is_floating_point():
                 arguments[i] = a.requires_grad_()
-    torch.library.opcheck(getattr(raw, name).default, tuple(arguments))
+    torch.library.opcheck(getattr(operators(backend), name).default, tuple(arguments))
 
 
 def test_padded_queries_have_no_output_a_maximum_of_0_and_a_denominator_of_1():

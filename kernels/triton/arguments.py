@@ -54,8 +54,8 @@ class Plan:
         launch.launch(kernel, (self.programs,), self.problem, *args, **options)
 
 
-# Rows of a tile are told apart in 32 bits. Tiles have at most 128 tokens.
-FARTHEST = 2**31 // 128
+# Tokens of a tile at most, but that of the sinks. Its rows are told apart in 32 bits.
+MOST_TOKENS = 128
 # Windows of more tokens are as large as can be: sums of two positions stay within 32 bits.
 WIDEST = 2**29
 
@@ -71,18 +71,18 @@ def contiguous(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def rows(x: Tensor) -> Rows:
-    """x [B, H, T, width].
+def rows(x: Tensor, tile: int = MOST_TOKENS) -> Rows:
+    """x [B, H, T, width], of which tiles have at most ``tile`` tokens.
 
     Raises:
         ValueError: its last dimension is not contiguous, or its tokens lie too far apart.
     """
     width = x.shape[3]
-    token = x.stride(2) if x.shape[2] > 1 else width
-    if (x.stride(3) != 1 and width > 1) or token > FARTHEST:
+    token, farthest = x.stride(2) if x.shape[2] > 1 else width, 2**31 // tile
+    if (x.stride(3) != 1 and width > 1) or token > farthest:
         raise ValueError(
             f"Triton kernels: {list(x.shape)} has strides {x.stride()}, needs 1 in the last "
-            f"dimension and at most {FARTHEST} between tokens"
+            f"dimension and at most {farthest} between tokens"
         )
     return Rows(x, x.stride(0), x.stride(1), constant(token), constant(width))
 
@@ -186,16 +186,18 @@ def plan(
         sink = min(sink, next_power_of_2(length))
     segment_chunks = launch.segment_chunks(chunks, sequences * heads * slices)
     segments = max(1, -(-chunks // segment_chunks))
+    window_and_sinks = window_of(min(size, WIDEST), kind, sink, tiles.chunk)
+    most = max(MOST_TOKENS, window_and_sinks.sink_block.value)
     problem = Problem(
         rows(q),
-        rows(k),
-        rows(v),
+        rows(k, most),
+        rows(v, most),
         feature_map_of(weight_q, bias_q, query_heads, head_dim, codes, tiles),
         feature_map_of(weight_k, bias_k, heads, head_dim, codes, tiles),
         None if gate is None else gate.contiguous(),
         scale,
         sequences_of(q, cu_seqlens, key_padding_mask),
-        window_of(min(size, WIDEST), kind, sink, tiles.chunk),
+        window_and_sinks,
         arithmetic_of(q.dtype),
         constant(affine and (size > 0 or sink > 0)),  # else all weights have the factor
         constant(heads),

@@ -157,8 +157,8 @@ def partial(x: Tensor, count: int, zero: bool) -> Tensor:
 
 
 def total(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the parts."""
-    return x[0] if x.shape[0] == 1 else x.sum(0).to(dtype)
+    """The sum over the parts, in the memory order of each."""
+    return x[0] if x.shape[0] == 1 else torch.sum(x, 0, out=torch.empty_like(x[0])).to(dtype)
 
 
 def shares(plan: Plan, parameter: Tensor | None, resident: bool = True) -> Tensor | None:
@@ -271,8 +271,7 @@ def final_gradients(
 
 def map_gradients(gradients: Gradients) -> tuple[Tensor, ...]:
     """(dweight_q, dbias_q, dweight_k, dbias_k), those of absent parameters empty."""
-    absent = gradients.dm.new_empty(0)
-    return tuple(absent if x is None else x for x in gradients[3:7])
+    return tuple(gradients.dm.new_empty(0) if x is None else x for x in gradients[3:7])
 
 
 def gate_gradient(plan: Plan, gradients: Gradients, gate: Tensor, affine: bool) -> Tensor:

@@ -162,7 +162,7 @@ def real_queries(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> T
     """H * real tokens, at least 1; nothing waits for the device."""
     batch, heads, length, _ = q.shape
     if cu_seqlens is not None:
-        return (cu_seqlens[-1] * heads).clamp(min=1)
+        return (cu_seqlens[-1].long() * heads).clamp(min=1)
     if mask is not None:
         return (mask.sum() * heads).clamp(min=1)
     return max(batch * heads * length, 1)

@@ -24,6 +24,13 @@ from .arguments import last_contiguous
 
 CUDA = "lolcats_ops_cuda"
 NAMESPACES = (default.NAMESPACE, triton.NAMESPACE, CUDA)
+# Of a backend; "native" is what torch finds by the tensors' device.
+_NAMESPACE_OF = {
+    "native": default.NAMESPACE,
+    "cpu": default.NAMESPACE,
+    "cuda": CUDA,
+    "triton": triton.NAMESPACE,
+}
 
 SEQUENCES = ("x", "q", "k", "v")  # activations: what autocast casts
 ROWS = (
@@ -49,9 +56,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def operators(backend: str) -> Any:
     """The namespace of torch.ops that ``backend`` runs."""
-    if backend == "triton":
-        return torch.ops.lolcats_ops_triton
-    return torch.ops.lolcats_ops_cuda if backend == "cuda" else torch.ops.lolcats_ops
+    return getattr(torch.ops, _NAMESPACE_OF[backend])
 
 
 def overloads(name: str) -> list[Any]:

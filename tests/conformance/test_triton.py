@@ -30,6 +30,7 @@ from helpers.operators import (
     linear_attention,
 )
 from helpers.states import SETTINGS, arguments, case_of, empty_state, feed, prepare, reference_of
+from lolcats_ops.kernels.triton.attention_transfer import real_queries
 
 import lolcats_ops as lo
 from lolcats_ops.ops.hybrid_attention_step import step_
@@ -202,6 +203,15 @@ def test_rows_too_far_apart_are_refused():
     far = torch.empty(2**25, dtype=torch.bfloat16).as_strided((1, 2, 2, 16), (0, 16, 2**24 + 1, 1))
     with pytest.raises(ValueError, match=r"at most 16777216 between tokens"):
         attended(q=far, k=far, v=far)
+    # Sinks are one tile, here of 512.
+    far = torch.empty_strided((1, 2, 300, 16), (0, 0, 2**22 + 1, 1), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"at most 4194304 between tokens"):
+        attended(q=far, k=far, v=far, sink=300)
+
+
+def test_losses_divide_by_more_numbers_than_32_bits_count():
+    q, bounds = torch.empty(1, 32, 2**19, 128, device="meta"), torch.tensor([0, 2**19])
+    assert real_queries(q, bounds.int(), None) * 128 == 2**31
 
 
 def test_no_sequences_have_gradients():
