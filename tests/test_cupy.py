@@ -107,7 +107,7 @@ CASES = [
     (
         operators.hybrid_attention,
         Case(D=64, f=24, V=24, batch=(1, 1), sink=1, activation="relu", dtype=torch.float16),
-        Launch("lol::cuda::hybrid_attention<lol::wide_f16, 64, 64, 2, 32, 64, 2>", 1, 256),
+        Launch("lol::cuda::hybrid_attention<lol::f16, 64, 64, 2, 32, 64, 2>", 1, 256),
     ),
 ]
 
@@ -214,8 +214,8 @@ def test_a_gpu_with_little_shared_memory_gets_the_kernel_that_fits(lcp, monkeypa
         features = lcp.Features(lcp.cupy.asarray(np.ones((1, D, 64), np.float32)))
         lcp.hybrid_attention(q, q, q, features, features, lcp.cupy.asarray(np.ones(1, np.float32)))
 
-    attend(128, np.float16)
-    assert kernels == ["lol::cuda::hybrid_attention<lol::f16, 128, 64, 2, 64, 32, 2>"]
+    attend(128, ml_dtypes.bfloat16)
+    assert kernels == ["lol::cuda::hybrid_attention<lol::bf16, 128, 64, 2, 64, 32, 2>"]
     with pytest.raises(ValueError, match=r"needs \d{6} bytes .*, a block of device 0 has 101376"):
         attend(128, np.float32)
 

@@ -23,11 +23,6 @@ namespace cuda {
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr unsigned kNegativeInfinity = 0xff800000u;
 
-template <class T>
-constexpr bool kHoldsSums = true;
-template <>
-constexpr bool kHoldsSums<f16> = false;  // its largest number is 65504
-
 template <class Number, int kD, int kf, int kSides, int kV, int kChunk, int kSlots, bool kHybrid>
 class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
   using Memory = AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots>;
@@ -43,10 +38,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
       : Memory(params, shared) {}
 
   __device__ __forceinline__ void run() {
-    if (this_warp() == 0) {
-      this->find_place(kV, kChunk, kHybrid);
-      if (!kHoldsSums<T> && begins_with_state()) this->find_most_of_ksum();
-    }
+    if (this_warp() == 0) this->find_place(kV, kChunk, kHybrid);
     __syncthreads();
     this->load_maps();
     load_state();
@@ -60,7 +52,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
     }
     if (stores_state()) store_state();
     if (at.last && (p.mask.real || at.sequence + 1 >= p.sequences))
-      this->template clear_rest<Stored<Number>, kV>(kThreads);
+      this->template clear_rest<Number, kV>(kThreads);
   }
 
  private:
@@ -101,7 +93,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
       this->visit(tile, tile > oldest_tile(chunk) ? tile - 1 : chunk + 1);
       if (tile == chunk && attends(chunk)) {
         if (has_queries()) begin_queries();
-        if (has_state(chunk)) state.share(kv, ksum, unit(chunk));
+        if (has_state(chunk)) state.share(kv, ksum);
         attend_sinks(chunk);
       }
       const bool leaves = absorbs(chunk, tile);
@@ -117,7 +109,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
       if (has_state(chunk)) {
         __syncthreads();
         this->load_ahead(chunk + 1);
-        if (has_queries()) read_state(chunk);
+        if (has_queries()) read_state();
       }
       if (has_queries()) store_outputs(chunk);
     }
@@ -234,7 +226,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
                                                       const bool (&near)[groups],
                                                       const Queries& own, const Tile<T, kD>& keys,
                                                       int j) {
-    constexpr int kAtOnce = kUnroll < 4 ? kUnroll : 4;  // the eight of D = 128 would spill in fp16
+    constexpr int kAtOnce = kUnroll < 4 ? kUnroll : 4;  // more is more code, and untimed
 #pragma unroll kAtOnce
     for (int d = 0; d < kD; d += 16) {
       Pair<T> a[4];
@@ -341,25 +333,9 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
   __device__ __forceinline__ void store_state() {
     state.template move<false>(p.kv, p.ksum, this->state_row(), p.sides, p.f, p.V, at.column);
   }
-  // By what the state is multiplied before it is rounded for all warps to read, and with it the
-  // sums of a chunk: fp16 does not hold sums, but their means. Its features are at most 1
-  // (plan_attention.cpp), and so ksum at most the number of keys.
-  __device__ __forceinline__ float unit(int chunk) const {
-    return kHoldsSums<T> || !has_state(chunk)
-               ? 1.f
-               : 1.f / (at.most_of_ksum + first_tile(chunk) * kChunk);
-  }
   // Adds what the queries read from the state.
-  __device__ __forceinline__ void read_state(int chunk) {
+  __device__ __forceinline__ void read_state() {
     const int lane = this_lane();
-    if (!kHoldsSums<T>) {
-      const float scale = unit(chunk);
-#pragma unroll
-      for (int n = 0; n <= kSum; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[n][e] *= scale;
-      }
-    }
 #pragma unroll kSharesQueries ? kUnroll : kF / 16
     for (int f = 0; f < kF; f += 16) {
       Pair<T> a[4], b[2];
@@ -378,7 +354,7 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
     const int lane = this_lane(), i = first_query(chunk);
     const Tokens tokens = tokens_at(i);
     const Tile<T, kV> y = {own_queries().data};
-    const float factor = (kHybrid ? 1.f : p.scale) / unit(chunk);
+    const float factor = kHybrid ? 1.f : p.scale;
     __syncwarp();  // all lanes are done with the queries
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -399,18 +375,17 @@ class Attention : AttentionMemory<Number, kD, kf, kSides, kV, kChunk, kSlots> {
       }
     }
     __syncwarp();
-    using Out = Stored<Number>;
-    constexpr int kPer = kPerChunk<Out>, kPieces = kV / kPer;
+    constexpr int kPer = kPerChunk<Number>, kPieces = kV / kPer;
 #pragma unroll 1
     for (int c = lane; c < 16 * kPieces; c += 32) {
       const int row = c / kPieces, column = c % kPieces * kPer;
       if (i + row >= at.length || at.column + column >= p.V) continue;
-      Out* to = row_of<Out>(p.o, at.batch, at.head, tokens[row]) + at.column;
-      const Chunk<Out> x = chunk_of<Out>(y.at(row, column / 8) + column % 8);
+      Number* to = row_of<Number>(p.o, at.batch, at.head, tokens[row]) + at.column;
+      const Chunk<Number> x = chunk_of<Number>(y.at(row, column / 8) + column % 8);
       if (p.wide) {
-        store_chunk<Out, true>(to, column, p.V - at.column, x);
+        store_chunk<Number, true>(to, column, p.V - at.column, x);
       } else {
-        store_chunk<Out, false>(to, column, p.V - at.column, x);
+        store_chunk<Number, false>(to, column, p.V - at.column, x);
       }
     }
     __syncwarp();  // before the next queries arrive

@@ -15,7 +15,6 @@ class AttentionBlock {
     int sequence, batch, head, kv_head, column;
     int length, first;  // of the sequence; its first token
     float log2_gate, lambda;
-    float most_of_ksum;  // before the sequence, but at least 1
     const float *bias_q, *bias_k;
     bool holes;      // between its tokens, of padding
     int begin, end;  // chunks that the block attends
@@ -52,7 +51,7 @@ class AttentionBlock {
     found.last = segment + 1 == p.segments;
     // Query heads that share a state have the same one.
     found.stores = p.kv && found.last && found.head % (p.H / p.Hs) == 0;
-    found.lambda = found.most_of_ksum = 1.f;
+    found.lambda = 1.f;
     if (hybrid) {
       const float g = p.gate[found.head];
       found.log2_gate = -log2f(1.f + exp2f(-kLog2e * fmaxf(g, kLeastGate)));
@@ -61,15 +60,6 @@ class AttentionBlock {
     found.bias_q = bias_of(p.map_q, found.head);
     found.bias_k = bias_of(p.map_k, found.head);
     if (this_lane() == 0) at = found;
-  }
-  // After find_place, by the same warp.
-  __device__ __forceinline__ void find_most_of_ksum() {
-    __syncwarp();
-    const float* ksum = p.ksum0 + state_row();
-    float most = at.most_of_ksum;
-    for (int i = this_lane(); i < p.sides * p.f; i += 32) most = fmaxf(most, ksum[i]);
-    most = warp_max(most);
-    if (this_lane() == 0) at.most_of_ksum = most;
   }
   __device__ __forceinline__ const float* bias_of(const Maps& maps, int head) const {
     return maps.bias ? maps.bias + head / maps.group * p.f : nullptr;

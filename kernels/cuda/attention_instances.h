@@ -11,21 +11,21 @@
 // tile where an A100 has room for it: with windows up to a chunk both are at work, and none is
 // asked for twice. The second part of a list is what fits 99 KB in their place.
 //
-// Of fp16 there are both lists: features without a bound are held in fp32 (numbers.cuh).
+// fp16 is held in fp32 tiles (numbers.cuh).
 #pragma once
 
-#define LOL_ATTENTION_INSTANCES_OF_16_BITS(X, T) \
-  X(T, 64, 64, 2, 64, 64, 1)                     \
-  X(T, 64, 128, 1, 64, 64, 1)                    \
-  X(T, 96, 64, 2, 96, 64, 2)                     \
-  X(T, 128, 64, 2, 128, 64, 2)                   \
-  X(T, 128, 128, 2, 32, 64, 1)                   \
-  X(T, 256, 64, 2, 96, 32, 1)                    \
-  X(T, 256, 256, 2, 16, 32, 2)                   \
-                                                 \
-  X(T, 96, 64, 2, 96, 32, 1)                     \
-  X(T, 128, 64, 2, 64, 32, 2)                    \
-  X(T, 256, 256, 2, 16, 16, 1)
+#define LOL_ATTENTION_INSTANCES_bf16(X) \
+  X(lol::bf16, 64, 64, 2, 64, 64, 1)    \
+  X(lol::bf16, 64, 128, 1, 64, 64, 1)   \
+  X(lol::bf16, 96, 64, 2, 96, 64, 2)    \
+  X(lol::bf16, 128, 64, 2, 128, 64, 2)  \
+  X(lol::bf16, 128, 128, 2, 32, 64, 1)  \
+  X(lol::bf16, 256, 64, 2, 96, 32, 1)   \
+  X(lol::bf16, 256, 256, 2, 16, 32, 2)  \
+                                        \
+  X(lol::bf16, 96, 64, 2, 96, 32, 1)    \
+  X(lol::bf16, 128, 64, 2, 64, 32, 2)   \
+  X(lol::bf16, 256, 256, 2, 16, 16, 1)
 
 #define LOL_ATTENTION_INSTANCES_OF_32_BITS(X, T) \
   X(T, 64, 64, 2, 32, 64, 2)                     \
@@ -34,12 +34,8 @@
   X(T, 256, 256, 2, 16, 16, 1)                   \
                                                  \
   X(T, 64, 64, 2, 32, 32, 1)
-
-#define LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::bf16)
-#define LOL_ATTENTION_INSTANCES_f16(X)            \
-  LOL_ATTENTION_INSTANCES_OF_16_BITS(X, lol::f16) \
-  LOL_ATTENTION_INSTANCES_OF_32_BITS(X, lol::wide_f16)
 #define LOL_ATTENTION_INSTANCES_f32(X) LOL_ATTENTION_INSTANCES_OF_32_BITS(X, float)
+#define LOL_ATTENTION_INSTANCES_f16(X) LOL_ATTENTION_INSTANCES_OF_32_BITS(X, lol::f16)
 
 #define LOL_ATTENTION_INSTANCES(X) \
   LOL_ATTENTION_INSTANCES_f32(X) LOL_ATTENTION_INSTANCES_bf16(X) LOL_ATTENTION_INSTANCES_f16(X)

@@ -75,8 +75,8 @@ class AttentionMemory : protected AttentionBlock {
   __device__ __forceinline__ void load_queries(int chunk) {
     const int position = chunk * kChunk + 16 * this_warp();
     if (has_queries())
-      copy_rows(this_lane(), own_queries(), row_of<Stored<Number>>(p.q, at.batch, at.head, 0),
-                p.q.token, tokens_at(position), at.length - position, p.D, p.wide);
+      copy_rows(this_lane(), own_queries(), row_of<Number>(p.q, at.batch, at.head, 0), p.q.token,
+                tokens_at(position), at.length - position, p.D, p.wide);
     ptx::cp_async_commit();
   }
   __device__ __forceinline__ void load_tile(int tile) {
@@ -131,11 +131,10 @@ class AttentionMemory : protected AttentionBlock {
     const int lane = this_lane(), first = 16 * this_warp(), count = at.length - position - first;
     if (first < kKeys) {
       const Tokens tokens = tokens_at(position + first);
-      copy_rows(lane, to_k.rows(first), row_of<Stored<Number>>(p.k, at.batch, at.kv_head, 0),
-                p.k.token, tokens, count, p.D, p.wide);
-      copy_rows(lane, to_v.rows(first),
-                row_of<Stored<Number>>(p.v, at.batch, at.kv_head, 0) + at.column, p.v.token, tokens,
-                count, p.V - at.column, p.wide);
+      copy_rows(lane, to_k.rows(first), row_of<Number>(p.k, at.batch, at.kv_head, 0), p.k.token,
+                tokens, count, p.D, p.wide);
+      copy_rows(lane, to_v.rows(first), row_of<Number>(p.v, at.batch, at.kv_head, 0) + at.column,
+                p.v.token, tokens, count, p.V - at.column, p.wide);
     }
     ptx::cp_async_commit();
   }

@@ -64,10 +64,9 @@ struct State {
     }
   }
 
-  // Rounds unit * state for all warps to read; ksum in two columns, with what rounding lost in the
+  // Rounds the state for all warps to read; ksum in two columns, with what rounding lost in the
   // second.
-  __device__ __forceinline__ void share(const Tile<T, kV>& kv, const Tile<T, 8>& ksum,
-                                        float unit) const {
+  __device__ __forceinline__ void share(const Tile<T, kV>& kv, const Tile<T, 8>& ksum) const {
     const int lane = this_lane();
 #pragma unroll
     for (int t = 0; t < kTiles; t++) {
@@ -76,9 +75,8 @@ struct State {
         const int row = row_of_thread(lane, t, half);
 #pragma unroll
         for (int n = 0; n < kSum; n++)
-          kv.pair(row, 4 * n + lane % 4) =
-              pack<T>(unit * sums[t][n][2 * half], unit * sums[t][n][2 * half + 1]);
-        const float sum = unit * sums[t][kSum][2 * half];
+          kv.pair(row, 4 * n + lane % 4) = pack<T>(sums[t][n][2 * half], sums[t][n][2 * half + 1]);
+        const float sum = sums[t][kSum][2 * half];
         ksum.pair(row, lane % 4) = pack<T>(sum, sum - to_float(from_float<T>(sum)));
       }
     }

@@ -44,6 +44,7 @@ class Step : StepKeys<T, kLanes, kQueries, kWide> {
 
   __device__ void run() {
     if (threadIdx.x == 0) this->find_sequence();
+    if (p.cu_seqlens.data && blockIdx.x / p.Hs + 1 >= p.sequences) clear_rest();
     __syncthreads();
     if (s().count == 0) return;
     tile_of_keys = -1;
@@ -81,6 +82,15 @@ class Step : StepKeys<T, kLanes, kQueries, kWide> {
   static constexpr int kInFlight = kQueries == 1 ? 8 : kLanes == 32 ? 1 : 2;
   // Whether there is a query r among `rows`.
   static __device__ bool is_query(int r, int rows) { return kQueries == 1 || r < rows; }
+
+  // Tokens after the last sequence belong to none: y = 0.
+  __device__ void clear_rest() {
+    const int heads = p.H / p.Hs, first = blockIdx.x % p.Hs * heads;
+    for (int64 token = index_at(p.cu_seqlens, p.sequences); token < p.T; token++) {
+      for (int i = threadIdx.x; i < heads * p.V; i += kThreads)
+        row_of<T>(p.o, 0, first + i / p.V, token)[i % p.V] = T{};
+    }
+  }
 
   // ---- The state
 

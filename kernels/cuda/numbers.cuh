@@ -19,23 +19,18 @@ struct f16 {
   unsigned short bits;
 };
 
-// In tensors fp16, in tiles fp32: for sums beyond 65504, the largest number of fp16.
-struct wide_f16 {};
-
+// The number type of tiles in shared memory, and of products of them. fp16 would hold neither sums
+// of features, which outgrow 65504, nor small features and gates, which are 0 below 6e-8.
 template <class T>
-struct NumberOf {
-  using Stored = T;
-  using Tiled = T;
+struct TiledOf {
+  using Type = T;
 };
 template <>
-struct NumberOf<wide_f16> {
-  using Stored = f16;
-  using Tiled = float;
+struct TiledOf<f16> {
+  using Type = float;
 };
 template <class T>
-using Stored = typename NumberOf<T>::Stored;  // in tensors
-template <class T>
-using Tiled = typename NumberOf<T>::Tiled;  // in tiles of shared memory, and in products of them
+using Tiled = typename TiledOf<T>::Type;
 
 // Two numbers side by side, as tensor cores take them.
 template <class T>

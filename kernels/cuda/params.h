@@ -94,6 +94,7 @@ struct StepParams {
   int* length;            // [P] int64, as two words each
   int64* folded;          // [P]
   Indices state_indices, cu_seqlens;
+  int sequences;
 };
 
 }  // namespace cuda

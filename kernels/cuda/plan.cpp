@@ -1,4 +1,5 @@
 #include "plan.h"
+#include <algorithm>
 #include <initializer_list>
 
 #include "../check.h"
@@ -164,7 +165,9 @@ int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* p
   p.shared.k = at.take(p.keys * p.k_row);
   p.shared.v = at.take(p.keys * v_row);
 
-  const int64_t sequences = a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0];
+  p.sequences = static_cast<int>(a.cu_seqlens.data ? a.cu_seqlens.shape[0] - 1 : a.q.shape[0]);
+  // Tokens after the last sequence are cleared by its blocks, or by those of an absent one.
+  const int64_t sequences = std::max(p.sequences, 1);
   *params = p;
   *plan = {instance.kernel, a.q.shape[0] * p.T > 0 ? sequences * p.Hs : 0, threads, at.bytes()};
   return at.bytes() <= most_shared_bytes ? LOL_OK : LOL_EUNSUPPORTED;

@@ -13,33 +13,26 @@ struct AttentionInstance {
   int dtype;
   AttentionTiles tiles;
 };
-// Of "float", "lol::bf16", "lol::f16" and "lol::wide_f16": the number of tensors, and the bytes of
-// one in tiles (numbers.cuh).
+// Of "float", "lol::bf16" and "lol::f16": the number of tensors, and the bytes of one in tiles
+// (numbers.cuh).
 constexpr int type_code(const char* name) {
   return name[0] == 'f' ? LOL_F32 : name[5] == 'b' ? LOL_BF16 : LOL_F16;
 }
-constexpr int tiled_bytes(const char* name) { return name[0] == 'f' || name[5] == 'w' ? 4 : 2; }
+constexpr int tiled_bytes(int dtype) { return dtype == LOL_BF16 ? 2 : 4; }
 const AttentionInstance attention_instances[] = {
 #define LOL_NAME(T, ...)                                    \
   {"lol::cuda::hybrid_attention<" #T ", " #__VA_ARGS__ ">", \
    "lol::cuda::linear_attention<" #T ", " #__VA_ARGS__ ">", \
    type_code(#T),                                           \
-   {tiled_bytes(#T), __VA_ARGS__}},
+   {tiled_bytes(type_code(#T)), __VA_ARGS__}},
     LOL_ATTENTION_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
 
-// Whether sums of features and products with them may outgrow fp16.
-bool outgrows_fp16(const Activation& activation) {
-  return activation.kind != LOL_SOFTMAX && activation.kind != LOL_EXP;
-}
-
 // The first one that holds the problem in so much shared memory, or null.
 const AttentionInstance* instance_for(int dtype, const AttentionParams& p, int most_shared_bytes) {
-  const bool of_32_bits = dtype == LOL_F32 || (dtype == LOL_F16 && outgrows_fp16(p.activation));
   for (const AttentionInstance& at : attention_instances) {
-    if (at.dtype == dtype && at.tiles.number == (of_32_bits ? 4 : 2) && at.tiles.D >= p.D &&
-        at.tiles.f >= p.f && at.tiles.sides >= p.sides &&
+    if (at.dtype == dtype && at.tiles.D >= p.D && at.tiles.f >= p.f && at.tiles.sides >= p.sides &&
         at.tiles.shared_bytes() <= most_shared_bytes)
       return &at;
   }

@@ -55,9 +55,9 @@ class StepBlock {
     if (p.cu_seqlens.data) {
       found.batch = 0;
       found.first_row = index_at(p.cu_seqlens, n);
-      count = index_at(p.cu_seqlens, n + 1) - found.first_row;
+      count = n < p.sequences ? index_at(p.cu_seqlens, n + 1) - found.first_row : 0;
     }
-    found.slot = p.state_indices.data ? index_at(p.state_indices, n) : n;
+    if (count > 0) found.slot = p.state_indices.data ? index_at(p.state_indices, n) : n;
     if (count > 0 && found.slot >= 0 && found.slot < p.slots) {
       found.count = static_cast<int>(count);
       found.past = p.length[2 * found.slot];  // the upper word counts blocks

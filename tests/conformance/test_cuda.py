@@ -114,6 +114,15 @@ def check_decode(case: Case, lengths: tuple, slots: tuple, more: int, cuts: list
         assert_same_state(state.select(indices[i : i + 1]), final, torch.float32)
 
 
+@pytest.mark.parametrize("bounds", [[0, 2, 4], [0]])
+def test_tokens_after_the_last_sequence_get_zero(bounds):
+    x = prepare(Case(D=16, V=24, f=16, G=2, window=5, batch=(1, 2)), 6, torch.bfloat16)
+    options = {"state_indices": torch.arange(len(bounds) - 1), "cu_seqlens": torch.tensor(bounds)}
+    out = emulated.hybrid_attention_step_(*arguments(x), empty_state(x, batch=2), **options)
+    assert out[:, :, : bounds[-1]].isfinite().all()
+    assert (out[:, :, bounds[-1] :] == 0).all()
+
+
 def _tokens(case: Case, length: int, seed: int) -> Inputs:
     inputs = make_inputs(replace(case, length="w", window=length), seed)
     leaves = inputs.as_dtype(torch.bfloat16, "transposed").leaves

@@ -20,23 +20,23 @@ from .emulated import activation, described
 ONE = "X(lol::bf16, 64, 64, 2, 64, 64, 1)"
 ONE_FP32 = "X(float, 64, 64, 2, 32, 64, 2)"
 ONE_LARGE = "X(lol::bf16, 128, 128, 2, 32, 64, 1)"
-ONE_WIDE_FP16 = "X(lol::wide_f16, 64, 64, 2, 32, 64, 2)"
-NARROW = f"{ONE} {ONE_FP32} {ONE_WIDE_FP16} X(lol::f16, 64, 64, 2, 64, 64, 1)"
+ONE_FP16 = "X(lol::f16, 64, 64, 2, 32, 64, 2)"
+NARROW = f"{ONE} {ONE_FP32} {ONE_FP16}"
 ONE_WIDE = "X(lol::bf16, 128, 64, 2, 128, 64, 2)"
 WIDE = (
     f"{ONE_WIDE} X(lol::bf16, 96, 64, 2, 96, 64, 2) X(lol::bf16, 64, 128, 1, 64, 64, 1) "
-    "X(float, 96, 64, 2, 48, 32, 2) X(lol::wide_f16, 96, 64, 2, 48, 32, 2)"
+    "X(float, 96, 64, 2, 48, 32, 2) X(lol::f16, 96, 64, 2, 48, 32, 2)"
 )
 LARGE = f"{ONE_LARGE} X(lol::bf16, 256, 64, 2, 96, 32, 1)"
 LARGEST = (
     "X(float, 128, 64, 2, 32, 32, 2) X(float, 256, 256, 2, 16, 16, 1) "
     "X(lol::bf16, 256, 256, 2, 16, 32, 2) "
-    "X(lol::wide_f16, 128, 64, 2, 32, 32, 2) X(lol::wide_f16, 256, 256, 2, 16, 16, 1)"
+    "X(lol::f16, 128, 64, 2, 32, 32, 2) X(lol::f16, 256, 256, 2, 16, 16, 1)"
 )
 SMALLEST = (
     "X(lol::bf16, 96, 64, 2, 96, 32, 1) X(lol::bf16, 128, 64, 2, 64, 32, 2) "
     "X(lol::bf16, 256, 256, 2, 16, 16, 1) X(float, 64, 64, 2, 32, 32, 1) "
-    "X(lol::wide_f16, 64, 64, 2, 32, 32, 1)"
+    "X(lol::f16, 64, 64, 2, 32, 32, 1)"
 )
 SM_80, SM_86 = 163 * 1024, 99 * 1024  # bytes of shared memory that a block may have
 
