@@ -119,7 +119,8 @@ def load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrain
     if getattr(model, "peft_config", None):
         raise ValueError(
             f"{path} is an adapter (PEFT) on {model.name_or_path}; merge it into that first: "
-            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload()"
+            "import lolcats_ops.hf, and save what "
+            "peft.AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload() returns"
         )
     return model, tokenizer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,7 @@ ConfigFile = Annotated[
         "--config",
         help="YAML, see `lolcats info --config`; what it lacks is as in MODEL's lolcats.yaml.",
         exists=True,
+        dir_okay=False,
     ),
 ]
 Changes = Annotated[
@@ -133,6 +135,7 @@ def transfer(
     import lolcats_ops as lo
 
     from . import _cli_models as models
+    from .convert.files import make_writable
 
     settings = models.settings_of(config, changes, model)
     texts = lo.convert.read_texts(text)
@@ -142,7 +145,7 @@ def transfer(
             lo.hf.convert(loaded, settings.lolcats)
         settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-        out.mkdir(parents=True, exist_ok=True)
+        make_writable(out)
         checkpoint = out / "transfer.pt" if resume else None
         report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
         if not reports:
@@ -173,6 +176,7 @@ def finetune(
     import lolcats_ops as lo
 
     from . import _cli_models as models
+    from .convert.files import make_writable
 
     settings = models.settings_of(config, changes, model)
     if not settings.finetune.merge and out.resolve() == Path(model).resolve():
@@ -187,7 +191,7 @@ def finetune(
             raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
         settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-        out.mkdir(parents=True, exist_ok=True)
+        make_writable(out)
         checkpoints = out / "checkpoints" if resume else None
         report = lo.convert.finetune(
             loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
@@ -368,18 +372,21 @@ def bench(context: typer.Context) -> None:
     suite.main(context.args, prog="lolcats bench")
 
 
+# Errors that a user can act on: of Python's kinds, and of those who read the user's files.
+USERS_ERRORS = ImportError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError
+READERS = ("huggingface_hub", "jinja2", "safetensors")
+
+
 def main() -> None:
     """Entry point: errors that a user can act on are one line on stderr, without a traceback."""
+    # A job that is told to end leaves no half of a model behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
-    except (
-        ImportError,
-        NotImplementedError,
-        OSError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except Exception as error:
+        reader = type(error).__module__.partition(".")[0]
+        if not isinstance(error, USERS_ERRORS) and reader not in READERS:
+            raise
         said = " ".join(str(error).splitlines())
         Console(stderr=True).print(f"lolcats: {said}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -215,7 +216,9 @@ class HybridState:
                 f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv, "
                 f"needs at most what is left of the slack of {self.slack}"
             )
-        self.length.copy_(length)
+        made_in_inference = self.length.is_inference()  # such a tensor changes there alone
+        with torch.inference_mode() if made_in_inference else nullcontext():
+            self.length.copy_(length)
         return self
 
     def select(self, indices: Tensor) -> HybridState:

@@ -39,7 +39,7 @@ def _read(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
     texts = [whole]
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         lines = enumerate(whole.split("\n"), 1)
         texts = [_text_of(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not any(text.strip() for text in texts):

@@ -48,9 +48,22 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name without its bytes
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk
+            error.filename = str(path)
         raise
+
+
+def make_writable(folder: Path) -> None:
+    """Makes a folder to save to, and asks now, not after hours of training, whether that will work.
+
+    Raises:
+        OSError: it will not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-"):
+        pass
 
 
 @contextmanager

@@ -185,24 +185,28 @@ def finetune(
 
 
 def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
-    """The names of the modules to adapt, sorted: their order decides nothing."""
-    attention = {
-        name
-        for module in model.modules()
+    """The paths of the modules to adapt; names would be those of others as well, such as gate_proj
+    of an MLP beside that of attention."""
+    modules = dict(model.named_modules())
+    attention = [
+        (path, name)
+        for path, module in modules.items()
         if hasattr(module, "o_proj")
         for name, child in module.named_children()
         if isinstance(child, nn.Linear)
-    }
-    given = set(attention if config.target_modules is None else config.target_modules)
-    paths = [f".{path}" for path, _ in model.named_modules()]
-    # PEFT asks that one of them match.
-    missing = [name for name in given if not any(path.endswith(f".{name}") for path in paths)]
+    ]
+    given = config.target_modules
+    if given is None:
+        given = tuple(f"{path}.{name}".removeprefix(".") for path, name in attention)
+    found = {name: [p for p in modules if f".{p}".endswith(f".{name}")] for name in given}
+    missing = sorted(name for name, paths in found.items() if not paths)  # PEFT wants one of them
     if missing or not given:
+        have = sorted({name for _, name in attention})
         raise ValueError(
-            f"finetune: target_modules={sorted(missing) or None} names no module; the attention "
-            f"modules (those with an o_proj) have the linear layers {sorted(attention)}"
+            f"finetune: target_modules={missing or None} names no module; the attention "
+            f"modules (those with an o_proj) have the linear layers {have}"
         )
-    return sorted(given)
+    return [path for path in modules if any(path in paths for paths in found.values())]
 
 
 def _begin(folder: Path, now: dict[str, str], resume: bool, count: int) -> Path | None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 NAME = "lolcats"
 MASK_ROWS = 512  # that are compared at a time: a fraction of the memory of the mask itself
+# What transformers' attentions may be asked for beside the scores of queries and keys.
+REFUSED = (
+    *("dropout", "softcap", "output_attentions", "position_bias"),
+    *("block_indices", "indices", "s_aux", "sinks"),
+)
 BLOCKED = -1e3  # at most, in an additive mask: exp of it is 0 in fp64 as well
 Mode = Literal["hybrid", "transfer", "softmax"]
 
@@ -112,7 +117,7 @@ class LolcatsAttention(Fp32Module):
 
     def refuse(self, asked: Mapping[str, Any]) -> None:
         """Raises NotImplementedError for what this attention does not have."""
-        for name in ("dropout", "softcap", "output_attentions", "block_indices", "s_aux"):
+        for name in REFUSED:
             value = asked.get(name)
             if isinstance(value, Tensor):
                 raise NotImplementedError(f"lolcats attention has no {name}")

@@ -53,7 +53,8 @@ class LolcatsModelConfig(PreTrainedConfig):
         if family not in CONFIG_MAPPING:
             raise ValueError(
                 f"a converted {family!r} model: transformers {transformers.__version__} does not "
-                "know that family; it is perhaps too old"
+                "know that family; it is perhaps too old, or the family's code came with the "
+                "model, which convert warned of"
             )
         return config_class(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
 
@@ -64,9 +65,8 @@ AutoConfig.register(MODEL_TYPE, LolcatsModelConfig)
 @cache
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class of converted models of a family, registered with the auto classes."""
-    derived = type(
-        f"Lolcats{base.__name__}", (base,), {"model_type": MODEL_TYPE, "__module__": __name__}
-    )
+    own = {"model_type": MODEL_TYPE, "__module__": __name__, "_auto_class": None}
+    derived = type(f"Lolcats{base.__name__}", (base,), own)
     if base in MODEL_FOR_CAUSAL_LM_MAPPING:
         AutoModelForCausalLM.register(
             derived, _model_class(MODEL_FOR_CAUSAL_LM_MAPPING[base], derived)
@@ -96,6 +96,7 @@ def _model_class(
         "initialize_weights": initialize_weights,
         "__module__": __name__,
         "config_class": config,
+        "_auto_class": None,  # else a model with code of its own would save this file as that
         "_keep_in_fp32_modules_strict": strict,
     }
     derived = type(f"Lolcats{base.__name__}", (base,), namespace)
@@ -149,8 +150,9 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
 
     Warns:
         UserWarning: the model's attention has dropout, which will not apply to converted layers;
-            the model has no language model head, or is of a family that AutoModelForCausalLM does
-            not load, so that it will not load converted.
+            the model has no language model head, is of a family that AutoModelForCausalLM does
+            not load or that came with the model (remote code), or holds an adapter, which is all
+            that save_pretrained then writes: it will not load converted.
 
     >>> from lolcats_ops.hf import attention_layers
     >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -172,12 +174,7 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
         model.config.base_model_type = model.config.model_type
         model.config.__class__ = config_class(model.config.__class__)
     model.config.lolcats = config.to_dict()
-    gap = None
-    if model.get_output_embeddings() is None:
-        gap = "has no language model head"
-    elif type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        gap = "is of a family that AutoModelForCausalLM does not load"
-    if gap is not None:
+    if gap := _gap(model):
         warnings.warn(
             f"{type(model).__name__} {gap}: neither a checkpoint of it nor of "
             "a model that holds it will load converted. Keep its `lolcats` parameters by other "
@@ -185,6 +182,20 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
             stacklevel=2,
         )
     return model
+
+
+def _gap(model: PreTrainedModel) -> str | None:
+    """Why no checkpoint of a converted model will load converted, if so."""
+    family = model.config.base_model_type
+    if model.get_output_embeddings() is None:
+        return "has no language model head"
+    if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return "is of a family that AutoModelForCausalLM does not load"
+    if family not in CONFIG_MAPPING or not isinstance(model.config, CONFIG_MAPPING[family]):
+        return "is of a family whose code came with it (remote code)"
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return "holds an adapter (PEFT), which is all that save_pretrained writes"
+    return None
 
 
 def restore(model: PreTrainedModel) -> PreTrainedModel:

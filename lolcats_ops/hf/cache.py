@@ -36,6 +36,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
         super().__init__()
         self.slack = slack
         self.instead_of = instead_of
+        # Some static layers are initialized early: room for keys and values that will not come.
+        instead_of.keys = instead_of.values = None
+        instead_of.is_initialized = False
         self.beside: CacheLayerMixin | None = None  # a softmax layer that reads the same masks
         self.beside_static = False  # whether any layer beside it is a static one
         self.state: lo.HybridState | None = None

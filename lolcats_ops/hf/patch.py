@@ -40,7 +40,7 @@ from lolcats_ops.hf.config import LolcatsConfig
 AttentionInterface.register(NAME, lolcats_attention)
 # Of layer_types: attention to all earlier tokens, or to those of a window, beyond which what is
 # linear may go. Chunks, which begin anew, are no windows.
-KNOWN_KIND = re.compile("^(full_)?attention$|sliding")
+KNOWN_KIND = re.compile("^(full_)?attention$|^sliding")
 
 
 class Softmax(NamedTuple):
@@ -276,7 +276,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
             "hybrid_attention", head_dim=head_dim, feature_dim=config.feature_dim, **maps
         )
         if choice.backend is None:
-            raise refuse(f"its heads have {head_dim} dimensions: {choice.why}")
+            reason, _, _ = choice.why.partition("; backend=")  # which is no argument here
+            raise refuse(f"head_dim={head_dim}, feature_dim={config.feature_dim}: {reason}")
     return modules
 
 

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+import transformers
 from helpers import tiny_models
 from helpers.training import NARROW, QUICK, tiny, token_rows
 
@@ -64,6 +65,19 @@ def test_lora_adapts_all_linear_layers_of_the_attention():
     adapted = lo.convert.finetune(model, token_rows(1, 40), tuned).model
     lora = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert lora == {"qkv_proj", "o_proj"}
+
+
+def test_lora_adapts_no_other_module_of_the_same_name():
+    layers = {"num_hidden_layers": 2, "num_dense_layers": 1, "layer_types": ["full_attention"] * 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = transformers.AfmoeForCausalLM(
+        transformers.AfmoeConfig(**{**tiny_models.SHAPE, "head_dim": 16, **layers, **experts})
+    )
+    tuned = FinetuneConfig(**QUICK, max_steps=1, merge=False)
+    adapted = lo.convert.finetune(lo.hf.convert(model, NARROW), token_rows(1, 40), tuned).model
+    lora = [name for name, _ in adapted.named_parameters() if "lora_A" in name]
+    assert any("self_attn.gate_proj" in name for name in lora)
+    assert not any("mlp" in name for name in lora)
 
 
 def test_adapters_have_the_rank_alpha_and_dropout_of_the_settings(model):

@@ -35,6 +35,7 @@ FAMILIES = {
     "helium": transformers.HeliumConfig,
     "hunyuan": transformers.HunYuanDenseV1Config,
     "llama": transformers.LlamaConfig,
+    "ministral": transformers.MinistralConfig,
     "ministral3": transformers.Ministral3Config,
     "mistral": transformers.MistralConfig,
     "mixtral": transformers.MixtralConfig,

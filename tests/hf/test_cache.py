@@ -312,6 +312,31 @@ def test_static_caches_serve_softmax_layers_without_a_mask(softmax_layer):
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_static_caches_that_are_made_early_keep_no_room_for_keys(model, prompt):
+    def held(length):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+        sizes = {"batch_size": 2, "num_heads": 2, "head_dim": 16}
+        cache.early_initialization(**sizes, dtype=torch.float32, device="cpu")
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+        assert all(layer.instead_of.keys is None for layer in cache.layers)
+        return lo.hf.cache_bytes(cache)
+
+    assert held(100) == held(100_000)
+
+
+def test_what_inference_mode_has_cached_can_be_taken_back_outside(model, prompt):
+    def cropped(mode):
+        cache = lo.hf.LolcatsCache(model, slack=6)
+        with mode():
+            model(prompt, past_key_values=cache)
+        cache.crop(-3)
+        with torch.no_grad():
+            return model(prompt[:, -3:], past_key_values=cache).logits
+
+    assert torch.equal(cropped(torch.inference_mode), cropped(torch.no_grad))
+
+
 def test_static_caches_serve_local_layers_as_well():
     """Text that is shorter than their window."""
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]

@@ -1,11 +1,15 @@
 """Models with something of their own beside the attention that is converted."""
 
+import json
+
+import peft
 import pytest
 import torch
 import transformers
 from helpers.tiny_models import NARROW, SHAPE, WIDE, token_ids
 from transformers.models.emu3.configuration_emu3 import Emu3TextConfig
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeTextModel
+from transformers.models.inkling.configuration_inkling import InklingTextConfig
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 import lolcats_ops as lo
@@ -144,3 +148,54 @@ def test_a_family_without_a_class_to_load_is_named(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a Emu3ForCausalLM; only causal language models"):
         lo.hf.from_pretrained(tmp_path)
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class MyConfig(LlamaConfig):
+    model_type = "myllama"
+
+class MyModel(LlamaForCausalLM):
+    config_class = MyConfig
+"""
+
+
+def test_a_family_whose_code_came_with_the_model_is_warned_of(tmp_path):
+    hub = tmp_path / "hub"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(hub)
+    (hub / "modeling_my.py").write_text(REMOTE)
+    code = {"AutoConfig": "modeling_my.MyConfig", "AutoModelForCausalLM": "modeling_my.MyModel"}
+    said = json.loads((hub / "config.json").read_text())
+    (hub / "config.json").write_text(json.dumps(said | {"model_type": "myllama", "auto_map": code}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(hub, trust_remote_code=True)
+    with pytest.warns(UserWarning, match="a family whose code came with it"):
+        lo.hf.convert(model, NARROW)
+    model.save_pretrained(tmp_path / "converted")
+    assert not (tmp_path / "converted" / "auto.py").exists()
+    with pytest.raises(ValueError, match="or the family's code came with the model"):
+        lo.hf.from_pretrained(tmp_path / "converted")
+
+
+def test_a_model_that_would_save_an_adapter_alone_is_warned_of(tmp_path):
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).save_pretrained(
+        tmp_path / "it"
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "it")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "lora")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "lora")
+    with pytest.warns(UserWarning, match="holds an adapter .* all that save_pretrained writes"):
+        lo.hf.convert(model, NARROW)
+
+
+def test_a_bias_of_positions_is_refused():
+    kinds = ["hybrid_sliding"] * 2
+    config = InklingTextConfig(**SHAPE, **MIXTURE, layer_types=kinds)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="its layers of type hybrid_sliding"):
+        lo.hf.convert(model, NARROW)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    attention = lo.hf.attention_layers(lo.hf.convert(model, NARROW))[0]
+    with pytest.raises(NotImplementedError, match="no position_bias"):
+        attention.refuse({"position_bias": torch.zeros(1)})

@@ -6,56 +6,19 @@ import shutil
 import subprocess
 import sys
 
-import peft
 import pytest
 import torch
-import transformers
-from helpers.tiny_models import word_tokenizer
+from helpers.command_line import TEXT, lolcats
 from helpers.training import torchrun
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import lolcats_ops as lo
 from examples.demo.__main__ import run as run_demo
 from examples.demo.settings import DemoConfig
 from lolcats_ops import _C
-from lolcats_ops.cli import app, main
+from lolcats_ops.cli import app
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
-
-TEXT = "the quick brown fox jumps over the lazy dog and runs away . " * 60
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with a softmax model, a text and a configuration."""
-    folder = tmp_path_factory.mktemp("cli")
-    tokenizer = word_tokenizer(TEXT)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        eos_token_id=0,
-        bos_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "lolcats.yaml").write_text(
-        "lolcats: {window: 8, feature_dim: 16}\n"
-        "data: {length: 32}\n"
-        "finetune: {max_steps: 2, gradient_accumulation: 1}\n"
-    )
-    return folder
-
-
-def lolcats(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def test_two_commands_linearize_a_model(folder):
@@ -252,142 +215,6 @@ def test_help_needs_no_torch_and_shows_examples(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lolcats_ops.hf", None)
     assert "Exit codes" in lolcats("--help")
     assert "Example" in lolcats("transfer", "--help")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["eval", "nowhere/at/all", "--text", __file__], 1, "nowhere/at/all: no such folder"),
-        (["info", "nowhere/at/all"], 1, "nowhere/at/all: no such folder"),
-        (["generate", __file__, "hi"], 1, "is a file; MODEL is a folder"),
-        (["info", "model", "--config"], 2, "of no MODEL"),
-        (["eval", "model"], 2, "--text"),
-        (["transfer", "a", "b", "--text", "no/such/file"], 2, "no/such/file"),
-    ],
-)
-def test_errors_are_one_message_and_an_exit_code(arguments, code, message, failure):
-    said = failure(*arguments)
-    assert said[0] == code
-    assert message in said[1]
-    assert "Traceback" not in said[1]
-
-
-@pytest.fixture
-def failure(monkeypatch, capsys):
-    """Runs a command that fails; returns its exit code and what it said on stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["lolcats", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        return exit_.value.code, capsys.readouterr().err
-
-    return run
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_a_file_of_a_model_that_was_cut_short_is_named(name, folder, tmp_path, failure):
-    broken = shutil.copytree(folder / "model", tmp_path / "model") / name
-    broken.write_bytes(broken.read_bytes()[:100])
-    code, said = failure("eval", tmp_path / "model", "--text", folder / "text.txt")
-    last = said.splitlines()[-1]  # after a progress bar of transformers
-    assert code == 1
-    assert last.startswith("lolcats: ")
-    assert str(broken) in last
-
-
-def test_a_configuration_that_is_wrong_is_named_in_one_line(folder, tmp_path, failure):
-    for content in ("transfer: {epoch: 1, mse: -1}", "transfer: ["):
-        (tmp_path / "c.yaml").write_text(content)
-        options = ("--text", folder / "text.txt", "--config", tmp_path / "c.yaml")
-        code, said = failure("transfer", folder / "model", tmp_path / "out", *options)
-        assert (code, said.count("\n")) == (1, 1)
-        assert str(tmp_path / "c.yaml") in said
-
-
-def test_a_checkpoint_that_was_cut_short_is_named(folder, tmp_path, failure):
-    (tmp_path / "transfer.pt").touch()
-    options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml", "--resume")
-    code, said = failure("transfer", folder / "model", tmp_path, *options)
-    assert code == 1
-    assert f"{tmp_path / 'transfer.pt'} is no whole checkpoint" in said.splitlines()[-1]
-
-
-def test_a_model_that_cannot_be_written_leaves_the_one_before(folder, tmp_path, monkeypatch):
-    out, config = tmp_path / "out", folder / "lolcats.yaml"
-    lolcats("convert", folder / "model", out, "--config", config)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def full(*args, **kwargs):
-        raise SafetensorError("no space left")
-
-    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
-    (tmp_path / "other.yaml").write_text("lolcats: {window: 16, feature_dim: 8}")
-    with pytest.raises(OSError, match="no space left"):
-        lolcats("convert", folder / "model", out, "--config", tmp_path / "other.yaml")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-
-
-def test_a_model_takes_the_place_of_one_of_another_kind(folder, tmp_path):
-    """Its tokenizer has a folder of templates, and an adapter has no weights of a model."""
-    source = shutil.copytree(folder / "model", tmp_path / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
-    tokenizer.save_pretrained(source)
-    text, config = ("--text", folder / "text.txt"), folder / "lolcats.yaml"
-    (tmp_path / "adapter.yaml").write_text(
-        "data: {length: 32}\nfinetune: {max_steps: 1, merge: false}\n"
-    )
-    lolcats("convert", source, tmp_path / "converted", "--config", config)
-    for settings in (config, tmp_path / "adapter.yaml", config):
-        lolcats("finetune", tmp_path / "converted", tmp_path / "out", *text, "--config", settings)
-        assert float(lolcats("eval", tmp_path / "out", *text, "--length", 32)) > 1
-
-
-def test_a_model_that_lacks_weights_is_refused(folder, tmp_path, failure):
-    broken = shutil.copytree(folder / "model", tmp_path / "model") / "model.safetensors"
-    weights = load_file(broken)
-    del weights["model.layers.0.mlp.down_proj.weight"]
-    save_file(weights, broken, metadata={"format": "pt"})
-    code, said = failure("eval", tmp_path / "model", "--text", folder / "text.txt")
-    assert code == 1
-    assert "lacks weights that the model has, 1 in all: model.layers.0.mlp.down_proj" in said
-
-
-@pytest.mark.parametrize("device", ["tpuu", "5", "xpu"])
-def test_a_device_that_is_not_there_is_named(device, folder, failure):
-    options = ("--text", folder / "text.txt", "--device", device)
-    code, said = failure("eval", folder / "model", *options)
-    assert code == 1
-    assert said.splitlines()[-1].startswith(f"lolcats: --device {device}: this PyTorch finds no")
-
-
-def test_an_adapter_is_not_converted_in_the_place_of_its_model(folder, tmp_path, failure):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
-    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(model, lora).save_pretrained(tmp_path / "adapter")
-    shutil.copy(folder / "model" / "tokenizer.json", tmp_path / "adapter")
-    shutil.copy(folder / "model" / "tokenizer_config.json", tmp_path / "adapter")
-    text = ("--text", folder / "text.txt")
-    for command, options in (("convert", ()), ("transfer", text), ("finetune", text)):
-        code, said = failure(command, tmp_path / "adapter", tmp_path / "out", *options)
-        assert code == 1
-        assert f"{tmp_path / 'adapter'} is an adapter (PEFT) on {folder / 'model'}; merge" in said
-    assert not (tmp_path / "out").exists()
-    assert str(folder / "model") in lolcats("info", tmp_path / "adapter").replace("\n", "")
-
-
-def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
-    model.resize_token_embeddings(5)
-    model.save_pretrained(tmp_path)
-    transformers.AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path)
-    for arguments in (
-        ("eval", tmp_path, "--text", folder / "text.txt", "--length", 32),
-        ("generate", tmp_path, TEXT),
-    ):
-        with pytest.raises(ValueError, match="to 13, the model's vocabulary 5"):
-            lolcats(*arguments)
 
 
 def test_demo_writes_its_report_and_pictures(folder, tmp_path):
