@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from . import _C
+from ._codes import ACTIVATIONS, WINDOW_KINDS
 from .case import Case
 from .features import Features
 from .launches import launches_of
@@ -162,8 +163,8 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
             "sliding", 0, False.
 
     Raises:
-        ValueError: an unknown op or backend.
-        TypeError: an unknown case argument.
+        ValueError: an unknown op, backend, device, activation or window_kind.
+        TypeError: an unknown case argument, or a dtype that is none of torch.
 
     >>> backend_for("hybrid_attention", dtype=torch.bfloat16)
     Choice(backend='cpu', why='cpu is the default on cpu')
@@ -172,7 +173,25 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
     """
     if op not in OPS:
         raise ValueError(f"backend_for: op is {op!r}, needs one of {', '.join(OPS)}")
-    return _choose(Case(op, **{**case, "device": torch.device(case.get("device", "cpu"))}), backend)
+    return _choose(_case(op, case), backend)
+
+
+def _case(op: str, given: dict[str, Any]) -> Case:
+    """The case of ``op`` that was asked about."""
+    names = [field.name for field in fields(Case)[1:]]
+    if unknown := [name for name in given if name not in names]:
+        raise TypeError(f"backend_for: no argument {unknown[0]!r}, needs {', '.join(names)}")
+    try:
+        device = torch.device(given.get("device", "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"backend_for: device is {given['device']!r}: {error}") from error
+    case = Case(op, **{**given, "device": device})
+    if not isinstance(case.dtype, torch.dtype):
+        raise TypeError(f"backend_for: dtype is {case.dtype!r}, needs one of torch")
+    for name, known in (("activation", ACTIVATIONS), ("window_kind", WINDOW_KINDS)):
+        if (value := getattr(case, name)) not in known:
+            raise ValueError(f"backend_for: {name} is {value!r}, needs one of {', '.join(known)}")
+    return case
 
 
 def select(

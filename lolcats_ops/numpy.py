@@ -1,5 +1,5 @@
-"""The operators on NumPy arrays, without torch: the arguments of the functions of ``lolcats_ops``,
-but that a state is continued by ``hybrid_attention_step_`` alone.
+"""The operators on NumPy arrays, without torch: the functions of ``lolcats_ops``, but ``backend``.
+``hybrid_attention`` neither takes nor returns a state; that of ``linear_attention`` is (kv, ksum).
 
 Arrays are float32, float16 or ``ml_dtypes.bfloat16`` with any strides, the last dimension
 contiguous (all dimensions of states, ``cu_seqlens`` and ``state_indices``); nothing is copied, and

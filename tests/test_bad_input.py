@@ -48,7 +48,6 @@ ATTENTION = [
     ({"k": torch.randn(B, HK, T, D, device="meta")}, "k is on meta, needs q's cpu"),
     ({"v": torch.randn(B, 2, T, V)}, "v has shape [2, 2, 6, 12], needs [B, Hk, T, V]"),
     ({"v": torch.randn(B, HK, T, 0)}, "v has shape [2, 4, 6, 0], needs a last dimension"),
-    ({"feature_q": None}, "feature_q is None, needs both feature maps or neither"),
     ({"q": torch.randn(B, 0, T, D)}, "q has shape [2, 0, 6, 16], needs at least one head"),
     ({"feature_q": torch.ones(1)}, "feature_q is a Tensor, needs Features"),
     ({"feature_q": Features(init_weight(2, D, f))}, "feature_q has 2 heads, needs q's 8 or k's 4"),
@@ -56,8 +55,15 @@ ATTENTION = [
     ({"feature_k": Features(init_weight(H, D, 9))}, "feature_k has (activation, two_sided, skip"),
     ({"feature_k": Features(init_weight(H, D, f).int())}, "feature_k.weight is int32"),
 ]
+LINEAR = [
+    ({"feature_q": None}, "feature_q is None, needs both feature maps or neither"),
+    ({"feature_k": None}, "feature_k is None, needs both feature maps or neither"),
+    ({"normalize": 1}, "normalize is 1, needs a bool"),
+]
 HYBRID = [
     ({"feature_q": None, "feature_k": None}, "feature_q is None, needs Features"),
+    ({"feature_k": None}, "feature_k is None, needs Features"),
+    ({"affine": "yes"}, "affine is 'yes', needs a bool"),
     ({"gate": torch.zeros(HK)}, "gate has shape [4], needs [H] = [8]"),
     ({"gate": 0.5}, "gate is a float, needs a tensor"),
     ({"gate": torch.tensor([nan] * H)}, "gate is [nan, "),
@@ -116,7 +122,7 @@ def test_attention_names_what_is_wrong(op, changes, message):
     refused(op, changes, message)
 
 
-@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *SEQUENCES])
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *LINEAR, *SEQUENCES])
 def test_linear_attention_names_what_is_wrong(changes, message):
     arguments = good(**changes)
     del arguments["gate"]
@@ -126,7 +132,7 @@ def test_linear_attention_names_what_is_wrong(changes, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID[:4], *STATES])
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID[:6], *STATES])
 def test_step_names_what_is_wrong_and_leaves_the_state(changes, message):
     refused("hybrid_attention_step_", {"state": empty(), **changes}, message)
 
@@ -355,6 +361,14 @@ def test_backend_for_answers_which_and_why():
     assert "head dims up to 256" in choice.why
     with pytest.raises(ValueError, match="op is 'softmax', needs one of feature_map"):
         lo.backend_for("softmax")
+    with pytest.raises(TypeError, match="dtype is 'float32', needs one of torch"):
+        lo.backend_for("feature_map", dtype="float32")
+    with pytest.raises(TypeError, match="no argument 'dim', needs device, dtype, head_dim"):
+        lo.backend_for("feature_map", dim=64)
+    with pytest.raises(ValueError, match="activation is 'tanh', needs one of softmax"):
+        lo.backend_for("feature_map", activation="tanh")
+    with pytest.raises(ValueError, match="device is 'tpu9': "):
+        lo.backend_for("feature_map", device="tpu9")
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch):

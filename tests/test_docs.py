@@ -56,7 +56,7 @@ def test_python_of_the_readme_runs(monkeypatch, tmp_path):
     tiny().save_pretrained("model")
     word_tokenizer(text).save_pretrained("model")
     names = {"path": "model", "texts": [text]}
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
     for block in blocks("python"):
         exec(block, names)
     assert lo.hf.attention_layers(lo.hf.from_pretrained("linear"))

@@ -41,9 +41,12 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """How text becomes training sequences."""
+    """How text becomes training sequences.
 
-    # Tokens per packed sequence; of one alone, none is predicted.
+    Args:
+        length: tokens of a packed sequence, at least 2: of one alone, none is predicted.
+    """
+
     length: Annotated[int, Field(ge=2, strict=True)] = 1024
 
 
@@ -52,20 +55,29 @@ class TransferConfig(_Section):
 
     A batch runs through the model once; inside each layer it is cut into micro-batches, one
     optimizer step each.
+
+    Args:
+        learning_rate: of AdamW, the peak of OneCycle; 1e-2 as published.
+        batch_size: sequences of a forward pass of the model.
+        micro_batch: sequences of an optimizer step of a layer.
+        rounds: steps of each micro-batch. Queries and keys do not depend on what is learned, so
+            that one forward pass can serve several; more rounds cost less than more passes, and
+            see less text.
+        epochs: passes over the data.
+        mse, xent: weights of the two losses, not both 0.
+        normalize: divide the mse by the teacher's variance: published errors of layers differ by up
+            to 2400 times.
+        seed: of the order of the data.
     """
 
-    learning_rate: Annotated[float, Field(gt=0), Finite] = 1e-2  # peak of OneCycle, as published
-    batch_size: Positive = 8  # sequences per forward pass of the model
-    micro_batch: Positive = 1  # sequences per optimizer step of a layer
-    # Queries and keys do not depend on what is learned, so one forward pass can serve several
-    # rounds of steps. More rounds cost less than more passes; they also see less text.
+    learning_rate: Annotated[float, Field(gt=0), Finite] = 1e-2
+    batch_size: Positive = 8
+    micro_batch: Positive = 1
     rounds: Positive = 1
     epochs: Positive = 1
     mse: Annotated[float, Field(ge=0), Finite] = 1.0
     xent: Annotated[float, Field(ge=0), Finite] = 0.0
-    normalize: StrictBool = (
-        True  # mse / var(teacher): published errors of layers differ by up to 2400x
-    )
+    normalize: StrictBool = True
     seed: Seed = 0
 
     @model_validator(mode="after")
@@ -76,22 +88,35 @@ class TransferConfig(_Section):
 
 
 class FinetuneConfig(_Section):
-    """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy."""
+    """Stage 2, low-rank linearizing (SPEC 8): LoRA with next-token cross-entropy.
+
+    Args:
+        learning_rate: of AdamW, between warm-up and a cosine down to 0.
+        batch_size: sequences of a forward pass.
+        gradient_accumulation: forward passes of an optimizer step.
+        epochs: passes over the data.
+        max_steps: optimizer steps, instead of epochs.
+        warmup: the share of the steps in which the learning rate rises.
+        rank, alpha, dropout: of LoRA.
+        target_modules: names of modules, the last parts of their paths; None for all linear layers
+            of the attention modules, whatever a family calls them (Phi-3 has a fused qkv_proj).
+        train_features: also train feature maps and gates.
+        merge: fold the LoRA weights into the model.
+        seed: of the adapters, the order of the data and dropout.
+    """
 
     learning_rate: Annotated[float, Field(gt=0), Finite] = 1e-4
     batch_size: Positive = 1
     gradient_accumulation: Positive = 8
     epochs: Positive = 2
-    max_steps: Positive | None = None  # optimizer steps, instead of epochs
-    warmup: Annotated[float, Field(ge=0, lt=1), Finite] = 0.1  # share of the steps
+    max_steps: Positive | None = None
+    warmup: Annotated[float, Field(ge=0, lt=1), Finite] = 0.1
     rank: Positive = 8
     alpha: Positive = 16
     dropout: Annotated[float, Field(ge=0, lt=1), Finite] = 0.0
-    # Names of modules, the last parts of their paths. None: all linear layers of the attention
-    # modules, whatever a family calls them (Phi-3 has a fused qkv_proj).
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    train_features: StrictBool = False  # also train feature maps and gates
-    merge: StrictBool = True  # fold the LoRA weights into the model
+    train_features: StrictBool = False
+    merge: StrictBool = True
     seed: Seed = 0
 
 

@@ -20,6 +20,12 @@ def evaluate(
     """Perplexity of `model` on token rows [N, T]: exp of the mean of its N (T - 1) losses, infinite
     where that is beyond a float.
 
+    Args:
+        model: a causal language model, converted or not; it comes back in the mode that it had.
+        data: [N, T] token ids of the model's vocabulary, any integer dtype.
+        batch_size: rows of a forward pass.
+        description: what the progress bar is called.
+
     Raises:
         TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
         ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary; a

@@ -96,9 +96,11 @@ def finetune(
     Args:
         model: a causal language model, changed in place.
         data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1 and T >= 2.
+        config: batch sizes, learning rate, adapters; None for the defaults.
         output_dir: where the Trainer writes its checkpoints, once per epoch, beside `origin.json`,
             which says what they were begun with; none are written without it.
         resume: go on from the last whole one of those, if there is one, to the same result.
+        description: what the progress bar is called.
 
     Raises:
         TypeError: `data` is no integer tensor; `model` is a wrapper of one.

@@ -22,7 +22,7 @@ class LolcatsConfig:
         window_kind: "sliding" or "terrace".
         sink: first tokens that every query keeps under softmax. Pretrained models put 30-55 % of
             late layers' attention on the first token, which a feature map imitates badly.
-        feature_dim: learned feature width f; a two-sided activation doubles it.
+        feature_dim: learned feature width f, at most 256; a two-sided activation doubles it.
         activation: "softmax", "exp", "elu1", "relu", "identity" or "favor".
         two_sided: features of z and of -z (softmax and exp); the other activations are one-sided.
         init: how feature weights start: "identity" (truncated), "kaiming", "normal" or

@@ -21,7 +21,7 @@ from .arguments import (
     window_code,
 )
 from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
-from .validation import check_attention, check_gate, check_window
+from .validation import check_attention, check_flags, check_gate, check_window
 
 
 def attention_transfer(
@@ -53,8 +53,8 @@ def attention_transfer(
 
     Returns:
         Transfer(teacher, mse, xent): [B, H, T, V] in q's dtype, and two 0-dim fp32 tensors. The
-            losses are differentiable in the
-        maps and gate alone: no gradient reaches q, k or v, nor flows through teacher.
+        losses are differentiable in the maps and gate alone: no gradient reaches q, k or v, nor
+        flows through teacher.
 
     Raises:
         TypeError, ValueError: as ``hybrid_attention``.
@@ -75,6 +75,7 @@ def attention_transfer(
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
+    check_flags(op, affine=affine, xent=xent)
     masked = key_padding_mask is not None
     windows = {"window": window, "window_kind": window_kind, "sink": sink}
     chosen = select(op, backend, q, v, feature_k, **windows, key_padding_mask=masked)

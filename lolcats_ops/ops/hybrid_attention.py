@@ -23,7 +23,14 @@ from .arguments import (
 )
 from .hybrid_attention_step import step_
 from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
-from .validation import check_attention, check_gate, check_inference, check_state, check_window
+from .validation import (
+    check_attention,
+    check_flags,
+    check_gate,
+    check_inference,
+    check_state,
+    check_window,
+)
 
 
 def hybrid_attention(
@@ -54,7 +61,7 @@ def hybrid_attention(
     ``sink`` keys; N(i): all earlier keys. lam is 1, or 1 - g where ``affine``.
 
     Args:
-        q: [B, H, T, D], fp32, bf16 or fp16.
+        q: [B, H, T, D], fp32, bf16 or fp16; D, V and f are at most 256, but for the reference.
         k: [B, Hk, T, D], Hk dividing H.
         v: [B, Hk, T, V].
         feature_q, feature_k: the maps, each with H or Hk heads and alike in all but parameters.
@@ -97,6 +104,7 @@ def hybrid_attention(
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
+    check_flags(op, affine=affine)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     settings: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
     if state is not None:

@@ -30,6 +30,7 @@ from .native import (
 )
 from .validation import (
     check_attention,
+    check_flags,
     check_gate,
     check_inference,
     check_state,
@@ -100,6 +101,7 @@ def hybrid_attention_step_(
     q, k, v = autocast(q, k, v)
     check_attention(_OP, q, k, v, feature_q, feature_k)
     check_gate(_OP, gate, q)
+    check_flags(_OP, affine=affine)
     check_state(_OP, state, q, k, v, feature_k, slots=q.shape[0] if state_indices is None else None)
     if state_indices is not None:
         check_state_indices(_OP, state_indices, q)

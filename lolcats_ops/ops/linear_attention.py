@@ -22,7 +22,7 @@ from .arguments import (
     width_after,
 )
 from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
-from .validation import check_attention, check_state
+from .validation import check_attention, check_flags, check_state
 
 
 def linear_attention(
@@ -44,7 +44,7 @@ def linear_attention(
     """y_i = sum_j a_ij v_j / (sum_j a_ij + eps), j <= i, a_ij = scale * phi_q(q_i) . phi_k(k_j).
 
     Args:
-        q: [B, H, T, D], fp32, bf16 or fp16.
+        q: [B, H, T, D], fp32, bf16 or fp16; D, V and f are at most 256, but for the reference.
         k: [B, Hk, T, D], Hk dividing H.
         v: [B, Hk, T, V].
         feature_q, feature_k: the maps, each with H or Hk heads and alike in all but parameters;
@@ -76,6 +76,7 @@ def linear_attention(
     op = "linear_attention"
     q, k, v = autocast(q, k, v)
     check_attention(op, q, k, v, feature_q, feature_k, cu_seqlens, key_padding_mask)
+    check_flags(op, normalize=normalize)
     check_number(op, "scale", scale)
     check_number(op, "eps", eps, 0)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1

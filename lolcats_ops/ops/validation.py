@@ -52,11 +52,12 @@ def check_attention(
         raise ValueError(f"{op}: k has {kv_heads} heads, which does not divide q's {heads}")
     if v.shape[:3] != k.shape[:3]:
         _fail(op, f"v has shape {_shape(v)}", f"[B, Hk, T, V] with k's {list(k.shape[:3])}")
-    if feature_q is None and feature_k is None and op != "linear_attention":
-        raise TypeError(f"{op}: feature_q is None, needs Features")
-    if (feature_q is None) != (feature_k is None):
+    if feature_q is None or feature_k is None:
         missing = "feature_q" if feature_q is None else "feature_k"
-        _fail(op, f"{missing} is None", "both feature maps or neither")
+        if op != "linear_attention":
+            raise TypeError(f"{op}: {missing} is None, needs Features")
+        if feature_q is not feature_k:
+            _fail(op, f"{missing} is None", "both feature maps or neither")
     if feature_q is not None and feature_k is not None:
         _check_features(op, "feature_q", feature_q, q, (heads, kv_heads))
         _check_features(op, "feature_k", feature_k, q, (heads, kv_heads))
@@ -80,6 +81,13 @@ def check_gate(op: str, gate: Tensor, q: Tensor) -> None:
         return
     if not bool(gate.isfinite().all()):  # a sum may overflow
         _fail(op, f"gate is {gate.tolist()}", "finite numbers")
+
+
+def check_flags(op: str, **flags: bool) -> None:
+    """Arguments that are True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{op}: {name} is {value!r}, needs a bool")
 
 
 def check_window(op: str, window: int, window_kind: str, sink: int) -> None:

@@ -5,9 +5,10 @@
  * dim, V value head dim, f learned feature width, F width after the activation (2f two-sided, else
  * f), Hf heads of a feature map (H or Hk; for feature_map alone, any divisor of H), Hs heads of the
  * recurrent state (= Hf of feature_k), N packed sequences, P slots of a state pool, R ring size, s
- * sinks. Sequence tensors are [B, H, T, D] with any strides, last dimension contiguous, fp32, bf16
- * or fp16; q, k, v, o share a dtype. Parameters, statistics, states and their gradients are fp32.
- * Arithmetic is fp32. Addresses are multiples of the size of an element.
+ * sinks; D, V and f are 1 to 256. Sequence tensors are [B, H, T, D] with any strides, last
+ * dimension contiguous, fp32, bf16 or fp16; q, k, v, o share a dtype. Parameters, statistics,
+ * states and their gradients are fp32. Arithmetic is fp32. Addresses are multiples of the size of
+ * an element.
  *
  * Every function returns LOL_OK or an error code; lol_last_error() then, and only then, says which
  * argument was wrong, what it was and what is needed. On error nothing has been written. A gate
