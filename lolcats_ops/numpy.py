@@ -136,6 +136,7 @@ class HybridState:
             if count < 0:
                 raise ValueError(f"{op}: {name} is {count}, needs >= 0")
         _window_code(op, window_kind)
+        window, sink, slack = int(window), int(sink), int(slack)  # they may be of 8 bits
         ring = window_span(window, window_kind) + slack
 
         def zeros(*shape: int, dtype: Any) -> Array:  # of k's library, NumPy or CuPy

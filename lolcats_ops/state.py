@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from numbers import Integral
+from operator import index
 from typing import Any
 
 import torch
@@ -93,6 +94,7 @@ class HybridState:
         for name, value in {**sizes, "window": window, "sink": sink, "slack": slack}.items():
             if value < 0:
                 raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
+        window, sink, slack = map(index, (window, sink, slack))  # of NumPy they may be of 8 bits
         ring = window_span(window, window_kind) + slack
         sums: dict[str, Any] = {
             "dtype": torch.promote_types(dtype, torch.float32),

@@ -104,3 +104,13 @@ def test_paths_lead_to_the_header_the_libraries_and_the_cmake_files():
 )
 def test_module_prints_paths_for_build_scripts(option, value):
     assert run_python("-m", "lolcats_ops", option) == value
+
+
+def test_the_library_stays_while_its_threads_may_run():
+    """They outlive a call, and would run in what dlclose() had taken away."""
+    script = (
+        "import _ctypes, ctypes, sys; library = ctypes.CDLL(sys.argv[1]); "
+        "_ctypes.dlclose(library._handle); assert sys.argv[1] in open('/proc/self/maps').read()"
+    )
+    library = Path(lo.get_library()).resolve()
+    subprocess.run([sys.executable, "-c", script, str(library)], check=True)

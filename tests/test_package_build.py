@@ -1,5 +1,6 @@
 """What is built: the wheel, the source distribution and a plain CMake installation."""
 
+import json
 import os
 import re
 import shutil
@@ -175,11 +176,17 @@ def test_a_part_of_a_project_installs_nothing_over_what_is_the_projects(tmp_path
         f"add_subdirectory({REPOSITORY} lolcats_ops)\n"
     )
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    run("cmake", "-S", tmp_path, "-B", build, "-DLOLCATS_ISAS=scalar")
+    options = ("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-ffast-math")
+    run("cmake", "-S", tmp_path, "-B", build, "-DLOLCATS_ISAS=scalar", *options)
+    compiled = json.loads((build / "compile_commands.json").read_text())
+    commands = [each["command"] for each in compiled if "/kernels/" in each["file"]]
+    assert commands
+    assert all(c.find("-fno-fast-math") > c.find("-ffast-math") for c in commands)
     (build / "lolcats_ops/kernels/liblolcats_ops.so").touch()  # for what a build would have made
     run("cmake", "--install", build, "--component", "devel", "--prefix", prefix)
     files = [path.relative_to(prefix) for path in prefix.rglob("*") if path.is_file()]
     assert Path("share/doc/lolcats_ops/LICENSE") in files
+    assert any(path.name.startswith("lolcats_opsTargets-") for path in files)  # of no build type
     assert all("lolcats_ops" in str(path) for path in files)
 
 

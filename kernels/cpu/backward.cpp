@@ -59,10 +59,16 @@ class Backward {
   // Threads take segments, once the states at their borders are known, and the states' gradients:
   // at the same time, unless these wait for the delta that the queries' pass corrects.
   int by_segments() {
+    const int64_t Hs = p_.state_heads(), heads = batch_.count * Hs, slots = partials_.slots() * Hs;
+    const int threads = thread_count(at_least(2 * heads, slots), all_work());
     const SegmentStates before(p_, segments_), after(p_, segments_);
-    if (!before.ok() || !after.ok()) return LOL_ENOMEM;
+    const Arenas arenas(threads, scratch());
+    if (!before.ok() || !after.ok() || !arenas.ok()) return LOL_ENOMEM;
+    clear_padded();
+    const auto share = [&](int64_t workers, const auto& work) {
+      run_workers(arenas, (int)at_most(threads, workers), workers, work);
+    };
     const bool waits = b_.corrects_delta();
-    const int64_t Hs = p_.state_heads(), heads = batch_.count * Hs;
     const auto sequence_of = [&](int64_t w) -> const Sequence& { return batch_.sequences[w / Hs]; };
     const auto states = [&](int64_t w, Arena arena) {
       const Sequence& s = sequence_of(w);
@@ -83,40 +89,37 @@ class Backward {
       backward_of_keys(run, j < last ? after.at(run.s, j, head) : final_gradient(run.s, head),
                        j ? StateSums{} : initial_gradient(run.s, head), arena);
     };
-    const auto clear_rows = [&] { clear_padded(); };
-    int status;
+    const auto each_segment = [&](const auto& work) {
+      share(slots, [&](int64_t w, Arena arena) { segments_of_slot(w, work, arena); });
+    };
     if (waits) {
-      status = run_workers(heads, scratch(), all_work(), states);
-      if (status == LOL_OK) status = each_segment(of_queries, clear_rows);
-      if (status == LOL_OK) status = run_workers(heads, scratch(), all_work(), gradients);
-      if (status == LOL_OK) status = each_segment(of_keys, [] {});
+      share(heads, states);
+      each_segment(of_queries);
+      share(heads, gradients);
+      each_segment(of_keys);
     } else {
-      status = run_workers(2 * heads, scratch(), all_work(), [&](int64_t w, Arena arena) {
+      share(2 * heads, [&](int64_t w, Arena arena) {
         w % 2 ? gradients(w / 2, arena) : states(w / 2, arena);
       });
       const auto both = [&](const BackwardRun& run, int64_t j, Arena arena) {
         of_queries(run, j, arena);
         of_keys(run, j, arena);
       };
-      if (status == LOL_OK) status = each_segment(both, clear_rows);
+      each_segment(both);
     }
-    return finish(status);
+    return finish(LOL_OK);
   }
 
  private:
-  // work(run, segment, arena) for every segment that there is.
-  template <class Work, class Prepare>
-  int each_segment(Work work, Prepare prepare) const {
-    const int64_t Hs = p_.state_heads();
-    const auto of_slot = [&](int64_t w, Arena arena) {
-      const int64_t slot = w / Hs, group = partials_.group_of(slot);
-      const int64_t j = partials_.segment_of(slot);
-      for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
-        const Sequence& s = batch_.sequences[i];
-        if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j, parts_of(s, w % Hs)), j, arena);
-      }
-    };
-    return run_workers(partials_.slots() * Hs, scratch(), all_work(), of_slot, prepare);
+  // work(run, segment, arena) for the segments of a slot: worker w has one, for a state head.
+  template <class Work>
+  void segments_of_slot(int64_t w, const Work& work, Arena arena) const {
+    const int64_t Hs = p_.state_heads(), slot = w / Hs, group = partials_.group_of(slot);
+    const int64_t j = partials_.segment_of(slot);
+    for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
+      const Sequence& s = batch_.sequences[i];
+      if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j, parts_of(s, w % Hs)), j, arena);
+    }
   }
 
   bool wants_inputs() const { return b_.dq.data != nullptr; }

@@ -69,21 +69,26 @@ int feature_map(const lol_feature_map_args& a) {
   });
 }
 
-// dx = dz W^T and the weights' gradients, z never stored. A worker takes one head of one batch
-// entry, so each partial sum has one writer; the partials are added in order, so the result does
-// not depend on the number of threads.
+// Of a batch's entries: as many are enough for any CPU, and their sums of the weights' gradients
+// take no more memory than x does where it is long.
+constexpr int64_t MOST_GROUPS = 64;
+
+// dx = dz W^T and the weights' gradients, z never stored. A worker takes one head of a group of
+// batch entries, so each partial sum has one writer; the partials are added in order, so the result
+// does not depend on the number of threads.
 int feature_map_backward(const lol_feature_map_backward_args& a) {
   const int64_t B = a.x.shape[0], H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3];
   const int64_t F = feature_dim(a.features, D), f = a.features.weight.shape[2];
+  const int64_t groups = at_most(B, at_least(MOST_GROUPS / at_least(H, 1), 1));
   const int64_t partial = WeightGradient::floats(D, f);
-  Buffer partials(B * H * partial);
+  Buffer partials(groups * H * partial);
   if (!partials.ok()) return LOL_ENOMEM;
-  fill(partials.data, B * H * partial, 0.0f);
+  fill(partials.data, groups * H * partial, 0.0f);
   const int64_t floats = 2 * rows_size(D) + rows_size(F) + lanes_size(D) + 2 * lanes_size(F) +
                          transposed_weight_size(D, f) + MapBackward::scratch_size(D, f);
-  const int status = run_workers(B * H, floats, 2 * B * H * T * D * F, [&](int64_t w, Arena arena) {
-    const Sequence s = whole(a.x, w / H);
-    const FeatureMap map = map_of(a.features, w % H, H, D);
+  const auto work = [&](int64_t w, Arena arena) {
+    const int64_t h = w % H, group = w / H;
+    const FeatureMap map = map_of(a.features, h, H, D);
     float *x_rows = arena.take(rows_size(D)), *x = arena.take(lanes_size(D));
     float *dy_rows = arena.take(rows_size(F)), *dx = arena.take(rows_size(D));
     float *phi = arena.take(lanes_size(F)), *dphi = arena.take(lanes_size(F));
@@ -97,20 +102,25 @@ int feature_map_backward(const lol_feature_map_backward_args& a) {
                       dx,
                       0,
                       arena.take(MapBackward::scratch_size(D, f))};
-    for (int64_t first = 0; first < T; first += BLOCK) {
-      at.n = at_most(BLOCK, T - first);
-      load_rows(x_rows, tokens_of(a.x, s, w % H), first, at.n);
-      to_lanes(x, x_rows, (int)D);
-      load_rows(dy_rows, tokens_of(a.dy, s, w % H), first, at.n);
-      to_lanes(dphi, dy_rows, (int)F);
-      features_forward(map, x, phi);
-      memset(dx, 0, sizeof(float) * (size_t)rows_size(D));
-      features_backward(map, at, dphi);
-      store_rows(tokens_of(a.dx, s, w % H), first, at.n, dx);
+    const int64_t end = B * (group + 1) / groups;
+    for (int64_t b = B * group / groups; b < end; b++) {
+      const Sequence s = whole(a.x, b);
+      for (int64_t first = 0; first < T; first += BLOCK) {
+        at.n = at_most(BLOCK, T - first);
+        load_rows(x_rows, tokens_of(a.x, s, h), first, at.n);
+        to_lanes(x, x_rows, (int)D);
+        load_rows(dy_rows, tokens_of(a.dy, s, h), first, at.n);
+        to_lanes(dphi, dy_rows, (int)F);
+        features_forward(map, x, phi);
+        memset(dx, 0, sizeof(float) * (size_t)rows_size(D));
+        features_backward(map, at, dphi);
+        store_rows(tokens_of(a.dx, s, h), first, at.n, dx);
+      }
     }
-  });
+  };
+  const int status = run_workers(groups * H, floats, 2 * B * H * T * D * F, work);
   if (status == LOL_OK)
-    WeightGradient::reduce(partials.data, B, H, a.features, D, a.dweight, a.dbias);
+    WeightGradient::reduce(partials.data, groups, H, a.features, D, a.dweight, a.dbias);
   return status;
 }
 

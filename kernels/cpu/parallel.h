@@ -75,25 +75,36 @@ constexpr int64_t ON_STACK = 4096;
 // threads, so that what a worker writes is near when the next call comes.
 enum class Threads { any, same };
 
-// First prepare(), then body(worker, arena) for each worker; `floats` is what a worker takes from
-// its arena.
-template <Threads who = Threads::any, class Body, class Prepare>
-static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body,
-                              Prepare prepare) {
-  const int threads = thread_count(workers, work);
-  const int64_t size = floats + 16 * 64;  // take() rounds each piece up to a cache line
-  const bool on_stack = size <= ON_STACK;
-  const int64_t shared = (size + 1023) / 1024 * 1024;
-  Buffer memory(on_stack ? 0 : shared * threads);
-  if (!memory.ok()) return LOL_ENOMEM;
-  prepare();
+// The arenas of up to so many threads; `floats` is what a worker takes from its own.
+class Arenas {
+ public:
+  Arenas(int threads, int64_t floats)
+      : size_((floats + SLACK + 1023) / 1024 * 1024),
+        on_stack_(floats + SLACK <= ON_STACK),
+        memory_(on_stack_ ? 0 : size_ * threads) {}
+  bool ok() const { return memory_.ok(); }
+  // The calling thread's.
+  float* of_thread(float* on_stack) const {
+    return on_stack_ ? on_stack : memory_.data + size_ * thread_index();
+  }
+
+ private:
+  static constexpr int64_t SLACK = 16 * 64;  // take() rounds each piece up to a cache line
+  int64_t size_;
+  bool on_stack_;
+  Buffer memory_;
+};
+
+// body(worker, arena) for each worker, by no more threads than there are arenas.
+template <Threads who = Threads::any, class Body>
+static inline void run_workers(const Arenas& arenas, int threads, int64_t workers, Body body) {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
 #endif
   {
     [[maybe_unused]] const MatrixUnit unit{};
     alignas(64) float own[ON_STACK];
-    float* scratch = on_stack ? own : memory.data + shared * thread_index();
+    float* scratch = arenas.of_thread(own);
     if constexpr (who == Threads::same) {
 #ifdef _OPENMP
 #pragma omp for schedule(static) nowait
@@ -106,6 +117,17 @@ static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Bod
       for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
     }
   }
+  (void)threads;
+}
+// First prepare(), then that, by as many threads as are worth it.
+template <Threads who = Threads::any, class Body, class Prepare>
+static inline int run_workers(int64_t workers, int64_t floats, int64_t work, Body body,
+                              Prepare prepare) {
+  const int threads = thread_count(workers, work);
+  const Arenas arenas(threads, floats);
+  if (!arenas.ok()) return LOL_ENOMEM;
+  prepare();
+  run_workers<who>(arenas, threads, workers, body);
   return LOL_OK;
 }
 template <class Body>

@@ -22,7 +22,9 @@
  * Any number of threads may call at the same time. On the CPU each of them has a team of its own,
  * of as many threads as OpenMP says in it (OMP_NUM_THREADS, omp_set_num_threads), and results do
  * not depend on how many those are. Scratch memory comes from the heap and is given back before
- * the call returns; a calling thread's stack needs 256 KiB.
+ * the call returns; a calling thread's stack needs 256 KiB. After fork() without exec a child that
+ * inherits the library's threads uses one; where others of the process had used OpenMP, and the
+ * library had not, the child has to set its threads to 1 (omp_set_num_threads) before it calls.
  */
 #ifndef LOLCATS_OPS_H
 #define LOLCATS_OPS_H
