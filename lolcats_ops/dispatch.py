@@ -207,7 +207,7 @@ def select(
     Raises:
         ValueError: an unknown backend, or none that can run the case.
     """
-    if torch.compiler.is_compiling() or isinstance(q, FakeTensor):
+    if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or q.is_meta:
         _check_backend(op, backend)
         return backend or "native"  # tracing needs shapes alone: no device, no kernels
     head_dim = q.shape[3]

@@ -96,6 +96,9 @@ class LinearAttention(Fp32Module):
         share_kv_features: k's map per key/value head, which makes the state H / Hk times smaller.
         features: arguments of ``FeatureMap``.
 
+    The maps' parameters go into the operator: hooks of ``feature_q`` and ``feature_k``, such as
+    those of ``torch.nn.utils.spectral_norm``, do not run; ``torch.nn.utils.parametrizations`` work.
+
     >>> attention = LinearAttention(4, 2, 16)
     >>> q, k, v = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
     >>> attention(q, k, v).shape

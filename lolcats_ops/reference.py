@@ -99,7 +99,9 @@ def linear_attention(
     length = _by_sequence(tokens.real[:, None, :, None], tokens, sequences).sum((1, 2, 3))  # [N]
     if state is not None:
         kv, ksum, length = kv + state.kv, ksum + state.ksum, length + state.length
-    return out, HybridState.of_sums(kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1])
+    return out, HybridState.of_sums(
+        kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1], dtype=k.dtype
+    )
 
 
 @_as_written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from numbers import Integral
 from operator import index
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._codes import WINDOW_KINDS, window_span
 from .features import Features
@@ -143,11 +144,19 @@ class HybridState:
 
     @classmethod
     def of_sums(
-        cls, kv: Tensor, ksum: Tensor, length: Tensor, *, head_dim: int, kv_heads: int
+        cls,
+        kv: Tensor,
+        ksum: Tensor,
+        length: Tensor,
+        *,
+        head_dim: int,
+        kv_heads: int,
+        dtype: torch.dtype | None = None,
     ) -> HybridState:
-        """The state of linear_attention after ``length`` tokens: all of them are in (kv, ksum)."""
-        keys = kv.new_empty(kv.shape[0], kv_heads, 0, head_dim)
-        values = kv.new_empty(kv.shape[0], kv_heads, 0, kv.shape[3])
+        """The state of linear_attention after ``length`` tokens, all of which are in (kv, ksum);
+        dtype: of the keys and values that went into it, None for kv's."""
+        keys = kv.new_empty(kv.shape[0], kv_heads, 0, head_dim, dtype=dtype)
+        values = kv.new_empty(kv.shape[0], kv_heads, 0, kv.shape[3], dtype=dtype)
         return cls(kv, ksum, keys, values, keys.clone(), values.clone(), length, length.clone(), 0)
 
     @property
@@ -218,8 +227,7 @@ class HybridState:
                 f"HybridState.rewind: n is {n}, which reaches tokens already folded into kv, "
                 f"needs at most what is left of the slack of {self.slack}"
             )
-        made_in_inference = self.length.is_inference()  # such a tensor changes there alone
-        with torch.inference_mode() if made_in_inference else nullcontext():
+        with self._changeable():
             self.length.copy_(length)
         return self
 
@@ -233,8 +241,8 @@ class HybridState:
         return self._map(lambda x: x.index_select(0, indices))
 
     def clone(self) -> HybridState:
-        """A copy that shares no memory."""
-        return self._map(Tensor.clone)
+        """A copy that shares no memory, and is contiguous."""
+        return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
     def to(self, device: torch.device | str) -> HybridState:
         """The state on ``device``; its dtypes, which mean something each, stay.
@@ -259,9 +267,14 @@ class HybridState:
         if indices is not None:
             _check_indices("reset", indices)
         # Keys need no clearing: length and folded say which slots are live.
-        for t in (self.kv, self.ksum, self.length, self.folded):
-            t.zero_() if indices is None else t.index_fill_(0, indices.long(), 0)
+        with self._changeable():
+            for t in (self.kv, self.ksum, self.length, self.folded):
+                t.zero_() if indices is None else t.index_fill_(0, indices.long(), 0)
         return self
+
+    def _changeable(self) -> AbstractContextManager[Any]:
+        """Where tensors may change: those that were made in inference mode may only there."""
+        return torch.inference_mode() if self.length.is_inference() else nullcontext()
 
 
 def _check_indices(method: str, indices: Tensor) -> None:
@@ -274,6 +287,7 @@ def is_readable(x: Tensor) -> bool:
     """Whether reading a value is free: a real tensor on the CPU, outside of any tracing."""
     return (
         not torch.compiler.is_compiling()
+        and _get_current_dispatch_mode() is None  # such as that of fake tensors
         and x.device.type == "cpu"
         and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._functorch.is_functorch_wrapped_tensor(x)

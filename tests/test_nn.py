@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import lolcats_ops as lo
 
@@ -80,3 +81,10 @@ def test_states_go_in_and_out_of_exported_programs(qkv, tmp_path):
     torch.testing.assert_close(out, want_out)
     for got, want in ((then, want_then), (stepped, want_stepped)):
         torch.testing.assert_close(got.tensors, want.tensors)
+
+
+def test_modules_with_real_parameters_take_fake_tensors(qkv):
+    attention = lo.nn.HybridAttention(4, 2, 16, window=8)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = attention(*(mode.from_tensor(x) for x in qkv))
+    assert y.shape == qkv[0].shape[:3] + qkv[2].shape[3:]

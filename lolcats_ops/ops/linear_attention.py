@@ -106,8 +106,8 @@ def linear_attention(
         last_contiguous(v),
         *parameters(feature_q),
         *parameters(feature_k),
-        None if state is None else state.kv,
-        None if state is None else state.ksum,
+        contiguous(None if state is None else state.kv),
+        contiguous(None if state is None else state.ksum),
         contiguous(cu_seqlens),
         contiguous(key_padding_mask),
         scale,
@@ -120,7 +120,9 @@ def linear_attention(
     length = _lengths(q, sequences, cu_seqlens, key_padding_mask)
     if state is not None:
         length = length + state.length
-    return out, HybridState.of_sums(kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1])
+    return out, HybridState.of_sums(
+        kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1], dtype=k.dtype
+    )
 
 
 _IDENTITY = (4, False, False, 0.0)  # codes where q and k are the features already

@@ -344,6 +344,40 @@ def test_state_select_clone_and_reset():
     assert_close("out after a reset", feed(x, state, [0, 9]), want, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_and_hybrid_attention_continue_each_other_without_a_window(dtype):
+    x = prepare(case_of(0, "sliding", 0), 20, dtype)
+    q, k, v, phi_q, phi_k, gate = arguments(x)
+    maps = {"feature_q": phi_q, "feature_k": phi_k}
+    want, _ = lo.hybrid_attention(q, k, v, **maps, gate=gate, window=0, return_state=True)
+    first, rest = ([t[:, :, part] for t in (q, k, v)] for part in (slice(8), slice(8, None)))
+    _, state = lo.linear_attention(*first, **maps, return_state=True)
+    got = lo.hybrid_attention(*rest, **maps, gate=gate, window=0, state=state)
+    assert_close("out", got, want[:, :, 8:].double(), dtype)
+
+
+def test_states_of_linear_attention_may_be_expanded():
+    x = prepare(case_of(0, "sliding", 0, batch=(3, 1)), 20, torch.float32)
+    q, k, v, phi_q, phi_k, _ = arguments(x)
+    kv = torch.rand(1, phi_k.heads, phi_k.out_features, v.shape[3], requires_grad=True)
+    sizes = {"head_dim": q.shape[3], "kv_heads": k.shape[1]}
+
+    def gradient(backend):
+        wide = kv.expand(3, -1, -1, -1)
+        state = lo.HybridState.of_sums(wide, wide[..., 0], torch.zeros(3).long(), **sizes)
+        maps = {"feature_q": phi_q, "feature_k": phi_k}
+        y = lo.linear_attention(q, k, v, **maps, state=state, backend=backend)
+        return torch.autograd.grad(y.square().sum(), kv)[0]
+
+    torch.testing.assert_close(gradient(None), gradient("reference"), rtol=1e-4, atol=1e-4)
+
+
+def test_what_inference_mode_has_made_can_be_reset_and_rewound_outside():
+    with torch.inference_mode():
+        state = lo.HybridState.empty(2, 1, 1, 4, 4, 8, window=4, slack=2)
+    assert state.reset().rewind(0).length.tolist() == [0, 0]
+
+
 def test_rewind_takes_integers_alone():
     state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2)
     for n in (1.5, "1", None, True, torch.tensor([1.5]), torch.tensor([True])):
