@@ -69,17 +69,13 @@ int feature_map(const lol_feature_map_args& a) {
   });
 }
 
-// Of a batch's entries: as many are enough for any CPU, and their sums of the weights' gradients
-// take no more memory than x does where it is long.
-constexpr int64_t MOST_GROUPS = 64;
-
 // dx = dz W^T and the weights' gradients, z never stored. A worker takes one head of a group of
 // batch entries, so each partial sum has one writer; the partials are added in order, so the result
 // does not depend on the number of threads.
 int feature_map_backward(const lol_feature_map_backward_args& a) {
   const int64_t B = a.x.shape[0], H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3];
   const int64_t F = feature_dim(a.features, D), f = a.features.weight.shape[2];
-  const int64_t groups = at_most(B, at_least(MOST_GROUPS / at_least(H, 1), 1));
+  const int64_t groups = groups_of(B, H);
   const int64_t partial = WeightGradient::floats(D, f);
   Buffer partials(groups * H * partial);
   if (!partials.ok()) return LOL_ENOMEM;

@@ -121,6 +121,14 @@ static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {
   return (4 * TOKENS_AT_ONCE + (f % LANES ? D : 0)) * padded(f);
 }
 
+// Groups of a batch's sequences: many of these have their gradients summed together, since sums of
+// their own would take more memory than they do (D f floats per head). As many are enough for any
+// CPU.
+constexpr int64_t MOST_GROUPS = 64;
+static inline int64_t groups_of(int64_t sequences, int64_t heads) {
+  return at_most(sequences, at_least(MOST_GROUPS / at_least(heads, 1), 1));
+}
+
 // Partial gradients of one map's parameters, as one worker sums them.
 struct WeightGradient {
   float *weight, *bias;  // [f x padded(D)], transposed; [f]

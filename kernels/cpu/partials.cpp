@@ -6,7 +6,7 @@ namespace LOL_ISA {
 ParameterPartials::ParameterPartials(const Problem& p, const Batch& batch, const Segments& segments)
     : p_(p),
       sequences_(batch.count),
-      groups_(at_most(batch.count, at_least(MOST_GROUPS / p.state_heads(), 1))),
+      groups_(groups_of(batch.count, p.state_heads())),
       weight_(has_map(p.feature_k) ? WeightGradient::floats(p.D(), p.feature_k.weight.shape[2])
                                    : 0),
       memory_(floats(batch, segments)) {

@@ -30,9 +30,6 @@ class ParameterPartials {
   void reduce(const ParameterGradients& to) const;
 
  private:
-  // Groups are for batches of many sequences, whose sums would take more memory than they do (D f
-  // floats per head); as many are enough for any CPU.
-  static constexpr int64_t MOST_GROUPS = 64;
   // Of all slots, whose first are found on the way.
   int64_t floats(const Batch& batch, const Segments& segments);
 
