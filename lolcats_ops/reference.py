@@ -21,6 +21,9 @@ from .features import Features
 from .state import HybridState, is_readable, window_start
 
 INF = float("inf")
+# Gates count as this at least, and for lambda as its opposite at most, as in the kernels, where no
+# denominator is zero then, nor does its inverse times a gradient overflow fp32.
+LEAST_GATE = -60.0
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -294,10 +297,9 @@ def _attend(
     q, k, v = _wide(q), _wide(k), _wide(v)
     heads = q.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # At least -80, as the kernels have it: no denominator is zero then.
-    g = gate.to(q.dtype).clamp(min=-80).sigmoid()[:, None, None]  # [H, 1, 1]
+    g = gate.to(q.dtype).clamp(min=LEAST_GATE).sigmoid()[:, None, None]  # [H, 1, 1]
     # sigmoid(-x), since 1 - sigmoid(x) loses its last digits, and all of them from 40 on.
-    lam = gate.to(q.dtype).neg().clamp(min=-80).sigmoid()[:, None, None]
+    lam = gate.to(q.dtype).neg().clamp(min=LEAST_GATE).sigmoid()[:, None, None]
     if not affine:
         lam = torch.ones_like(g)
     phi_q, phi_k = _phi(q, feature_q), _phi(k, feature_k)  # [B, H, T, F], [B, Hs, S, F]

@@ -6,6 +6,11 @@
 namespace lol {
 namespace LOL_ISA {
 
+// Gates count as this at least, and for lambda as its opposite at most, lest a query with one kind
+// of keys alone divide zero by zero. -80 would do for that, but its 1 / den times a gradient
+// overflows.
+constexpr float LEAST_GATE = -60.0f;
+
 struct Problem {
   lol_tensor q, k, v;
   lol_features feature_q, feature_k;
@@ -51,15 +56,16 @@ struct Problem {
     return heads() * tokens * (F() * (D() + 2 * V()) + keys * (D() + V()) / 2);
   }
   // Weights of the softmax and of the linear part.
-  // A gate counts as -80 at least, and for lambda as 80 at most, lest a query with one kind of keys
-  // alone divide zero by zero.
   float g(int64_t h) const {
-    return gate ? 1.0f / (1.0f + expf(gate[h] < -80.0f ? 80.0f : -gate[h])) : 0.0f;
+    return gate ? sigmoid(gate[h] < LEAST_GATE ? LEAST_GATE : gate[h]) : 0.0f;
   }
   float lambda(int64_t h) const {
     if (!gate) return scale;
-    return affine && window.any() ? 1.0f / (1.0f + expf(gate[h] > 80.0f ? 80.0f : gate[h])) : 1.0f;
+    return affine && window.any() ? sigmoid(-gate[h] < LEAST_GATE ? LEAST_GATE : -gate[h]) : 1.0f;
   }
+
+ private:
+  static float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 };
 
 Problem problem_of(const lol_hybrid_attention_args& args);

@@ -10,8 +10,8 @@ enum Kind { kSoftmax, kExp, kElu1, kRelu, kIdentity, kFavor };
 
 constexpr float kLog2e = 1.4426950408889634f;
 // Gates count as this at least, and for lambda as its opposite at most, lest a query with one kind
-// of keys alone divide zero by zero.
-constexpr float kLeastGate = -80.f;
+// of keys alone divide zero by zero. -80 would do, but its 1 / den times a gradient overflows.
+constexpr float kLeastGate = -60.f;
 __device__ __forceinline__ float affine_lambda(float gate) {
   return 1.f / (1.f + exp2f(kLog2e * fminf(gate, -kLeastGate)));
 }

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .features import inner_product, load_weight, product
-from .problem import INF, LN2, LOG2E, LOWEST, Sums
+from .problem import INF, LEAST_GATE, LN2, LOG2E, LOWEST, Sums
 from .state import (
     absorb,
     absorb_tiles,
@@ -61,14 +61,11 @@ class Step(NamedTuple):
 
 @triton.jit
 def log2_gate(p, at):
-    """log2 of g, the factor of the softmax part; 0 where there is no gate.
-
-    A gate counts as -80 at least, lest a query without linear keys divide zero by zero.
-    """
+    """log2 of g, the factor of the softmax part; 0 where there is no gate."""
     if p.gate is None:
         return 0.0
     else:
-        gate = tl.maximum(tl.load(p.gate + at.head), -80.0)
+        gate = tl.maximum(tl.load(p.gate + at.head), LEAST_GATE)
         return -tl.log2(1.0 + tl.exp2(-gate * LOG2E))
 
 
@@ -87,8 +84,7 @@ def linear_factor(p, at):
     if p.gate is None:
         return p.scale
     elif p.affine:
-        # 80 at most, lest a query without softmax keys divide zero by zero
-        gate = tl.minimum(tl.load(p.gate + at.head), 80.0)
+        gate = tl.minimum(tl.load(p.gate + at.head), -LEAST_GATE)
         return 1.0 / (1.0 + tl.exp2(gate * LOG2E))
     else:
         return None

@@ -26,6 +26,9 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x log2 e), and exp2 is
 # Below every score: the maximum of no keys. Not -inf, since exp2(-inf + inf) is not 1.
 LOWEST = tl.constexpr(-1e30)
 LN2 = tl.constexpr(0.6931471805599453)
+# Gates count as this at least, and for lambda as its opposite at most, lest a query with one kind
+# of keys alone divide zero by zero. -80 would do, but its 1 / den times a gradient overflows.
+LEAST_GATE = tl.constexpr(-60.0)
 
 
 class Rows(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import select
 from ..features import Features
-from ..state import HybridState
+from ..state import HybridState, sequence_count
 from .arguments import (
     attention_tensors,
     contiguous,
@@ -65,7 +65,7 @@ def hybrid_attention(
         k: [B, Hk, T, D], Hk dividing H.
         v: [B, Hk, T, V].
         feature_q, feature_k: the maps, each with H or Hk heads and alike in all but parameters.
-        gate: [H], raw: the sigmoid is taken inside, of -80 at least.
+        gate: [H], raw: the sigmoid is taken inside, of -60 at least.
         window: w >= 0; 0 is linear attention, w >= T softmax attention.
         window_kind: "sliding", e(i) = max(0, i - w + 1), or "terrace", e(i) = max(0, (floor(i / w)
             - 1) w).
@@ -105,7 +105,7 @@ def hybrid_attention(
     check_gate(op, gate, q)
     check_window(op, window, window_kind, sink)
     check_flags(op, affine=affine)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     settings: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, **settings)
