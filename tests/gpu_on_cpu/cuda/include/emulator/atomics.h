@@ -7,7 +7,6 @@
 #include "runtime.h"
 
 inline void __threadfence() { emulator::fence(); }
-inline void __threadfence_system() { emulator::fence(); }
 
 namespace emulator {
 // Replaces *address by f of it; returns what was there.

@@ -50,7 +50,6 @@ struct dim3 {
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
-constexpr int warpSize = 32;
 
 inline void __syncthreads(emulator::Site site = {}) { emulator::block_barrier(site); }
 

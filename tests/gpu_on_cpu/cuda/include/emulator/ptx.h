@@ -129,7 +129,6 @@ inline unsigned to_tf32(float value) { return emulator::tf32_bits(value); }
 inline float exp2_approx(float x) {
   return emulator::flush_subnormal(exp2f(emulator::flush_subnormal(x)));
 }
-inline float log2_approx(float x) { return log2f(emulator::flush_subnormal(x)); }
 inline float reciprocal_approx(float x) {
   return emulator::flush_subnormal(1.f / emulator::flush_subnormal(x));
 }
