@@ -13,6 +13,7 @@ from ._native import get_cmake_dir, get_include, get_library
 
 if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
+    from . import cupy as cupy
     from .dispatch import backend_for, backends
     from .features import Features
     from .ops.attention_transfer import attention_transfer
@@ -61,11 +62,16 @@ _MODULE = {
     "warmup": "ops",
 }
 # What a lazy name needs beyond NumPy; torch unless it is listed here.
-_NEEDS = {"numpy": (), "convert": ("torch", "transformers"), "hf": ("torch", "transformers")}
+_NEEDS = {
+    "numpy": (),
+    "cupy": (),
+    "convert": ("torch", "transformers"),
+    "hf": ("torch", "transformers"),
+}
 
 
 def _load(name: str) -> Any:
-    if name not in __all__:
+    if name not in (*__all__, "cupy"):  # not in __all__, or import * would need CuPy
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     missing = [package for package in _NEEDS.get(name, ("torch",)) if find_spec(package) is None]
     if missing:

@@ -4,6 +4,8 @@ ACTIVATIONS = ("softmax", "exp", "elu1", "relu", "identity", "favor")
 TWO_SIDED = ("softmax", "exp")  # activations that may take -z as well
 WINDOW_KINDS = ("sliding", "terrace")
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int64", "bool")
+# activation, two_sided, skip and eps where q and k are the features already
+NO_MAP = (ACTIVATIONS.index("identity"), False, False, 0.0)
 
 
 def window_span(window: int, window_kind: str) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .features import Features, check_init, init_weight
+from .ops.validation import check_flags, check_window
 from .state import HybridState
 
 
@@ -40,7 +41,7 @@ class FeatureMap(Fp32Module):
             "orthogonal".
 
     Raises:
-        ValueError: an ``init`` that the activation does not have.
+        TypeError, ValueError: arguments that do not fit together.
 
     >>> phi = FeatureMap(4, 16)
     >>> phi(torch.randn(1, 4, 10, 16)).shape
@@ -72,6 +73,7 @@ class FeatureMap(Fp32Module):
             "skip": skip,
             "eps": eps,
         }
+        _ = self.features  # which checks all of this
 
     @property
     def features(self) -> Features:
@@ -99,6 +101,9 @@ class LinearAttention(Fp32Module):
     The maps' parameters go into the operator: hooks of ``feature_q`` and ``feature_k``, such as
     those of ``torch.nn.utils.spectral_norm``, do not run; ``torch.nn.utils.parametrizations`` work.
 
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+
     >>> attention = LinearAttention(4, 2, 16)
     >>> q, k, v = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
     >>> attention(q, k, v).shape
@@ -115,6 +120,11 @@ class LinearAttention(Fp32Module):
         **features: Any,
     ) -> None:
         super().__init__()
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(
+                f"{type(self).__name__}: heads is {heads} and kv_heads {kv_heads}, "
+                "needs a multiple of kv_heads"
+            )
         self.feature_q = FeatureMap(heads, head_dim, **features)
         self.feature_k = FeatureMap(kv_heads if share_kv_features else heads, head_dim, **features)
         if features.get("activation") == "favor":  # an estimate of exp(q . k), by one projection
@@ -141,6 +151,9 @@ class HybridAttention(LinearAttention):
         window, window_kind, sink, affine: as in ``lolcats_ops.hybrid_attention``.
         gate_init: raw gate at the start; the softmax part is weighted by its sigmoid.
 
+    Raises:
+        TypeError, ValueError: arguments that do not fit together.
+
     >>> attention = HybridAttention(4, 2, 16, window=8, sink=1)
     >>> q, k, v = torch.randn(1, 4, 10, 16), torch.randn(1, 2, 10, 16), torch.randn(1, 2, 10, 16)
     >>> attention.transfer(q, k, v).mse.backward()  # stage 1
@@ -164,6 +177,8 @@ class HybridAttention(LinearAttention):
         **features: Any,
     ) -> None:
         super().__init__(heads, kv_heads, head_dim, share_kv_features=share_kv_features, **features)
+        check_window("HybridAttention", window, window_kind, sink)
+        check_flags("HybridAttention", affine=affine)
         self.kv_heads = kv_heads
         self.gate = nn.Parameter(torch.full((heads,), gate_init, dtype=torch.float32))
         self.affine = affine

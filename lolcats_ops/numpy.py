@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _C
-from ._codes import ACTIVATIONS, DTYPES, TWO_SIDED, WINDOW_KINDS, window_span
+from ._codes import ACTIVATIONS, DTYPES, NO_MAP, TWO_SIDED, WINDOW_KINDS, window_span
 
 Array = NDArray[Any]
 
@@ -213,7 +213,7 @@ def linear_attention(
     if (feature_q is None) != (feature_k is None):
         raise ValueError("linear_attention: feature_q and feature_k go together, got one of them")
     maps: tuple[Array | None, ...] = (None, None, None, None)
-    settings = (0, False, False, 0.0)
+    settings = NO_MAP
     if feature_q is not None and feature_k is not None:
         settings = _shared_settings("linear_attention", feature_q, feature_k)
         maps = (*feature_q._parameters(), *feature_k._parameters())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .features import Features
-from .state import HybridState, is_readable, window_start
+from .state import HybridState, is_readable, sequence_count, window_start
 
 INF = float("inf")
 # Gates count as this at least, and for lambda as its opposite at most, as in the kernels, where no
@@ -74,7 +74,7 @@ def linear_attention(
 ) -> Tensor | tuple[Tensor, HybridState]:
     """SPEC 4: y_i = num_i / den_i over all j <= i, by features alone."""
     tokens = _tokens(k, cu_seqlens, key_padding_mask)
-    sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(k, cu_seqlens)
     heads = q.shape[1]
     phi_q = _wide(q) if feature_q is None else _phi(_wide(q), feature_q)  # [B, H, T, F]
     phi_k = _wide(k) if feature_k is None else _phi(_wide(k), feature_k)  # [B, Hs, T, F]
@@ -134,7 +134,7 @@ def hybrid_attention(
         student = _attend(q, k, v, feature_q, feature_k, gate, inside, outside, scale, weigh)
         return student.out.masked_fill(~tokens.real[:, None, :, None], 0).to(q.dtype)
     if state is None:
-        sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sequences = sequence_count(k, cu_seqlens)
         settings: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
         state = HybridState.empty_for(k, v, feature_k, batch=sequences, **settings)
     else:

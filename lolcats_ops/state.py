@@ -31,6 +31,11 @@ def window_start(position: Tensor, window: int, window_kind: str) -> Tensor:
     return ((position // window - 1) * window).clamp(min=0)
 
 
+def sequence_count(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many sequences x [B, ...] holds: B, or the N that cu_seqlens [N + 1] packs in one row."""
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 @dataclass(frozen=True, eq=False)
 class HybridState:
     """What an attention remembers of P sequences.
@@ -78,11 +83,12 @@ class HybridState:
         Args:
             heads: Hs, the heads of feature_k: query heads, or key/value heads where a group shares
                 its map.
-            feature_dim: F, ``features.out_features``.
+            feature_dim: F, ``features.out_features``: twice the width f where it is two-sided.
             slack: how many of the last tokens ``rewind`` can always take back.
             dtype: of keys and values; the sums are fp32 (fp64 with fp64 keys).
 
         Raises:
+            TypeError: a size that is no integer.
             ValueError: a negative size, or an unknown ``window_kind``.
         """
         if window_kind not in WINDOW_KINDS:
@@ -93,6 +99,8 @@ class HybridState:
         sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"value_dim": value_dim, "feature_dim": feature_dim}
         for name, value in {**sizes, "window": window, "sink": sink, "slack": slack}.items():
+            if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+                raise TypeError(f"HybridState.empty: {name} is {value!r}, needs an integer")
             if value < 0:
                 raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
         window, sink, slack = map(index, (window, sink, slack))  # of NumPy they may be of 8 bits
@@ -117,13 +125,22 @@ class HybridState:
 
     @classmethod
     def empty_for(
-        cls, k: Tensor, v: Tensor, feature_k: Features, *, batch: int | None = None, **settings: Any
+        cls,
+        k: Tensor,
+        v: Tensor,
+        feature_k: Features,
+        *,
+        batch: int | None = None,
+        window: int,
+        window_kind: str = "sliding",
+        sink: int = 0,
+        slack: int = 0,
     ) -> HybridState:
         """``empty`` for keys k [B, Hk, T, D], values v [B, Hk, T, V] and the map of the keys.
 
         Args:
-            batch: where sequences are packed, how many; None for B.
-            settings: window, window_kind, sink and slack of ``empty``.
+            batch: where sequences are packed, or states are a pool, how many; None for B.
+            slack: how many of the last tokens ``rewind`` can always take back.
 
         >>> from lolcats_ops.features import init_weight
         >>> k, v = torch.randn(2, 1, 2, 10, 16)
@@ -137,7 +154,10 @@ class HybridState:
             k.shape[3],
             v.shape[3],
             feature_k.out_features,
-            **settings,
+            window=window,
+            window_kind=window_kind,
+            sink=sink,
+            slack=slack,
             dtype=k.dtype,
             device=k.device,
         )

@@ -46,6 +46,22 @@ def test_hybrid_attention_is_its_operators(qkv, affine, share):
     assert attention.empty_state(1, value_dim=24).kv.shape[-1] == 24
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: lo.nn.FeatureMap(2, 4, activation="foo"), "activation is 'foo'"),
+        (lambda: lo.nn.FeatureMap(2, 4, 8, skip=True), "skip needs f == D"),
+        (lambda: lo.nn.LinearAttention(4, 3, 16), "LinearAttention: heads is 4 and kv_heads 3"),
+        (lambda: lo.nn.HybridAttention(4, 2, 16, window=-3), "HybridAttention: window is -3"),
+        (lambda: lo.nn.HybridAttention(4, 2, 16, window_kind="round"), "window_kind is 'round'"),
+        (lambda: lo.nn.HybridAttention(4, 2, 16, affine=1), "affine is 1, needs a bool"),
+    ],
+)
+def test_what_does_not_fit_is_refused_when_it_is_built(build, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        build()
+
+
 def test_the_projection_of_favor_is_one_and_stays(qkv):
     attention = lo.nn.LinearAttention(
         H, KV, D, activation="favor", init="orthogonal", share_kv_features=True

@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,14 @@ def test_the_source_folder_says_that_it_is_not_the_package(monkeypatch):
     monkeypatch.setattr(lo, "find_spec", lambda name: None if name.endswith("._C") else name)
     with pytest.raises(ImportError, match="is the source, without the compiled library"):
         lo._load("numpy")
+
+
+def test_cupy_is_an_attribute_that_says_what_it_needs():
+    if find_spec("cupy") is None:
+        with pytest.raises(ImportError, match=r"lolcats_ops\.cupy needs CuPy"):
+            _ = lo.cupy
+    else:
+        assert lo.cupy.feature_map
 
 
 def test_every_public_name_exists():

@@ -114,6 +114,11 @@ def feature_map_of(
     )
 
 
+def sequence_count(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """N of packed sequences, or B."""
+    return q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def sequences_of(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> Sequences:
     """The sequences of q's tokens. Nothing here waits for the device."""
     batch, _, length, _ = q.shape
@@ -178,7 +183,7 @@ def plan(
     """
     query_heads, length, head_dim = q.shape[1:]
     heads = query_heads if state_heads is None else state_heads
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     chunks = -(-length // tiles.chunk)
     slices = -(-v.shape[3] // tiles.block_v)
     size, kind, sink = window

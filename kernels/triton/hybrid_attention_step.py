@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import attention, launch
-from .arguments import Plan, constant, contiguous, empty_like_rows, plan, rows
+from .arguments import Plan, constant, contiguous, empty_like_rows, plan, rows, sequence_count
 from .features import load_weight, operand, project
 from .forward import add_linear, add_softmax, empty_sums, linear_factor, log2_gate, scores
 from .launch import next_power_of_2
@@ -268,7 +268,7 @@ def hybrid_attention_step_(
     terrace = window_kind == TERRACE.value
     slack = ring - window * (2 if terrace else 1)
     width = max(q.shape[3], weight_q.shape[2], weight_k.shape[2])
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     decoded = q.shape[2] <= DECODED
     problem = plan(
         q, k, v, weight_q, bias_q, weight_k, bias_k, gate, cu_seqlens, key_padding_mask,

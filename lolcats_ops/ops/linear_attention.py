@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._codes import NO_MAP
 from ..dispatch import select
 from ..features import Features
-from ..state import HybridState
+from ..state import HybridState, sequence_count
 from .arguments import (
     check_number,
     contiguous,
@@ -79,7 +80,7 @@ def linear_attention(
     check_flags(op, normalize=normalize)
     check_number(op, "scale", scale)
     check_number(op, "eps", eps, 0)
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     if state is not None:
         check_state(op, state, q, k, v, feature_k, slots=sequences, window=0, sink=0, ring=0)
     masked = key_padding_mask is not None
@@ -113,7 +114,7 @@ def linear_attention(
         scale,
         normalize,
         eps,
-        *(_IDENTITY if feature_q is None else feature_q.codes),
+        *(NO_MAP if feature_q is None else feature_q.codes),
     )
     if not return_state:
         return out
@@ -123,9 +124,6 @@ def linear_attention(
     return out, HybridState.of_sums(
         kv, ksum, length, head_dim=k.shape[3], kv_heads=k.shape[1], dtype=k.dtype
     )
-
-
-_IDENTITY = (4, False, False, 0.0)  # codes where q and k are the features already
 
 
 def _lengths(q: Tensor, sequences: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -157,7 +155,7 @@ def _(
     two_sided: bool,
     *_: Any,
 ) -> Tensor | tuple[Tensor, ...]:
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequence_count(q, cu_seqlens)
     heads, width = k.shape[1], k.shape[3]
     if weight_k is not None:
         heads, width = weight_k.shape[0], width_after(activation, two_sided, weight_k.shape[2])

@@ -378,6 +378,14 @@ def test_what_inference_mode_has_made_can_be_reset_and_rewound_outside():
     assert state.reset().rewind(0).length.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("change", [{"window": 2.5}, {"slack": True}, {"heads": "2"}])
+def test_sizes_of_states_are_integers(change):
+    sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 4, "value_dim": 4}
+    (name,) = change
+    with pytest.raises(TypeError, match=rf"HybridState\.empty: {name} is .*, needs an integer"):
+        lo.HybridState.empty(**{**sizes, "feature_dim": 8, "window": 4, **change})
+
+
 def test_rewind_takes_integers_alone():
     state = lo.HybridState.empty(1, 1, 1, 4, 4, 8, window=4, slack=2)
     for n in (1.5, "1", None, True, torch.tensor([1.5]), torch.tensor([True])):
