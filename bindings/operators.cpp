@@ -158,7 +158,7 @@ void allocate_qkv_gradients(Call& call, const Inputs& inputs, Args& args) {
   args.dv = sequence_result(call, inputs.v, inputs.v.shape[3]);
 }
 
-int64_t feature_width(const lol_features& features) {
+int64_t out_features(const lol_features& features) {
   const bool can_double = features.activation == LOL_SOFTMAX || features.activation == LOL_EXP;
   return features.weight.shape[2] * (can_double && features.two_sided ? 2 : 1);
 }
@@ -172,7 +172,7 @@ void feature_map(Call& call) {
   args.features.bias = call.optional_tensor("bias");
   read_activation(call, args.features);
   args.context = call.context();
-  args.y = sequence_result(call, args.x, feature_width(args.features));
+  args.y = sequence_result(call, args.x, out_features(args.features));
   call.run([&] { return lol_feature_map(&args); });
 }
 
@@ -200,7 +200,7 @@ void linear_attention(Call& call) {
   const int64_t sequences =
       packed ? std::max<int64_t>(args.cu_seqlens.shape[0] - 1, 0) : args.q.shape[0];
   const int64_t heads = mapped ? args.feature_k.weight.shape[0] : args.k.shape[1];
-  const int64_t features = mapped ? feature_width(args.feature_k) : args.k.shape[3];
+  const int64_t features = mapped ? out_features(args.feature_k) : args.k.shape[3];
   args.o = sequence_result(call, args.q, args.v.shape[3]);
   args.den = statistic_result(call, args.q);
   args.kv = f32_result(call, {sequences, heads, features, args.v.shape[3]});

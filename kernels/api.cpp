@@ -5,6 +5,7 @@
 #include <new>
 #include <vector>
 
+#include "arguments.h"
 #include "check.h"
 #include "cpu/problem.h"
 #include "cuda/launch.h"
@@ -14,10 +15,6 @@
 
 namespace lol {
 namespace {
-
-int64_t index_at(const lol_tensor& t, int64_t i) {
-  return t.dtype == LOL_I64 ? ((const int64_t*)t.data)[i] : ((const int32_t*)t.data)[i];
-}
 
 // The sequences that cu_seqlens or key_padding_mask describe. Padding on either side leaves a run
 // of rows; only a mask with holes needs an index.

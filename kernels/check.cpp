@@ -13,18 +13,11 @@ namespace {
 
 thread_local char message[2048] = "";  // the first errors of a compiler fit
 
-template <class Args>
-int check_size(const char* op, const Args& a) {
-  return a.struct_size == sizeof(Args) ? LOL_OK
-                                       : fail("%s: struct_size is %zu, this library's is %zu", op,
-                                              a.struct_size, sizeof(Args));
-}
-
 // What the hybrid and its transfer share: everything but the output.
 int check_student(const Checker& c, const lol_hybrid_attention_args& a) {
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2];
-  LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, a.q.shape[3], H, a.k.shape[1]));
+  LOL_TRY(c.maps(a.feature_q, a.feature_k, a.q.shape[3], H, a.k.shape[1]));
   LOL_TRY(c.gate(a.gate, H));
   LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.window(a.window, a.window_kind, a.sink));
@@ -39,22 +32,21 @@ struct StateSizes {
   int64_t N, Hs, F, V;
 };
 
-int check_forward(const Checker& c, const char* op, const lol_linear_attention_args& a,
-                  StateSizes* states) {
+int check_forward(const Checker& c, const lol_linear_attention_args& a, StateSizes* states) {
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 V = a.v.shape[3];
   LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.floor("eps", a.eps));
   const bool maps = present(a.feature_q.weight) || present(a.feature_k.weight);
-  if (maps) LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
+  if (maps) LOL_TRY(c.maps(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));
   const int64_t Hs = maps ? a.feature_k.weight.shape[0] : a.k.shape[1],
-                F = width_of(a.feature_k, D);
+                F = out_features(a.feature_k, D);
   *states = {N, Hs, F, V};
   if (present(a.kv0) != present(a.ksum0))
-    return fail("%s: kv0 and ksum0 come together or not at all", op);
+    return fail("%s: kv0 and ksum0 come together or not at all", c.op());
   LOL_TRY(c.optional("kv0", a.kv0, LOL_F32, {N, Hs, F, V}));
   LOL_TRY(c.optional("ksum0", a.ksum0, LOL_F32, {N, Hs, F}));
   LOL_TRY(c.strided("o", a.o, a.q.dtype, {B, H, T, V}));
@@ -75,42 +67,41 @@ int fail(const char* format, ...) {
 
 const char* last_error() { return message; }
 
-static int check_map(const Checker& c, const char* op, const lol_tensor& x,
-                     const lol_features& features) {
+static int check_map(const Checker& c, const lol_tensor& x, const lol_features& features) {
   LOL_TRY(c.sequence("x", x));
   LOL_TRY(c.map("features", features, x.shape[3]));
   const int64_t maps = features.weight.shape[0], H = x.shape[1];
   if (maps > 0 && H % maps == 0) return LOL_OK;
-  return fail("%s: features.weight has %lld heads, needs a divisor of x's %lld", op,
+  return fail("%s: features.weight has %lld heads, needs a divisor of x's %lld", c.op(),
               (long long)maps, (long long)H);
 }
 
 int check(const lol_feature_map_args& a) {
   const Checker c("feature_map", a.context);
-  LOL_TRY(check_size("feature_map", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu_or_cuda());
-  LOL_TRY(check_map(c, "feature_map", a.x, a.features));
+  LOL_TRY(check_map(c, a.x, a.features));
   const int64_t* s = a.x.shape;
-  return c.output("y", a.y, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])});
+  return c.output("y", a.y, a.x.dtype, {s[0], s[1], s[2], out_features(a.features, s[3])});
 }
 
 int check(const lol_feature_map_backward_args& a) {
   const Checker c("feature_map_backward", a.context);
-  LOL_TRY(check_size("feature_map_backward", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu());
-  LOL_TRY(check_map(c, "feature_map_backward", a.x, a.features));
+  LOL_TRY(check_map(c, a.x, a.features));
   const int64_t* s = a.x.shape;
-  LOL_TRY(c.strided("dy", a.dy, a.x.dtype, {s[0], s[1], s[2], width_of(a.features, s[3])}));
+  LOL_TRY(c.strided("dy", a.dy, a.x.dtype, {s[0], s[1], s[2], out_features(a.features, s[3])}));
   LOL_TRY(c.gradient("dx", a.dx, a.x));
-  return c.features_gradient("dweight", "dbias", a.features, a.dweight, a.dbias);
+  return c.gradients_of_map("dweight", "dbias", a.features, a.dweight, a.dbias);
 }
 
 int check(const lol_linear_attention_args& a) {
   const Checker c("linear_attention", a.context);
-  LOL_TRY(check_size("linear_attention", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu_or_cuda());
   StateSizes s;
-  LOL_TRY(check_forward(c, "linear_attention", a, &s));
+  LOL_TRY(check_forward(c, a, &s));
   LOL_TRY(c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], s.V}));
   LOL_TRY(c.contiguous("kv", a.kv, LOL_F32, {s.N, s.Hs, s.F, s.V}));
   return c.contiguous("ksum", a.ksum, LOL_F32, {s.N, s.Hs, s.F});
@@ -118,17 +109,17 @@ int check(const lol_linear_attention_args& a) {
 
 int check(const lol_linear_attention_backward_args& a) {
   const Checker c("linear_attention_backward", a.forward.context);
-  LOL_TRY(check_size("linear_attention_backward", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu());
   const lol_linear_attention_args& f = a.forward;
-  LOL_TRY(check_size("linear_attention_backward: forward", f));
+  LOL_TRY(c.size(f, "forward."));
   StateSizes s;
-  LOL_TRY(check_forward(c, "linear_attention_backward", f, &s));
+  LOL_TRY(check_forward(c, f, &s));
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.optional("dkv", a.dkv, LOL_F32, {s.N, s.Hs, s.F, s.V}));
   LOL_TRY(c.optional("dksum", a.dksum, LOL_F32, {s.N, s.Hs, s.F}));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
-  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+  LOL_TRY(c.gradients_of_maps(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
                               a.dbias_k));
   if (!present(f.kv0)) {
     LOL_TRY(c.absent("dkv0", a.dkv0, "kv0"));
@@ -140,7 +131,7 @@ int check(const lol_linear_attention_backward_args& a) {
 
 int check(const lol_hybrid_attention_args& a) {
   const Checker c("hybrid_attention", a.context);
-  LOL_TRY(check_size("hybrid_attention", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(check_student(c, a));
   return c.output("o", a.o, a.q.dtype, {a.q.shape[0], a.q.shape[1], a.q.shape[2], a.v.shape[3]});
@@ -148,28 +139,27 @@ int check(const lol_hybrid_attention_args& a) {
 
 int check(const lol_hybrid_attention_backward_args& a) {
   const Checker c("hybrid_attention_backward", a.forward.context);
-  LOL_TRY(check_size("hybrid_attention_backward", a));
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu());
   const lol_hybrid_attention_args& f = a.forward;
-  LOL_TRY(check_size("hybrid_attention_backward: forward", f));
+  LOL_TRY(c.size(f, "forward."));
   LOL_TRY(check_student(c, f));
   LOL_TRY(c.strided("o", f.o, f.q.dtype, {f.q.shape[0], f.q.shape[1], f.q.shape[2], f.v.shape[3]}));
   LOL_TRY(c.like("do", a.do_, f.o));
   LOL_TRY(c.qkv_gradients(f.q, f.k, f.v, a.dq, a.dk, a.dv));
-  LOL_TRY(c.feature_gradients(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+  LOL_TRY(c.gradients_of_maps(f.feature_q, f.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
                               a.dbias_k));
   return c.contiguous("dgate", a.dgate, LOL_F32, {f.q.shape[1]});
 }
 
 int check(const lol_hybrid_attention_step_args& a) {
-  const char* op = "hybrid_attention_step";
-  const Checker c(op, a.context);
-  LOL_TRY(check_size(op, a));
+  const Checker c("hybrid_attention_step", a.context);
+  LOL_TRY(c.size(a));
   LOL_TRY(c.on_cpu_or_cuda());
   LOL_TRY(c.qkv(a.q, a.k, a.v));
   const int64_t B = a.q.shape[0], H = a.q.shape[1], T = a.q.shape[2], D = a.q.shape[3],
                 Hk = a.k.shape[1], V = a.v.shape[3];
-  LOL_TRY(c.feature_pair(a.feature_q, a.feature_k, D, H, Hk));
+  LOL_TRY(c.maps(a.feature_q, a.feature_k, D, H, Hk));
   LOL_TRY(c.gate(a.gate, H));
   LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.window(a.window, a.window_kind, 0));
@@ -178,7 +168,8 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.output("o", a.o, a.q.dtype, {B, H, T, V}));
 
   const lol_state& s = a.state;
-  const int64_t P = s.kv.shape[0], Hs = a.feature_k.weight.shape[0], F = width_of(a.feature_k, D);
+  const int64_t P = s.kv.shape[0], Hs = a.feature_k.weight.shape[0],
+                F = out_features(a.feature_k, D);
   const int64_t R = s.k_ring.shape[2], sinks = s.k_sink.shape[2];
   LOL_TRY(c.contiguous("state.kv", s.kv, LOL_F32, {P, Hs, F, V}));
   LOL_TRY(c.contiguous("state.length", s.length, LOL_I64, {P}));
@@ -188,16 +179,17 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.contiguous("state.v_ring", s.v_ring, a.q.dtype, {P, Hk, R, V}));
   LOL_TRY(c.contiguous("state.k_sink", s.k_sink, a.q.dtype, {P, Hk, sinks, D}));
   LOL_TRY(c.contiguous("state.v_sink", s.v_sink, a.q.dtype, {P, Hk, sinks, V}));
-  const int64_t times = a.window_kind == LOL_TERRACE ? 2 : 1;
+  const int64_t times =
+      window_span(1, a.window_kind);  // of a window that may be too long to double
   if (a.window > R / times) {
-    return fail("%s: state.k_ring has %lld slots, a %s window of %lld needs at least %llu", op,
+    return fail("%s: state.k_ring has %lld slots, a %s window of %lld needs at least %llu", c.op(),
                 (long long)R, times == 2 ? "terrace" : "sliding", (long long)a.window,
                 (unsigned long long)a.window * times);
   }
   const int64_t span = a.window * times;
   if (a.lazy < 0 || a.lazy > R - span) {
-    return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", op, (long long)a.lazy,
-                (long long)(R - span));
+    return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", c.op(),
+                (long long)a.lazy, (long long)(R - span));
   }
   // The next query's window starts here; a state that holds keys after it would count them twice.
   const auto oldest_kept = [&](int64_t length) {
@@ -216,25 +208,22 @@ int check(const lol_hybrid_attention_step_args& a) {
     return fail(
         "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded, at most "
         "where the next token's window starts, and the rest in the ring of %lld",
-        op, (long long)slot, (long long)length, (long long)slot, (long long)folded, (long long)R);
+        c.op(), (long long)slot, (long long)length, (long long)slot, (long long)folded,
+        (long long)R);
   };
   if (!present(a.state_indices)) {
     if (P != N)
-      return fail("%s: state holds %lld sequences, q has %lld", op, (long long)P, (long long)N);
+      return fail("%s: state holds %lld sequences, q has %lld", c.op(), (long long)P, (long long)N);
     for (int64_t i = 0; !c.on_device() && i < N; i++) LOL_TRY(counters(i));
     return LOL_OK;
   }
   LOL_TRY(c.indices("state_indices", a.state_indices, N));
-  const bool wide = a.state_indices.dtype == LOL_I64;
   constexpr int64_t FEW = 64;  // pairs of so many are compared, which takes no memory from the heap
   std::vector<bool> taken(!c.on_device() && N > FEW ? P : 0);
   for (int64_t i = 0; !c.on_device() && i < N; i++) {
-    const auto slot = [&](int64_t j) {
-      return wide ? ((const int64_t*)a.state_indices.data)[j]
-                  : (int64_t)((const int32_t*)a.state_indices.data)[j];
-    };
+    const auto slot = [&](int64_t j) { return index_at(a.state_indices, j); };
     if (slot(i) < 0 || slot(i) >= P) {
-      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", op, (long long)i,
+      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", c.op(), (long long)i,
                   (long long)slot(i), (long long)P);
     }
     bool twice = false;
@@ -243,7 +232,7 @@ int check(const lol_hybrid_attention_step_args& a) {
       taken[slot(i)] = true;
     }
     for (int64_t j = 0; N <= FEW && j < i; j++) twice = twice || slot(j) == slot(i);
-    if (twice) return fail("%s: state_indices names slot %lld twice", op, (long long)slot(i));
+    if (twice) return fail("%s: state_indices names slot %lld twice", c.op(), (long long)slot(i));
     LOL_TRY(counters(slot(i)));
   }
   return LOL_OK;
@@ -261,8 +250,8 @@ static int check_transfer(const Checker& c, const lol_attention_transfer_args& a
 
 int check(const lol_attention_transfer_args& a) {
   const Checker c("attention_transfer", a.student.context);
-  LOL_TRY(check_size("attention_transfer", a));
-  LOL_TRY(check_size("attention_transfer: student", a.student));
+  LOL_TRY(c.size(a));
+  LOL_TRY(c.size(a.student, "student."));
   LOL_TRY(check_transfer(c, a));
   const lol_tensor& q = a.student.q;
   LOL_TRY(c.output("teacher", a.teacher, q.dtype,
@@ -273,14 +262,14 @@ int check(const lol_attention_transfer_args& a) {
 
 int check(const lol_attention_transfer_backward_args& a) {
   const Checker c("attention_transfer_backward", a.forward.student.context);
-  LOL_TRY(check_size("attention_transfer_backward", a));
-  LOL_TRY(check_size("attention_transfer_backward: forward", a.forward));
-  LOL_TRY(check_size("attention_transfer_backward: forward.student", a.forward.student));
+  LOL_TRY(c.size(a));
+  LOL_TRY(c.size(a.forward, "forward."));
+  LOL_TRY(c.size(a.forward.student, "forward.student."));
   LOL_TRY(check_transfer(c, a.forward));
   LOL_TRY(c.contiguous("d_mse", a.d_mse, LOL_F32, {}));
   LOL_TRY(c.contiguous("d_xent", a.d_xent, LOL_F32, {}));
   const lol_hybrid_attention_args& s = a.forward.student;
-  LOL_TRY(c.feature_gradients(s.feature_q, s.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
+  LOL_TRY(c.gradients_of_maps(s.feature_q, s.feature_k, a.dweight_q, a.dbias_q, a.dweight_k,
                               a.dbias_k));
   return c.contiguous("dgate", a.dgate, LOL_F32, {s.q.shape[1]});
 }

@@ -5,6 +5,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "arguments.h"
 #include "check.h"
 #include "cuda/launch.h"
 
@@ -27,8 +28,6 @@ inline std::string shape_text(const int64_t* shape, int ndim) {
   for (int i = 0; i < ndim; i++) text += (i ? ", " : "") + std::to_string(shape[i]);
   return text + "]";
 }
-
-inline bool present(const lol_tensor& t) { return t.data || t.ndim; }
 
 // Whether its sizes are such that its bytes can be counted.
 inline bool countable(const lol_tensor& t) {
@@ -64,6 +63,16 @@ struct Name {
 class Checker {
  public:
   Checker(const char* op, const lol_context& context) : op_(op), context_(context) {}
+
+  const char* op() const { return op_; }
+
+  // What the caller was compiled with is what this library was; `member` of its arguments.
+  template <class Args>
+  int size(const Args& a, const char* member = "") const {
+    if (a.struct_size == sizeof(Args)) return LOL_OK;
+    return fail("%s: %sstruct_size is %zu, this library's is %zu", op_, member, a.struct_size,
+                sizeof(Args));
+  }
 
   int shape(Name name, const lol_tensor& t, int dtype, Shape expected) const {
     const int ndim = (int)expected.size();
@@ -199,8 +208,9 @@ class Checker {
     return strided("v", v, q.dtype, {q.shape[0], Hk, q.shape[2], v.shape[3]});
   }
 
-  // The maps of H or Hk heads,
-  int features(const char* name, const lol_features& f, int64_t D, int64_t H, int64_t Hk) const {
+  // A map of the heads of q or of k.
+  int attention_map(const char* name, const lol_features& f, int64_t D, int64_t H,
+                    int64_t Hk) const {
     const int64_t Hf = f.weight.shape[0];
     if (f.weight.ndim == 3 && (Hf < 1 || (Hf != H && Hf != Hk))) {
       return fail("%s: %s.weight has %lld heads, needs q's %lld or k's %lld", op_, name,
@@ -208,7 +218,7 @@ class Checker {
     }
     return map(name, f, D);
   }
-  // and of any heads.
+  // A map of any number of heads.
   int map(const char* name, const lol_features& f, int64_t D) const {
     if (!present(f.weight)) return fail("%s: %s.weight is absent, needs [Hf, D, f]", op_, name);
     if (f.weight.ndim != 3)
@@ -236,10 +246,10 @@ class Checker {
     return LOL_OK;
   }
 
-  int feature_pair(const lol_features& q, const lol_features& k, int64_t D, int64_t H,
-                   int64_t Hk) const {
-    LOL_TRY(features("feature_q", q, D, H, Hk));
-    LOL_TRY(features("feature_k", k, D, H, Hk));
+  // The maps of q and k, which are of one kind.
+  int maps(const lol_features& q, const lol_features& k, int64_t D, int64_t H, int64_t Hk) const {
+    LOL_TRY(attention_map("feature_q", q, D, H, Hk));
+    LOL_TRY(attention_map("feature_k", k, D, H, Hk));
     if (q.weight.shape[2] != k.weight.shape[2]) {
       return fail("%s: feature_q has width %lld, feature_k %lld: they must agree", op_,
                   (long long)q.weight.shape[2], (long long)k.weight.shape[2]);
@@ -294,12 +304,10 @@ class Checker {
     if (cu_seqlens.ndim != 1)
       return fail("%s: cu_seqlens has %d dimensions, needs 1", op_, cu_seqlens.ndim);
     LOL_TRY(indices("cu_seqlens", cu_seqlens, cu_seqlens.shape[0]));
-    const bool wide = cu_seqlens.dtype == LOL_I64;
     if (numel(cu_seqlens) < 1) return fail("%s: cu_seqlens is empty, needs [N + 1] offsets", op_);
     int64_t last = 0;
     for (int64_t i = 0; !on_device() && i < numel(cu_seqlens); i++) {
-      const int64_t at =
-          wide ? ((const int64_t*)cu_seqlens.data)[i] : ((const int32_t*)cu_seqlens.data)[i];
+      const int64_t at = index_at(cu_seqlens, i);
       if (at < last || at > T || (i == 0 && at != 0)) {
         return fail(
             "%s: cu_seqlens[%lld] is %lld, needs offsets from 0 up to at most %lld, in order", op_,
@@ -311,15 +319,15 @@ class Checker {
     return LOL_OK;
   }
 
-  // Gradients of the parameters of a pair of maps.
-  int feature_gradients(const lol_features& q, const lol_features& k, const lol_tensor& dweight_q,
+  // Gradients of the parameters of both maps, and of one.
+  int gradients_of_maps(const lol_features& q, const lol_features& k, const lol_tensor& dweight_q,
                         const lol_tensor& dbias_q, const lol_tensor& dweight_k,
                         const lol_tensor& dbias_k) const {
-    LOL_TRY(features_gradient("dweight_q", "dbias_q", q, dweight_q, dbias_q));
-    return features_gradient("dweight_k", "dbias_k", k, dweight_k, dbias_k);
+    LOL_TRY(gradients_of_map("dweight_q", "dbias_q", q, dweight_q, dbias_q));
+    return gradients_of_map("dweight_k", "dbias_k", k, dweight_k, dbias_k);
   }
-  int features_gradient(const char* weight, const char* bias, const lol_features& f,
-                        const lol_tensor& dweight, const lol_tensor& dbias) const {
+  int gradients_of_map(const char* weight, const char* bias, const lol_features& f,
+                       const lol_tensor& dweight, const lol_tensor& dbias) const {
     if (!present(f.weight)) {
       LOL_TRY(absent(weight, dweight, "a feature map"));
       return absent(bias, dbias, "a feature map");
@@ -348,9 +356,5 @@ class Checker {
   const char* op_;
   const lol_context& context_;
 };
-
-inline int64_t width_of(const lol_features& f, int64_t D) {
-  return present(f.weight) ? f.weight.shape[2] * (f.two_sided ? 2 : 1) : D;
-}
 
 }  // namespace lol

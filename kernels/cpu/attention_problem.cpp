@@ -2,27 +2,46 @@
 
 namespace lol {
 namespace LOL_ISA {
+namespace {
+
+template <class Args>
+Problem problem_with(const Args& a, Window window) {
+  Problem p = {};
+  p.q = a.q;
+  p.k = a.k;
+  p.v = a.v;
+  p.feature_q = a.feature_q;
+  p.feature_k = a.feature_k;
+  p.window = window;
+  p.scale = (float)a.scale;
+  p.normalize = true;
+  return p;
+}
+template <class Args>
+Problem with_softmax(const Args& a, Window window) {
+  Problem p = problem_with(a, window);
+  p.gate = (const float*)a.gate.data;
+  p.affine = a.affine != 0;
+  return p;
+}
+
+}  // namespace
 
 Problem problem_of(const lol_hybrid_attention_args& a) {
   // No more than all tokens, so that sums and multiples of the sizes stay numbers.
   const int64_t T = at_least(a.q.shape[2], 1);
-  const Window window = {at_most(a.window, T), a.window_kind, at_most(a.sink, T)};
-  return {a.q,           a.k,
-          a.v,           a.feature_q,
-          a.feature_k,   (const float*)a.gate.data,
-          window,        (float)a.scale,
-          a.affine != 0, true,
-          0.0f};
+  return with_softmax(a, {at_most(a.window, T), a.window_kind, at_most(a.sink, T)});
+}
+
+Problem problem_of(const lol_hybrid_attention_step_args& a) {
+  return with_softmax(a, {a.window, a.window_kind, a.state.k_sink.shape[2]});
 }
 
 Problem problem_of(const lol_linear_attention_args& a) {
-  const Window window = {0, LOL_SLIDING, 0};
-  return {a.q,         a.k,
-          a.v,         a.feature_q,
-          a.feature_k, nullptr,
-          window,      (float)a.scale,
-          false,       a.normalize != 0,
-          (float)a.eps};
+  Problem p = problem_with(a, {0, LOL_SLIDING, 0});
+  p.normalize = a.normalize != 0;
+  p.eps = (float)a.eps;
+  return p;
 }
 
 }  // namespace LOL_ISA

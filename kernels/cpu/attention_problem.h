@@ -40,7 +40,7 @@ struct Problem {
   int64_t kv_head_of(int64_t state_head) const { return state_head / (state_heads() / kv_heads()); }
   int64_t D() const { return q.shape[3]; }
   int64_t V() const { return v.shape[3]; }
-  int64_t F() const { return feature_dim(feature_k, D()); }
+  int64_t F() const { return out_features(feature_k, D()); }
   int64_t f() const { return has_map(feature_k) ? feature_k.weight.shape[2] : 0; }
   int64_t paired_map_size() const {
     return format == Format::f32 ? 0 : weight_parts.all * paired_weight_size(D(), f());
@@ -69,6 +69,7 @@ struct Problem {
 };
 
 Problem problem_of(const lol_hybrid_attention_args& args);
+Problem problem_of(const lol_hybrid_attention_step_args& args);
 Problem problem_of(const lol_linear_attention_args& args);
 
 }  // namespace LOL_ISA

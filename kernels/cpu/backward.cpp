@@ -150,20 +150,15 @@ class Backward {
                      KeyParts parts) const {
     const Segment segment = segments_.at(s, j);
     const int64_t row = segments_.row_in_sequence(j);
-    return {b_,
-            p_,
-            s,
-            partials_,
-            head,
-            slot,
-            segment,
-            segments_.sinks(),
-            segments_.first_key(segment),
-            segments_.rows_of(segment),
-            parts.dk ? parts.dk + row * padded(p_.D()) : nullptr,
-            parts.dv ? parts.dv + row * padded(p_.V()) : nullptr,
-            b_.delta ? b_.delta : delta_.data,
-            has_delta() ? nullptr : delta_.data};
+    BackwardRun run = {b_, p_, s, partials_, head, slot, segment};
+    run.sinks = segments_.sinks();
+    run.first_key = segments_.first_key(segment);
+    run.rows = segments_.rows_of(segment);
+    run.dk = parts.dk ? parts.dk + row * padded(p_.D()) : nullptr;
+    run.dv = parts.dv ? parts.dv + row * padded(p_.V()) : nullptr;
+    run.delta = b_.delta ? b_.delta : delta_.data;
+    run.new_delta = has_delta() ? nullptr : delta_.data;
+    return run;
   }
 
   void clear_padded() const {

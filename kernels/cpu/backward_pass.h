@@ -14,12 +14,13 @@ struct BackwardRun {
   const ParameterPartials& partials;
   int64_t state_head, slot;
   Segment segment;
-  int64_t sinks, first_key, rows;
+  int64_t sinks = 0, first_key = 0, rows = 0;
   // [rows x padded(D | V)], the segment's part of the gradients of its keys, which the pass forward
   // in time begins; unless wants_inputs() is false
-  float *dk, *dv;
-  const float* delta;  // dy . y [B, H, T]
-  float* new_delta;    // the same, for the pass forward in time to compute; or null: it is given
+  float *dk = nullptr, *dv = nullptr;
+  const float* delta = nullptr;  // dy . y [B, H, T]
+  float* new_delta =
+      nullptr;  // the same, for the pass forward in time to compute; or null: it is given
 
   bool wants_inputs() const { return b.dq.data != nullptr; }
   bool last() const { return segment.end == s.tokens; }

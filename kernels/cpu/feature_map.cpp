@@ -36,7 +36,7 @@ constexpr int64_t STREAMED = 1 << 24;
 
 int feature_map(const lol_feature_map_args& a) {
   const int64_t H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3],
-                F = feature_dim(a.features, D);
+                F = out_features(a.features, D);
   const int64_t tokens = a.x.shape[0] * H * T, work = tokens * D * F;
   const Stretches stretches(a.x, work);
   const int64_t scratch = features_of_tokens_scratch(D, a.features.weight.shape[2]);
@@ -74,7 +74,7 @@ int feature_map(const lol_feature_map_args& a) {
 // does not depend on the number of threads.
 int feature_map_backward(const lol_feature_map_backward_args& a) {
   const int64_t B = a.x.shape[0], H = a.x.shape[1], T = a.x.shape[2], D = a.x.shape[3];
-  const int64_t F = feature_dim(a.features, D), f = a.features.weight.shape[2];
+  const int64_t F = out_features(a.features, D), f = a.features.weight.shape[2];
   const int64_t groups = groups_of(B, H);
   const int64_t partial = WeightGradient::floats(D, f);
   Buffer partials(groups * H * partial);

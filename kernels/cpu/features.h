@@ -2,6 +2,7 @@
 // lanes. FLOPs per token: 2 D f forward, 4 D f backward (dx and dW). Backward takes features
 // instead of z; where probabilities are clamped by more than rounding it computes them again.
 #pragma once
+#include "../arguments.h"
 #include "pairs.h"
 
 namespace lol {
@@ -51,11 +52,6 @@ static inline bool is_exponential(int activation) {
   return activation == LOL_SOFTMAX || activation == LOL_EXP;
 }
 
-static inline int64_t feature_dim(const lol_features& features, int64_t D) {
-  if (!has_map(features)) return D;
-  return features.weight.shape[2] * (features.two_sided ? 2 : 1);
-}
-
 // The map that head h of `heads` uses.
 static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads, int64_t D) {
   if (!has_map(p))
@@ -69,7 +65,7 @@ static inline FeatureMap map_of(const lol_features& p, int64_t h, int64_t heads,
           p.bias.data ? (const float*)p.bias.data + own * f : nullptr,
           (int)D,
           (int)f,
-          (int)feature_dim(p, D),
+          (int)out_features(p, D),
           p.activation,
           p.two_sided != 0,
           p.skip != 0,

@@ -11,17 +11,10 @@ namespace LOL_ISA {
 namespace {
 
 struct Step {
-  explicit Step(const lol_hybrid_attention_step_args& args) : a(args) {
-    const Window window = {a.window, a.window_kind, a.state.k_sink.shape[2]};
-    p = {a.q,           a.k,
-         a.v,           a.feature_q,
-         a.feature_k,   (const float*)a.gate.data,
-         window,        (float)a.scale,
-         a.affine != 0, true,
-         0.0f};
-    chunks = p.by_pairs();
+  explicit Step(const lol_hybrid_attention_step_args& args)
+      : a(args), p(problem_of(args)), chunks(p.by_pairs()) {
     ring = a.state.k_ring.shape[2];
-    slack = ring - a.window * (a.window_kind == LOL_TERRACE ? 2 : 1) - a.lazy;
+    slack = ring - window_span(a.window, a.window_kind) - a.lazy;
   }
 
   int64_t length(const Sequence& s) const { return ((const int64_t*)a.state.length.data)[s.slot]; }
@@ -68,18 +61,18 @@ Run many_tokens(const Step& step, const Sequence& s, int64_t state_head) {
   const int64_t kv_head = step.p.kv_head_of(state_head);
   float *kv = step.kv(s, state_head), *ksum = step.ksum(s, state_head);
   const int64_t folded = at_least(step.folded(s), step.p.window.sink);
-  return {&s,
-          state_head,
-          step.keys(s, kv_head),
-          step.values(s, kv_head),
-          past,
-          total,
-          kv,
-          ksum,
-          folded,
-          kv,
-          ksum,
-          at_least(step.folded_after(s, total), folded)};
+  Run run = {};
+  run.sequence = &s;
+  run.state_head = state_head;
+  run.k = step.keys(s, kv_head);
+  run.v = step.values(s, kv_head);
+  run.past = past;
+  run.total = total;
+  run.kv = run.final_kv = kv;
+  run.ksum = run.final_ksum = ksum;
+  run.folded = folded;
+  run.fold = at_least(step.folded_after(s, total), folded);
+  return run;
 }
 
 void add_scaled(float* to, float factor, const float* x, int n) {

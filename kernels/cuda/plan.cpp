@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <initializer_list>
 
+#include "../arguments.h"
 #include "../check.h"
 #include "instances.h"
 #include "plan_tensors.h"
@@ -27,7 +28,6 @@ struct StepInstance {
   int threads() const { return step_threads(lanes, queries); }
   int F() const { return threads() / lanes * rows; }
 };
-constexpr int kInstances = 8;  // of every number type
 const StepInstance step_instances[] = {
 #define LOL_NAME(T, lanes, rows, queries, wide)                                                \
   {"lol::cuda::hybrid_attention_step<" #T ", " #lanes ", " #rows ", " #queries ", " #wide ">", \
@@ -35,6 +35,8 @@ const StepInstance step_instances[] = {
     LOL_STEP_INSTANCES(LOL_NAME)
 #undef LOL_NAME
 };
+// Of each of the three number types, whose codes are 0 to 2.
+constexpr int kInstances = sizeof(step_instances) / sizeof(*step_instances) / 3;
 
 // Of those for as many queries or more, the first one that holds F; of those with as many features,
 // the first one that holds V, or the widest.
@@ -120,7 +122,7 @@ int plan(const lol_hybrid_attention_step_args& a, int most_shared_bytes, Plan* p
   p.terrace = a.window_kind == LOL_TERRACE;
   p.sink = static_cast<int>(s.k_sink.shape[2]);
   p.ring = static_cast<int>(s.k_ring.shape[2]);
-  const int span = p.terrace ? 2 * p.window : p.window;
+  const int span = static_cast<int>(window_span(a.window, a.window_kind));
   p.slack = p.ring - span - static_cast<int>(a.lazy);
   p.slots = static_cast<int>(s.length.shape[0]);
   p.kv = static_cast<float*>(s.kv.data);

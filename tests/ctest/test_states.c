@@ -99,7 +99,7 @@ static void attention_is_refused(void) {
   REFUSES(lol_hybrid_attention_backward, b, "do is bfloat16");
   b.do_ = h.o;
   b.forward.struct_size = 8;
-  REFUSES(lol_hybrid_attention_backward, b, "forward: struct_size is 8");
+  REFUSES(lol_hybrid_attention_backward, b, "forward.struct_size is 8");
 }
 
 int main(void) {
