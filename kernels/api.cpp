@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "arguments.h"
@@ -104,10 +105,10 @@ int guarded(Body body) {
     return report(body());
   } catch (const std::bad_alloc&) {
     return report(LOL_ENOMEM);
+  } catch (const std::length_error&) {  // of a vector that no memory would hold
+    return report(LOL_ENOMEM);
   } catch (const std::exception& error) {
     return fail("lolcats_ops: %s", error.what());
-  } catch (...) {
-    return fail("lolcats_ops: an exception that is none of the C++ library");
   }
 }
 

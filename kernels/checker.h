@@ -12,6 +12,8 @@
 namespace lol {
 
 constexpr int64_t MAX_DIM = 256;  // D, V and f: what the kernels' tiles are laid out for
+// What CUDA kernels count in 32 bits (tokens, heads, sequences, slots), with room for a tile more.
+constexpr int64_t MAX_SIZE_ON_DEVICE = 1 << 30;
 
 inline std::string name_of(int dtype) {
   static const char* names[] = {"float32", "bfloat16", "float16", "int32", "int64", "bool"};
@@ -93,6 +95,13 @@ class Checker {
     if (!countable(t)) {
       return fail("%s: %s%s has shape %s, which no memory holds", op_, name.argument, name.member,
                   shape_text(t.shape, t.ndim).c_str());
+    }
+    for (int i = 0; on_device() && i < ndim; i++) {
+      if (t.shape[i] > MAX_SIZE_ON_DEVICE) {
+        return fail("%s: %s%s has shape %s, of which a GPU takes no size above %lld", op_,
+                    name.argument, name.member, shape_text(t.shape, ndim).c_str(),
+                    (long long)MAX_SIZE_ON_DEVICE);
+      }
     }
     if (t.dtype != dtype)
       return fail("%s: %s%s is %s, needs %s", op_, name.argument, name.member,
@@ -296,6 +305,10 @@ class Checker {
     if (present(mask)) {
       if (present(cu_seqlens))
         return fail("%s: cu_seqlens and key_padding_mask exclude each other", op_);
+      if (T > INT32_MAX) {  // rows of real tokens are counted in 32 bits
+        return fail("%s: key_padding_mask has %lld tokens, needs fewer than 2^31", op_,
+                    (long long)T);
+      }
       return strided("key_padding_mask", mask, LOL_BOOL, {B, T});
     }
     if (!present(cu_seqlens)) return LOL_OK;

@@ -363,7 +363,13 @@ def _inputs(
 
 def _check_parameter(x: Any, name: str) -> None:
     if not all(hasattr(x, part) for part in ("astype", "ndim", "flags")):  # JAX's have no flags
-        raise TypeError(f"{name} is of type {type(x).__name__}, needs an array of NumPy or CuPy")
+        hint = "; numpy.asarray makes one of it" if hasattr(x, "__array__") else ""
+        kind = type(x)
+        module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+        given = f"{module}{kind.__qualname__}"
+        raise TypeError(f"{name} is of type {given}, needs an array of NumPy or CuPy{hint}")
+    if hasattr(x, "mask"):
+        raise TypeError(f"{name} is a masked array, needs one without mask")
     if not np.can_cast(x.dtype, np.float32, "same_kind"):
         raise TypeError(f"{name} has dtype {x.dtype}, needs real numbers")
 

@@ -225,6 +225,22 @@ def test_a_state_that_no_call_would_take_is_refused(case, change, exception, wor
         lnp.HybridState.empty_for(**arguments)
 
 
+class Convertible:
+    """Like an array of JAX."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.ones((1, 1, 1), np.float32)
+
+
+def test_what_numpy_can_convert_is_told_so():
+    with pytest.raises(TypeError, match=r"weight is of type .*Convertible.*numpy\.asarray makes"):
+        lnp.Features(Convertible())
+    with pytest.raises(TypeError, match=r"x is of type .*Convertible.*numpy\.asarray makes"):
+        lnp.feature_map(Convertible(), lnp.Features(np.asarray(Convertible())))
+    with pytest.raises(TypeError, match="weight is a masked array"):
+        lnp.Features(np.ma.masked_array(np.ones((1, 4, 4))))
+
+
 def test_states_are_named_by_their_type(case):
     q = case[0]
     with pytest.raises(TypeError, match="state is of type NoneType, needs a HybridState"):

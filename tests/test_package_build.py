@@ -176,12 +176,16 @@ def test_a_part_of_a_project_installs_nothing_over_what_is_the_projects(tmp_path
         f"add_subdirectory({REPOSITORY} lolcats_ops)\n"
     )
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    options = ("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_CXX_FLAGS=-ffast-math")
+    options = ("-DCMAKE_EXPORT_COMPILE_COMMANDS=ON", "-DCMAKE_UNITY_BUILD=ON")
+    options += ("-DCMAKE_CXX_FLAGS=-ffast-math -fno-exceptions",)  # what this library does without
     run("cmake", "-S", tmp_path, "-B", build, "-DLOLCATS_ISAS=scalar", *options)
     compiled = json.loads((build / "compile_commands.json").read_text())
-    commands = [each["command"] for each in compiled if "/kernels/" in each["file"]]
-    assert commands
-    assert all(c.find("-fno-fast-math") > c.find("-ffast-math") for c in commands)
+    command = {Path(c["file"]).name: c["command"] for c in compiled}
+    kernels = [c["command"] for c in compiled if "/kernels/" in c["file"]]
+    assert all(c.find("-fno-fast-math") > c.find("-ffast-math") for c in kernels)
+    for source in ("api.cpp", "operators.cpp"):  # by its name: not a part of a unity build
+        assert command[source].find(" -fexceptions") > command[source].find("-fno-exceptions")
+    assert command["gemm.cpp"].rfind("-fno-exceptions") > command["gemm.cpp"].find(" -fexceptions")
     (build / "lolcats_ops/kernels/liblolcats_ops.so").touch()  # for what a build would have made
     run("cmake", "--install", build, "--component", "devel", "--prefix", prefix)
     files = [path.relative_to(prefix) for path in prefix.rglob("*") if path.is_file()]

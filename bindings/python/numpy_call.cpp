@@ -5,7 +5,11 @@
 namespace lolcats {
 
 lol_tensor NumpyCall::view(const py::object& object, const char* name, bool written) {
-  if (!py::isinstance<py::array>(object)) refuse_type(object, name, "a NumPy array");
+  if (!py::isinstance<py::array>(object)) {
+    const bool convertible = py::hasattr(object, "__array__");
+    refuse_type(object, name,
+                convertible ? "a NumPy array, which numpy.asarray makes of it" : "a NumPy array");
+  }
   const auto array = py::reinterpret_borrow<py::array>(object);
   const bool subclass = std::strcmp(Py_TYPE(object.ptr())->tp_name, "numpy.ndarray") != 0;
   if (subclass && py::hasattr(object, "mask"))

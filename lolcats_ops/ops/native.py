@@ -188,7 +188,7 @@ def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]
         packed = any(n == "cu_seqlens" and a is not None for n, a in zip(names, args, strict=True))
         if rows and not packed and set(mapped) <= set(ROWS):
             flat = [
-                _merge(a, dim, size) if n in ROWS and a is not None else a
+                _merge(n, a, dim, size) if n in ROWS and a is not None else a
                 for n, dim, a in zip(names, in_dims, args, strict=True)
             ]
             return _structure(op(*flat), lambda y: y.unflatten(0, (size, y.shape[0] // size)))
@@ -217,10 +217,11 @@ def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]
     return rule
 
 
-def _merge(x: Tensor, dim: int | None, size: int) -> Tensor:
+def _merge(name: str, x: Tensor, dim: int | None, size: int) -> Tensor:
     """The mapped dimension of x, or ``size`` copies of an unmapped x, merged into its batch."""
     x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-    return last_contiguous(x.flatten(0, 1))
+    x = x.flatten(0, 1)
+    return last_contiguous(x) if name in SEQUENCES else x.contiguous()
 
 
 def _structure(outputs: Any, f: Callable[[Tensor], Tensor]) -> tuple[Any, Any]:

@@ -378,6 +378,23 @@ def test_what_inference_mode_has_made_can_be_reset_and_rewound_outside():
     assert state.reset().rewind(0).length.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("mapped", [True, False])
+def test_vmap_of_linear_attention_takes_initial_states(mapped):
+    """Of every sample, whatever their layout together, or one for all."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.rand(3, 3, 1, 2, 5, 4, generator=rng)  # [3 samples, B = 1, H, T, D] each
+    kv = torch.rand(3, 1, 3, 4, 4, generator=rng)[:, :, :2] if mapped else torch.rand(1, 2, 4, 4)
+    length = torch.ones(1, dtype=torch.int64)
+
+    def attend(q, k, v, kv):
+        state = lo.HybridState.of_sums(kv, kv[..., 0], length, head_dim=4, kv_heads=2)
+        return lo.linear_attention(q, k, v, state=state)
+
+    got = torch.vmap(attend, (0, 0, 0, 0 if mapped else None))(q, k, v, kv)
+    for i in range(3):
+        torch.testing.assert_close(got[i], attend(q[i], k[i], v[i], kv[i] if mapped else kv))
+
+
 @pytest.mark.parametrize("change", [{"window": 2.5}, {"slack": True}, {"heads": "2"}])
 def test_sizes_of_states_are_integers(change):
     sizes = {"batch": 1, "heads": 1, "kv_heads": 1, "head_dim": 4, "value_dim": 4}

@@ -207,6 +207,12 @@ static void a_thread_is_told_what_would_be_launched(void) {
   CHECK(lol_hybrid_attention(&args) == LOL_EINVAL);
   CHECK(strstr(lol_last_error(), "gate"));
 
+  args = hybrid_args();
+  args.context.device = 5;
+  args.q.shape[2] = INT64_C(1) << 31;
+  CHECK(lol_hybrid_attention(&args) == LOL_EINVAL);
+  CHECK(strstr(lol_last_error(), "of which a GPU takes no size above 1073741824"));
+
   lol_set_thread_cuda_launcher(NULL, NULL);
   CHECK(lol_can_launch_cuda() == lol_has_cuda());
 }
