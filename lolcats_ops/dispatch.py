@@ -29,7 +29,7 @@ OPS = (
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 7)  # the first whose functions return what is known at compile time
-MAX_HEAD_DIM = 256  # the kernels' tiles of q, k, v and maps are at most this wide
+MAX_DIM = 256  # D, V and f: the kernels' tiles of q, k, v and maps are at most this wide
 FEW_TOKENS = 8  # of a decode step or a speculation; more are a prompt, work for tensor cores
 NO_CUDA_KERNELS = (
     "this build has no CUDA kernels: lolcats_ops.cupy.install_launcher() compiles them with CuPy, "
@@ -56,10 +56,10 @@ class Backend:
 def _kernel_limits(case: Case) -> str | None:
     if case.dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, bfloat16 and float16, not {_name(case.dtype)}"
-    if (width := max(case.head_dim, case.value_dim)) > MAX_HEAD_DIM:
-        return f"its kernels take head dims up to {MAX_HEAD_DIM}, not {width}"
-    if case.feature_dim > MAX_HEAD_DIM:
-        return f"its kernels take maps up to {MAX_HEAD_DIM} wide, not {case.feature_dim}"
+    if (width := max(case.head_dim, case.value_dim)) > MAX_DIM:
+        return f"its kernels take head dims up to {MAX_DIM}, not {width}"
+    if case.feature_dim > MAX_DIM:
+        return f"its kernels take maps up to {MAX_DIM} wide, not {case.feature_dim}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 Computes in the wider of the input's dtype and fp32, so fp64 inputs give an fp64 result.
 Differentiable by autograd, runs on any device, O(T^2) memory. Names and arguments are those of the
-public functions, which document them.
+public functions, which document them; its step takes a key_padding_mask as well.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 on the CPU and its bytes are counted.
 
 UPDATE_CUDA_BUDGET=1 python -m pytest tests/test_cuda_compiles.py -k budget renews
-tests/cuda_budget.json: what a kernel needs of the compiler that makes it need most, in bf16 and, of
-hybrid attention, in fp32 and fp16, whose tiles are fp32. Without the variable a part is compiled.
+tests/budgets/cuda.json: what a kernel needs of the compiler that makes it need most, in bf16 and,
+of hybrid attention, in fp32 and fp16, whose tiles are fp32. Without the variable a part is
+compiled.
 """
 
 import json
@@ -22,7 +23,7 @@ from helpers.states import arguments, empty_state, prepare, reference_of
 needs_nvrtc = pytest.mark.skipif(
     nvrtc.library() is None, reason="nvidia-cuda-nvrtc is not installed"
 )
-BUDGET = Path(__file__).with_name("cuda_budget.json")
+BUDGET = Path(__file__).parent / "budgets" / "cuda.json"
 STEP = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 16, 1, true>"
 STEPS = "lol::cuda::hybrid_attention_step<lol::bf16, 16, 8, 4, true>"  # of several queries
 UPDATE = os.environ.get("UPDATE_CUDA_BUDGET")

@@ -146,7 +146,7 @@ def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, weight_q, facto
 @triton.jit
 def backward_keys(
     p, incoming, left, dkv1, dksum1, dk, dv, d_weight, d_bias, dkv0, dksum0, dk_sink, dv_sink
-):  # fmt: skip
+):
     """dk, dv, the gradients of map_k and of the initial state.
 
     dkv1, dksum1: the state's gradient at the end of every segment, [N, H, segments, F, V] and

@@ -163,9 +163,7 @@ def without_excess(d_phi, excess, ksum):
 
 
 @triton.jit
-def backward_queries(
-    p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate, dk_sink, dv_sink
-):  # fmt: skip
+def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate, dk_sink, dv_sink):
     """dq, the gradients of map_q, the sums of dm, and the sinks' shares of dk and dv.
 
     dq: Parts with a part for each slice, or None where only parameters are asked for. d_weight,

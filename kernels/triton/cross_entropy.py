@@ -44,7 +44,7 @@ class Student(NamedTuple):
     offset: Any  # log2 a = s - offset in W, [queries]
 
 
-class Tiles(NamedTuple):
+class KeyTiles(NamedTuple):
     """Tiles of keys of a chunk of queries, in two loops: those without a mask first."""
 
     lead: Any  # tiles [0, lead) hold sinks: they need masks
@@ -73,7 +73,7 @@ def tiles_of_keys(p, at, c, WINDOWS: tl.constexpr, TILE: tl.constexpr):
         far = window_start(p.window, c * p.chunk) // TILE
         lead = tl.minimum((p.window.sink + TILE - 1) // TILE, end)
         far = tl.maximum(far, lead)
-    return Tiles(lead, far, lead + end - far)
+    return KeyTiles(lead, far, lead + end - far)
 
 
 @triton.jit
@@ -218,9 +218,7 @@ def add_queries(
 
 
 @triton.jit
-def entropy_keys(
-    p, coefficient, den_ptr, lse_ptr, d_weight, d_bias, TILE: tl.constexpr
-):  # fmt: skip
+def entropy_keys(p, coefficient, den_ptr, lse_ptr, d_weight, d_bias, TILE: tl.constexpr):
     """The first terms' share in the gradients of map_k, of every program; as entropy_queries."""
     at = place_of(p)
     program = tl.program_id(0).to(tl.int64)

@@ -165,24 +165,25 @@ TABLE = {
         Row(SMALL, usual=Tiles(32, 64, 8, 1)),
         Row(ANY, usual=Tiles(16, 32, 8, 1, resident=False, slice=32)),
     ),
-    # One token: a chunk is a query. Four warps would spill the weights of wide maps.
-    ("step", "bf16"): (
+    # Steps of a few tokens: a chunk is a query. Four warps would spill the weights of wide maps.
+    ("decode", "bf16"): (
         Row(SMALL, usual=Tiles(1, 32, 4, 1)),
         Row(*MIDDLE, usual=Tiles(1, 32, 8, 1)),
         Row(ANY, usual=Tiles(1, 32, 8, 1, resident=False)),
     ),
-    ("step", "fp32"): (
+    ("decode", "fp32"): (
         Row(SMALL, usual=Tiles(1, 32, 4, 1)),
         Row(ANY, usual=Tiles(1, 32, 8, 1, resident=False, slice=32)),
     ),
-    ("steps", "bf16"): (
+    # Of many tokens.
+    ("prompt", "bf16"): (
         Row(SMALL, usual=Tiles(32, 64, 4, 1)),
         Row(*MIDDLE, usual=Tiles(32, 64, 8, 1), gfx942=_AMD_FORWARD),
         Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
         Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
     ),
     # Split operands of larger tiles leave neither shared memory nor registers.
-    ("steps", "fp32"): (
+    ("prompt", "fp32"): (
         Row(SMALL, usual=Tiles(16, 32, 4, 1, resident=False, slice=32)),
         Row(ANY, usual=Tiles(16, 32, 8, 1, resident=False, slice=32)),
     ),
@@ -262,6 +263,8 @@ def _tiles(
 
 # The quadratic backward kernels: every program leaves a share of the parameters' gradients.
 ENOUGH_SHARES = 8 * 132
+# Programs of packed sequences, whose lengths the host does not know: most may have nothing to do.
+ENOUGH_UNEQUAL = 4096
 
 
 def segment_count(kernel: str, chunks: int, programs: int, unequal: bool) -> int:
@@ -270,14 +273,14 @@ def segment_count(kernel: str, chunks: int, programs: int, unequal: bool) -> int
     sequences together."""
     if kernel == "entropy":
         return max(1, min(chunks, -(-ENOUGH_SHARES // max(programs, 1))))
-    return max(1, min(chunks, 4096 // max(programs, 1)) if unequal else chunks)
+    return max(1, min(chunks, ENOUGH_UNEQUAL // max(programs, 1)) if unequal else chunks)
 
 
 def step_tiles(q: Tensor, weight: Tensor, v: Tensor, programs: int, decoded: bool) -> Tiles:
     """The launch configuration of hybrid_attention_step_; ``programs`` for one slice of V."""
     if not decoded:
-        return tiles_for("steps", q, weight, v)
-    tiles = tiles_for("step", q, weight, v)
+        return tiles_for("prompt", q, weight, v)
+    tiles = tiles_for("decode", q, weight, v)
     # A step is over when its slowest program is: few states are cut into narrow slices.
     block_v = tiles.block_v
     while block_v > 16 and programs * v.shape[3] // block_v < ENOUGH_PROGRAMS // 2:

@@ -71,12 +71,12 @@ def hybrid_attention(
             - 1) w).
         sink: first keys that every query attends by softmax.
         scale: None for D ** -0.5.
+        affine: whether lam is 1 - g.
         state: continue after these tokens (a copy; ``hybrid_attention_step_`` updates in place);
             one sequence per row, or per packed sequence; its window, window_kind and sink must be
             those given.
         return_state: also return the state after the last token. With a state, in or out, the call
             is inference only.
-        affine: whether lam is 1 - g.
         cu_seqlens: [N + 1] int, bounds of N sequences packed into B = 1; rows past the last are 0.
         key_padding_mask: [B, T] bool, True where the token is real. Padded queries return 0.
         backend: None for the best on q's device, or one of ``lolcats_ops.backends()``.
