@@ -9,19 +9,20 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ._native import get_cmake_dir, get_include, get_library
+from ._libraries import get_cmake_dir, get_include, get_library, get_torch_library
 
 if TYPE_CHECKING:
     from . import convert, hf, nn, numpy, reference
     from . import cupy as cupy
     from .dispatch import backend_for, backends
-    from .features import Features
+    from .features import Features, init_weight
     from .ops.attention_transfer import attention_transfer
     from .ops.feature_map import feature_map
     from .ops.hybrid_attention import hybrid_attention
     from .ops.hybrid_attention_step import hybrid_attention_step_
     from .ops.linear_attention import linear_attention
     from .ops.warmup import warmup
+    from .reference import Transfer
     from .state import HybridState
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Features",
     "HybridState",
+    "Transfer",
     "attention_transfer",
     "backend_for",
     "backends",
@@ -37,9 +39,11 @@ __all__ = [
     "get_cmake_dir",
     "get_include",
     "get_library",
+    "get_torch_library",
     "hf",
     "hybrid_attention",
     "hybrid_attention_step_",
+    "init_weight",
     "linear_attention",
     "nn",
     "numpy",
@@ -52,12 +56,14 @@ __all__ = [
 _MODULE = {
     "Features": "features",
     "HybridState": "state",
+    "Transfer": "reference",
     "attention_transfer": "ops",
     "backend_for": "dispatch",
     "backends": "dispatch",
     "feature_map": "ops",
     "hybrid_attention": "ops",
     "hybrid_attention_step_": "ops",
+    "init_weight": "features",
     "linear_attention": "ops",
     "warmup": "ops",
 }

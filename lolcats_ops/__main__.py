@@ -2,12 +2,18 @@
 
 import argparse
 
-from . import __version__, get_cmake_dir, get_include, get_library
+from . import __version__, get_cmake_dir, get_include, get_library, get_torch_library
+
+ANSWERS = {
+    "--version": (lambda: __version__, "of the package"),
+    "--cmakedir": (get_cmake_dir, "lolcats_ops_DIR, for find_package"),
+    "--include": (get_include, "folder of lolcats_ops/lolcats_ops.h"),
+    "--library": (get_library, "the C library"),
+    "--torch-library": (get_torch_library, "what registers torch.ops.lolcats_ops, for dlopen"),
+}
 
 parser = argparse.ArgumentParser(prog="python -m lolcats_ops", description=__doc__)
 what = parser.add_mutually_exclusive_group(required=True)
-what.add_argument("--version", dest="value", action="store_const", const=lambda: __version__)
-what.add_argument("--cmakedir", dest="value", action="store_const", const=get_cmake_dir)
-what.add_argument("--include", dest="value", action="store_const", const=get_include)
-what.add_argument("--library", dest="value", action="store_const", const=get_library)
-print(parser.parse_args().value())
+for flag, (answer, text) in ANSWERS.items():
+    what.add_argument(flag, dest="answer", action="store_const", const=answer, help=text)
+print(parser.parse_args().answer())

@@ -29,6 +29,7 @@ OPS = (
 )
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_TRITON = (3, 7)  # the first whose functions return what is known at compile time
+BY_DEVICE = "by device"  # no backend: torch finds one by the device of the tensors
 MAX_DIM = 256  # D, V and f: the kernels' tiles of q, k, v and maps are at most this wide
 FEW_TOKENS = 8  # of a decode step or a speculation; more are a prompt, work for tensor cores
 NO_CUDA_KERNELS = (
@@ -209,7 +210,7 @@ def select(
     """
     if torch.compiler.is_compiling() or isinstance(q, FakeTensor) or q.is_meta:
         _check_backend(op, backend)
-        return backend or "native"  # tracing needs shapes alone: no device, no kernels
+        return backend or BY_DEVICE  # tracing needs shapes alone: no device, no kernels
     head_dim = q.shape[3]
     value_dim = head_dim if v is None else v.shape[3]
     maps = (0, "identity", False)

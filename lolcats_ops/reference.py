@@ -177,7 +177,8 @@ def hybrid_attention_step_(
             wanted = state_indices.tolist()
             if len({*wanted}) < len(wanted) or not {*wanted} <= {*range(state.batch)}:
                 raise ValueError(
-                    f"state_indices is {wanted}, needs distinct slots below {state.batch}"
+                    f"hybrid_attention_step_: state_indices is {wanted}, needs distinct slots "
+                    f"below {state.batch}"
                 )
         slots = state.select(state_indices)
         step: dict[str, Any] = {
@@ -354,8 +355,8 @@ def _tokens(x: Tensor, cu_seqlens: Tensor | None, key_padding_mask: Tensor | Non
             bounds = cu_seqlens.tolist()
             if bounds[0] != 0 or bounds != sorted(bounds) or bounds[-1] > length:
                 raise ValueError(
-                    f"cu_seqlens is {bounds}, needs to go from 0 to at most T = {length} without "
-                    "decreasing"
+                    f"reference: cu_seqlens is {bounds}, needs to go from 0 to at most T = {length}"
+                    " without decreasing"
                 )
         sequence = torch.searchsorted(cu_seqlens[1:].long(), token.contiguous(), right=True)
         return _Tokens(token < cu_seqlens[-1], sequence, token - cu_seqlens.long()[sequence])

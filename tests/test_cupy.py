@@ -19,7 +19,7 @@ from helpers.compare import assert_close
 from helpers.stand_in_cupy import Launch
 
 import lolcats_ops as lo
-from lolcats_ops import _C, _cuda_sources, _native
+from lolcats_ops import _C, _cuda_sources, _libraries
 from lolcats_ops.state import HybridState
 
 BF16 = torch.bfloat16
@@ -222,7 +222,7 @@ def test_a_gpu_with_little_shared_memory_gets_the_kernel_that_fits(lcp, monkeypa
 
 def last_error():
     """As a caller of the C library has it."""
-    function = ctypes.CDLL(_native.get_library()).lol_last_error
+    function = ctypes.CDLL(_libraries.get_library()).lol_last_error
     function.restype = ctypes.c_char_p
     return function().decode()
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import lolcats_ops as lo
-from lolcats_ops import _native
 
 
 def python(code):
@@ -99,7 +98,7 @@ def test_paths_lead_to_the_header_the_libraries_and_the_cmake_files():
     assert (Path(lo.get_include()) / "lolcats_ops" / "lolcats_ops.h").is_file()
     assert (Path(lo.get_cmake_dir()) / "lolcats_opsConfig.cmake").is_file()
     assert Path(lo.get_library()).is_file()
-    assert Path(_native.get_torch_library()).is_file()
+    assert Path(lo.get_torch_library()).is_file()
 
 
 @pytest.mark.parametrize(
@@ -108,6 +107,7 @@ def test_paths_lead_to_the_header_the_libraries_and_the_cmake_files():
         ("--cmakedir", lo.get_cmake_dir()),
         ("--include", lo.get_include()),
         ("--library", lo.get_library()),
+        ("--torch-library", lo.get_torch_library()),
         ("--version", lo.__version__),
     ],
 )

@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 import lolcats_ops as lo
 from lolcats_ops.features import Features
-from lolcats_ops.ops.native import operators
+from lolcats_ops.ops.registration import operators
 from lolcats_ops.state import HybridState
 
 pytestmark = pytest.mark.usefixtures("one_thread")

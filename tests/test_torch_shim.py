@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lolcats_ops import _C
-from lolcats_ops.ops.native import NAMESPACES
+from lolcats_ops.ops.registration import NAMESPACES
 
 raw = torch.ops.lolcats_ops
 

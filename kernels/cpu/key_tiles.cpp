@@ -7,7 +7,7 @@ namespace LOL_ISA {
 // MOST_TILES, wide windows load tiles again: a load costs a few per cent of the products of a tile
 // pair, while more tiles would push the state out of L2.
 int KeyTiles::for_window(const Problem& p) {
-  const int64_t span = p.window.size * (p.window.kind == LOL_TERRACE ? 2 : 1) + BLOCK - 1;
+  const int64_t span = window_span(p.window.size, p.window.kind) + BLOCK - 1;
   return (int)at_most(span / BLOCK + 2 + (p.window.sink + BLOCK - 1) / BLOCK, MOST_TILES);
 }
 

@@ -20,7 +20,7 @@ Segments::Segments(const Problem& p, const Batch& batch)
   length_ = p.q.shape[2];
   for (int64_t i = 0; i < batch.count; i++)
     longest_ = at_least(longest_, batch.sequences[i].tokens);
-  const int64_t span = at_most(p.window.size, length_) * (p.window.kind == LOL_TERRACE ? 2 : 1);
+  const int64_t span = window_span(at_most(p.window.size, length_), p.window.kind);
   const int64_t least = at_least(SEGMENT, WINDOWS * (span + at_most(sink_, length_)));
   tokens_ = (least + BLOCK - 1) / BLOCK * BLOCK;
   more_ = at_most(sink_, length_) + BLOCK + (tokens_ < length_ ? span : 0);

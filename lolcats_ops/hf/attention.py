@@ -12,7 +12,7 @@ import lolcats_ops as lo
 from lolcats_ops.features import init_weight
 from lolcats_ops.hf.config import LolcatsConfig
 from lolcats_ops.nn import Fp32Module
-from lolcats_ops.ops.native import autocast
+from lolcats_ops.ops.registration import autocast
 
 if TYPE_CHECKING:
     from lolcats_ops.reference import Transfer

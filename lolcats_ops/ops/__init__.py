@@ -1,6 +1,5 @@
 """One file per operator: docstring, validation, the torch.ops call, fakes, autograd and vmap."""
 
-from ..features import Features
 from ..reference import Transfer
 from .attention_transfer import attention_transfer
 from .feature_map import feature_map
@@ -10,7 +9,6 @@ from .linear_attention import linear_attention
 from .warmup import warmup
 
 __all__ = [
-    "Features",
     "Transfer",
     "attention_transfer",
     "feature_map",

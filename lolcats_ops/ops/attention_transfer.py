@@ -20,7 +20,7 @@ from .arguments import (
     scale_or_default,
     window_code,
 )
-from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
+from .registration import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_attention, check_flags, check_gate, check_window
 
 

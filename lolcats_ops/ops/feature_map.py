@@ -17,7 +17,7 @@ from .arguments import (
     present,
     width_after,
 )
-from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
+from .registration import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_feature_map
 
 

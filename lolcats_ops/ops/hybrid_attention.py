@@ -22,7 +22,7 @@ from .arguments import (
     window_code,
 )
 from .hybrid_attention_step import step_
-from .native import autocast, differentiable, register_autocast, register_fake, register_vmap
+from .registration import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import (
     check_attention,
     check_flags,

@@ -20,7 +20,7 @@ from .arguments import (
     scale_or_default,
     window_code,
 )
-from .native import (
+from .registration import (
     autocast,
     operators,
     refusals_of,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._native import load_torch_ops
+from .._libraries import load_torch_ops
 
 NAMESPACE = "lolcats_ops_triton"
 OPERATORS = (

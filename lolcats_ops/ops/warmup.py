@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .._native import load_torch_ops
+from .._libraries import load_torch_ops
 from ..dispatch import backend_for
 from ..features import Features, init_weight
 from ..state import HybridState

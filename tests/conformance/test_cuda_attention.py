@@ -26,7 +26,7 @@ from helpers.emulated_attention import (
 )
 
 import lolcats_ops as lo
-from lolcats_ops._native import load_torch_ops
+from lolcats_ops._libraries import load_torch_ops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch import BY_DEVICE
 from . import default, triton
 from .arguments import last_contiguous
 
 CUDA = "lolcats_ops_cuda"
 NAMESPACES = (default.NAMESPACE, triton.NAMESPACE, CUDA)
-# Of a backend; "native" is what torch finds by the tensors' device.
-_NAMESPACE_OF = {
-    "native": default.NAMESPACE,
+_NAMESPACE_OF = {  # of what ``dispatch.select`` chooses
+    BY_DEVICE: default.NAMESPACE,
     "cpu": default.NAMESPACE,
     "cuda": CUDA,
     "triton": triton.NAMESPACE,

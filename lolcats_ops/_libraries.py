@@ -51,7 +51,11 @@ def get_cmake_dir() -> str:
 
 def get_torch_library() -> str:
     """Path of the library that registers ``torch.ops.lolcats_ops``: C++ programs that run an
-    AOTInductor package ``dlopen`` it after libtorch."""
+    AOTInductor package ``dlopen`` it after libtorch.
+
+    >>> Path(get_torch_library()).is_file()
+    True
+    """
     return _library("lolcats_ops_torch")
 
 
