@@ -198,7 +198,7 @@ def test_arrays_of_numpy_are_refused(lcp, call):
 
 
 def test_wrong_dtypes_and_shapes_are_named(lcp, call):
-    with pytest.raises(TypeError, match="x has dtype float64; float32, float16, bfloat16"):
+    with pytest.raises(TypeError, match="x has dtype float64, which no operator takes"):
         call(dtype=np.float64)
     with pytest.raises(ValueError, match=r"features\.weight"):
         call(weight=lcp.cupy.asarray(np.ones((3, 8, 4), np.float32)))

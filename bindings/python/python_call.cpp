@@ -65,8 +65,8 @@ lol_tensor PythonCall::described(const py::dtype& dtype, py::ssize_t ndim, const
   if (t.dtype < 0) {
     throw py::type_error(
         about(name) + " has dtype " + py::str(dtype).cast<std::string>() +
-        "; float32, float16, bfloat16, int32, int64 and bool are known, in native byte "
-        "order");
+        ", which no operator takes: needs float32, float16 or bfloat16, of indices int32 or int64, "
+        "of masks bool, in native byte order");
   }
   if (t.dtype == LOL_BF16) bfloat16_ = dtype;
   if (ndim > 4) {
