@@ -20,27 +20,31 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.backends.amd.compiler import HIPOptions
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import min_dot_size
+from triton.backends.nvidia.compiler import CUDAOptions, min_dot_size
 from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import TensorHandle
 
 from . import sanitizer
-from .handles import WIDE_FLOATS, handle_of, is_bf16, np_dtype, numbers_of, undefined
+from .handles import FP8, WIDE_FLOATS, handle_of, is_bf16, np_dtype, numbers_of, undefined
 from .products import PRODUCTS
 from .reductions import Reduce, Scan
-from .rounding import fp32_to_bf16_toward_zero
+from .rounding import fp32_to_bf16_toward_zero, fp32_to_fp16_toward_zero, fused_bf16
 
 _PRECISION = stock._ir.INPUT_PRECISION
 _TOWARD_ZERO = stock._ir.ROUNDING_MODE.RTZ
+_TOWARDS_ZERO = {tl.bfloat16: fp32_to_bf16_toward_zero, tl.float16: fp32_to_fp16_toward_zero}
 _ANY_GPU = GPUTarget("cuda", 80, 32)  # the smallest products do not depend on it
+_LAUNCH_OPTIONS = {option.name for kind in (CUDAOptions, HIPOptions) for option in fields(kind)}
 _MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, of all GPUs
 _ACQUIRES = {stock._ir.MEM_SEMANTIC.ACQUIRE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
 _RELEASES = {stock._ir.MEM_SEMANTIC.RELEASE, stock._ir.MEM_SEMANTIC.ACQUIRE_RELEASE}
@@ -90,8 +94,7 @@ class Builder(stock.InterpreterBuilder):
     def create_fma(self, x, y, z):
         if not is_bf16(z):
             return super().create_fma(x, y, z)
-        product = np.multiply(numbers_of(x), numbers_of(y), dtype=np.float64)  # exact
-        return handle_of(product + numbers_of(z), tl.bfloat16)
+        return TensorHandle(fused_bf16(*map(numbers_of, (x, y, z))), tl.bfloat16)
 
     def create_erf(self, arg):
         return TensorHandle(torch.erf(torch.from_numpy(arg.data)).numpy(), arg.dtype.scalar)
@@ -99,28 +102,27 @@ class Builder(stock.InterpreterBuilder):
     # casts
 
     def cast_impl(self, src, dst_type):
-        target = dst_type.scalar
-        if is_bf16(src) or target == tl.bfloat16:
-            if src.dtype.scalar == target:
-                return TensorHandle(src.data, target)
+        source, target = src.dtype.scalar, dst_type.scalar
+        if source == target:
+            return TensorHandle(src.data, target)
+        if tl.bfloat16 in (source, target) or source in FP8 or target in FP8:
             return handle_of(numbers_of(src), target)
         return super().cast_impl(src, dst_type)
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         source, target = src.dtype.scalar, dst_type.scalar
-        if source not in WIDE_FLOATS or target not in WIDE_FLOATS:
-            return super().create_fp_to_fp(src, dst_type, rounding_mode)
+        if not {source, target} <= {*WIDE_FLOATS, *FP8}:
+            raise NotImplementedError(f"{source} to {target}")
         if rounding_mode != _TOWARD_ZERO:
             return self.cast_impl(src, dst_type)
-        if target == tl.bfloat16:
-            return TensorHandle(fp32_to_bf16_toward_zero(numbers_of(src)), target)
-        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+        toward_zero = _TOWARDS_ZERO.get(target)
+        if source == tl.float64 or toward_zero is None:
+            raise NotImplementedError(f"{source} to {target}, toward zero")
+        return TensorHandle(toward_zero(numbers_of(src)), target)
 
     # products
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-        if a.dtype.primitive_bitwidth == 8 and a.dtype.is_floating():
-            return super().create_dot(a, b, d, input_precision, max_num_imprecise_acc)
         accumulator = np.result_type(d.data.dtype, np.float32 if a.dtype.is_floating() else d.data)
         left, right = (numbers_of(x).astype(accumulator, copy=False) for x in (a, b))
         precision = input_precision if a.dtype.scalar == tl.float32 else _PRECISION.IEEE
@@ -187,13 +189,14 @@ class Executor(stock.GridExecutor):
     """Runs a launch's programs one after another, under the checks that are switched on."""
 
     def __call__(self, *args, **kwargs):
-        bound = _signature(self.fn).bind(
-            *args, **{name: v for name, v in kwargs.items() if name in self.arg_names}
-        )
+        own = {name: v for name, v in kwargs.items() if name not in _LAUNCH_OPTIONS}
+        bound = _signature(self.fn).bind(*args, **own)
         bound.apply_defaults()
         launch = sanitizer.Launch(self.fn.__name__)
         values = {name: self._value(launch, name, v) for name, v in bound.arguments.items()}
-        grid = self.grid(values) if callable(self.grid) else self.grid
+        grid = self.grid(bound.arguments) if callable(self.grid) else self.grid
+        if not isinstance(grid, Sequence) or not 1 <= len(grid) <= 3:
+            raise TypeError(f"{self.fn.__name__}: the grid is {grid}, needs 1 to 3 integers")
         grid = tuple(map(int, grid)) + (1,) * (3 - len(grid))
         if any(count > most for count, most in zip(grid, _MOST_PROGRAMS, strict=True)):
             raise ValueError(f"{self.fn.__name__}: no GPU launches a grid of {grid}")

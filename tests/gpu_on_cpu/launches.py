@@ -9,6 +9,7 @@ Kernels are compiled, not interpreted: TRITON_INTERPRET must be 0 before triton 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,18 +49,23 @@ class Launch:
         return kernel(self.grid, list(arguments.values()), shared_bytes=shared, **checks)
 
 
-def bind(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], options: Mapping[str, Any]
-) -> Launch:
-    """Compiles kernel[grid](*arguments, **options) for Triton's active target."""
+def bind(kernel: Any, grid: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> Launch:
+    """Compiles kernel[grid](*arguments, **options) for Triton's active target.
+
+    grid: up to three numbers, or a function of the arguments by name.
+    """
     compiled = kernel.warmup(*arguments, grid=grid, **options)
-    kinds = compiled.src.signature.items()
+    kinds = compiled.src.signature
+    own = {name: value for name, value in options.items() if name in kinds}
+    bound = inspect.signature(kernel.fn).bind(*arguments, **own)
+    bound.apply_defaults()
     named = {
         name: value
-        for (top, kind), argument in zip(kinds, arguments, strict=True)
-        for name, value in _parameters(top, kind, argument)
+        for top, argument in bound.arguments.items()
+        for name, value in _parameters(top, kinds[top], argument)
     }
-    return Launch(kernel.fn.__name__, grid, named, compiled)
+    blocks = grid(bound.arguments) if callable(grid) else grid
+    return Launch(kernel.fn.__name__, blocks, named, compiled)
 
 
 def _parameters(name: str, kind: Any, value: Any) -> Iterator[tuple[str, Any]]:

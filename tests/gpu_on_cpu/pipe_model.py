@@ -174,6 +174,10 @@ def _tensor_flop(opcode: str) -> float:
         rows //= 4  # four warps share one
     elif match := re.match(r"HMMA\.(\d+)", opcode):
         rows, columns, depth = _HMMA_SHAPES[match[1]]
+    elif is_matrix(opcode):
+        raise ValueError(
+            f"no rate of {opcode}: HMMA and HGMMA of 16-bit and tf32 operands have one"
+        )
     else:
         return 0
     return 2 * rows * columns * depth * (2 if "TF32" in opcode else 1)

@@ -98,8 +98,9 @@ class Program:
                 for name, value in arguments.items()
                 if name not in tensors and value is not None
             ]
+            nulls = [f"-{name}" for name, value in arguments.items() if value is None]
             done = subprocess.run(
-                [self.executable, folder, *tensors, *texts],
+                [self.executable, folder, *tensors, *nulls, *texts],
                 env={**os.environ, **_SANITIZER_OPTIONS, "CUDA_EMULATOR_ORDER": str(order)},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -141,6 +142,8 @@ def build(
     source: C++ that defines ``run`` of include/cuda_harness.h.
     sanitizer: None, "address" (with that of undefined behaviour) or "thread".
     """
+    if sanitizer not in _SANITIZER_FLAGS:
+        raise ValueError(f"sanitizer is {sanitizer!r}, needs one of {list(_SANITIZER_FLAGS)}")
     link = _SANITIZER_FLAGS[sanitizer]
     objects = [_kernels(source, link, include, defines), _runtime(), _main()]
     return Program(_linked("program", objects, link))

@@ -248,3 +248,10 @@ def test_strided_tensors_keep_their_gaps():
     with pytest.raises(KernelError, match=r"heap-buffer-overflow.*instructions\.cuh"):
         run_instruction("atomics", x, y, ADDRESS)  # which reads 96 numbers of the 13
     assert torch.equal(x.as_strided((13,), (1,)), before)
+
+
+def test_names_and_sanitizers_that_there_are_not_are_named():
+    with pytest.raises(KernelError, match="no tensor y"):
+        program("instructions")(kernel="warp", x=torch.zeros(32, dtype=torch.int32))
+    with pytest.raises(ValueError, match="sanitizer is 'memory', needs one of"):
+        build(KERNELS / "instructions.cpp", sanitizer="memory")

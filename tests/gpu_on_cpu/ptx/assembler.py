@@ -126,13 +126,13 @@ def _literal(text: str, type: str) -> int:
 class Assembler:
     """Turns an entry point into a program; ``operations`` are the machine's, by name."""
 
-    def __init__(self, entry: Entry, operations: Mapping[str, int]):
+    def __init__(self, entry: Entry, operations: Mapping[str, tuple[int, int]]):
         self.entry, self.operations = entry, operations
         self.registers = _Registers(entry)
         self.operands: list[tuple[int, int]] = []
         # Falling off the end is an exit.
         self.code = [self._instruction(s) for s in entry.statements]
-        self.code.append((operations["exit"], -1, 0, 0, 0, 0, (0,) * 4))
+        self.code.append((operations["exit"][0], -1, 0, 0, 0, 0, (0,) * 4))
 
     def program(self) -> Program:
         """The program, with everything it points to kept alive by it."""
@@ -172,16 +172,20 @@ class Assembler:
         first = len(self.operands)
         for typed in (*encoding.destinations, *sources):
             self.operands.append(self.registers.operand(typed, s.scope))
+        operation, wanted = self.operations[encoding.operation]
+        given = len(self.operands) - first
+        if wanted not in (-1, given):
+            raise PtxError(f"{given} operands, {encoding.operation} takes {wanted}: {s}")
         guard = -1
         if s.guard:
             guard = self.registers.operand(Typed(s.guard.lstrip("!"), "pred"), s.scope)[0]
         return (
-            self.operations[encoding.operation],
+            operation,
             guard,
             s.guard.startswith("!"),
             first,
             len(encoding.destinations),
-            len(self.operands) - first,
+            given,
             tuple(immediates),
         )
 

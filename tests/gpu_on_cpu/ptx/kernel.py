@@ -120,7 +120,8 @@ class PtxKernel:
         )
         found = [self._finding(f) for f in findings[: min(result.findings, _MAX_FINDINGS)]]
         if failed:
-            raise Fault(self._fault_message(result), found)
+            hazards = [f for f in found if f.hazard is not Hazard.DUPLICATE]  # which harm nobody
+            raise Fault(self._fault_message(result), hazards)
         return Report(
             races=[f for f in found if f.hazard not in (Hazard.DUPLICATE, Hazard.BLOCKS)],
             duplicates=[f for f in found if f.hazard is Hazard.DUPLICATE],

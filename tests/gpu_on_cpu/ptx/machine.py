@@ -146,9 +146,10 @@ def load() -> ctypes.CDLL:
 
 
 @functools.cache
-def operations() -> dict[str, int]:
-    """The operations of the machine, by name."""
-    result: dict[str, int] = {}
+def operations() -> dict[str, tuple[int, int]]:
+    """The operations of the machine by name: their numbers, and how many operands they take, -1 if
+    that varies."""
+    result: dict[str, tuple[int, int]] = {}
     while (name := load().ptx_operation(len(result))) is not None:
-        result[name.decode()] = len(result)
+        result[name.decode()] = len(result), load().ptx_operands(len(result))
     return result

@@ -11,7 +11,8 @@ from .machine import Range
 
 # Far apart: a wrong offset, even one that overflows 32 bits, does not reach another argument.
 _APART = 1 << 40
-# The low bits of an address stay, because alignment is checked.
+# GPUs allocate at multiples of 256; so an address keeps where in its allocation it lies, for
+# alignment and sectors, and not where the host has put that.
 _KEPT = (1 << 16) - 1
 
 
@@ -40,27 +41,37 @@ def place(arguments: Sequence[Any]) -> list[Range]:
     }
     result, base, end = {}, 0, 0
     for number, index in enumerate(sorted(spans, key=spans.__getitem__), start=1):
-        host, host_end = spans[index]
+        host, host_end, allocation = spans[index]
         if host >= end:  # disjoint from all before it
-            base = number * _APART + (host & _KEPT) - host
+            base = number * _APART + (host - allocation & _KEPT) - host
         end = max(end, host_end)
         result[index] = Range(base + host, base + host_end, host, index)
     return [result[index] for index in sorted(result)]
 
 
-def _span(index: int, argument: Any) -> tuple[int, int] | None:
-    """From the first to the last element; None for what is no tensor or has no elements."""
+def _span(index: int, argument: Any) -> tuple[int, int, int] | None:
+    """From the first to the last element, and where what they lie in begins; None for what is no
+    tensor."""
     if hasattr(argument, "data_ptr"):
         if argument.device.type != "cpu":
             raise PtxError(f"argument {index} is on {argument.device}, not on the CPU")
         begin, shape, itemsize = argument.data_ptr(), argument.shape, argument.element_size()
         strides = [stride * itemsize for stride in argument.stride()]
+        allocation = argument.untyped_storage().data_ptr()
     elif hasattr(argument, "__array_interface__"):
         begin, shape = argument.__array_interface__["data"][0], argument.shape
         itemsize, strides = argument.itemsize, argument.strides
+        allocation = _allocation_of(argument)
     else:
         return None
     if any(stride < 0 for stride in strides):
         raise PtxError(f"argument {index} has a negative stride")
     last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    return begin, begin + last + itemsize if all(shape) else begin
+    return begin, begin + last + itemsize if all(shape) else begin, allocation
+
+
+def _allocation_of(array: Any) -> int:
+    """Where the array begins that this one is a view of."""
+    while hasattr(array.base, "__array_interface__"):
+        array = array.base
+    return array.__array_interface__["data"][0]

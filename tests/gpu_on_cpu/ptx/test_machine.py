@@ -89,6 +89,17 @@ VALUES = [
         2,
     ),
     ("mov.b32 %r2, 0x3c004000; fma.rn.f16x2 %r2, %r2, %r2, %r2;", 0x40004600),
+    # Rounded once: 1.0625^2 + 2^-40 in bf16, 1.03125 x 1.015625 + 2^-24 in fp16.
+    (
+        "mov.b16 %h1, 0x3f88; mov.b16 %h2, 0x2b80; fma.rn.bf16 %h3, %h1, %h1, %h2; "
+        "cvt.u32.u16 %r2, %h3;",
+        0x3F91,
+    ),
+    (
+        "mov.b16 %h1, 0x3c20; mov.b16 %h2, 0x3c10; mov.b16 %h4, 1; fma.rn.f16 %h3, %h1, %h2, %h4; "
+        "cvt.u32.u16 %r2, %h3;",
+        0x3C31,
+    ),
 ]
 FLOATS = [
     ("fma.rn.f32 %f2, " + ", ".join([f32(1 + 2**-23)] * 2) + ", " + f32(-1) + ";", 2**-22 + 2**-46),
@@ -155,6 +166,37 @@ def test_generic_addresses_reach_both_spaces():
     out, report = run(body, shared_bytes=128)
     np.testing.assert_array_equal(out, LANE)
     assert report.global_bytes[0].stored == 128
+
+
+def test_generic_atomics_reach_both_spaces():
+    body = """
+        mov.u64 %d3, memory; cvta.shared.u64 %d4, %d3; st.shared.b32 [memory], 5; bar.sync 0;
+        atom.add.u32 %r2, [%d4], 2; atom.add.u32 %r3, [%d1+4], 3;
+        ld.shared.b32 %r2, [memory]; st.global.b32 [%d1], %r2;
+    """
+    out, _ = run(body, np.zeros(2, np.uint32), threads=1, shared_bytes=4)
+    assert out.tolist() == [7, 3]
+
+
+def test_sectors_do_not_depend_on_where_the_host_put_an_array():
+    body = "st.global.b32 [%d2], %r1;"
+    for skip in range(0, 32, 4):  # bytes
+        memory = np.zeros(256, np.uint8)
+        begin = -memory.ctypes.data % 32 + skip
+        of_its_own = np.frombuffer(memory[begin : begin + 128].tobytes(), np.uint32).copy()
+        _, report = run(body, of_its_own)
+        assert report.accesses[0].sectors == 4
+    view = np.zeros(40, np.uint32)[4:36]  # 16 bytes after the beginning
+    assert run(body, view)[1].accesses[0].sectors == 5
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    ["add.f32 %f3, %f1;", "fma.rn.f32 %f1, %f2, %f3;", "mul.rn.bf16x2 %r1, %r2, %r3, %r4;"],
+)
+def test_an_instruction_with_too_few_or_many_operands_is_refused(instruction):
+    with pytest.raises(PtxError, match="operands, .* takes"):
+        kernel_of(instruction)
 
 
 def test_parameters_of_all_kinds_and_one_entry_of_several():

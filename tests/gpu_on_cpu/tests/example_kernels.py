@@ -270,3 +270,23 @@ def many_live_values(p_x, p_o, T, N: tl.constexpr):
 def uncompilable(p_x, N: tl.constexpr):
     tl.static_assert(N > 16, "N is too small")
     tl.store(p_x + tl.arange(0, N), 0.0)
+
+
+@triton.jit
+def convert(x_ptr, o_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(o_ptr + i, tl.load(x_ptr + i).to(o_ptr.dtype.element_ty))
+
+
+@triton.jit
+def convert_toward_zero(x_ptr, o_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(o_ptr + i, x.to(o_ptr.dtype.element_ty, fp_downcast_rounding="rtz"))
+
+
+@triton.jit
+def fma(x_ptr, y_ptr, z_ptr, o_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x, y, z = tl.load(x_ptr + i), tl.load(y_ptr + i), tl.load(z_ptr + i)
+    tl.store(o_ptr + i, tl.fma(x, y, z))

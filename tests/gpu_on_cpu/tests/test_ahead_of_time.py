@@ -258,6 +258,11 @@ class TestPipeModel:
             pipe_model._tensor_flop("HMMA.1688.F32.TF32") == bf16
         )  # half the depth, half the rate
 
+    def test_products_without_a_rate_are_refused(self, builds):
+        loop = replace(builds["sm_90"], hot_loop_opcodes=("QGMMA.64x64x32.F32.E4M3.E4M3",))
+        with pytest.raises(ValueError, match="no rate of QGMMA"):
+            pipe_model.predict(loop)
+
     def test_targets_without_throughputs_are_refused(self, builds):
         with pytest.raises(ValueError, match="no throughputs of gfx942"):
             pipe_model.predict(builds["gfx942"])

@@ -227,3 +227,45 @@ def test_installing_again_changes_nothing():
     x, o = torch.ones(16), torch.empty(16)
     kernels.optional[(1,)](x, x, o, 16)
     assert torch.equal(o, 2 * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_fp8_is_rounded_to_the_nearest_and_saturates(dtype, rng):
+    """Judged by the list of all fp8 numbers."""
+    every = torch.arange(256).to(torch.uint8).view(dtype).float()
+    every = every[every.isfinite()].unique()
+    x = torch.cat([numbers(rng, torch.float32, N - 4), torch.tensor([1e-9, 1e6, -1e6, 2.7e-40])])
+    o, back = torch.empty(N, dtype=dtype), torch.empty(N)
+    kernels.convert[(1,)](x, o, N)
+    kernels.convert[(1,)](o, back, N)
+    nearest = (x[:, None] - every).abs().min(1)
+    assert back.equal(o.float())
+    assert (x - back).abs().equal(nearest.values)
+    kernels.convert[(1,)](torch.full((N,), NAN), o, N)
+    assert o.float().isnan().all()
+
+
+def test_a_fused_product_and_sum_of_bf16_is_rounded_once():
+    """1.0625^2 lies in the middle of two bf16 numbers: the tiny third term decides."""
+    x = torch.full((N,), 1.0625, dtype=torch.bfloat16)
+    for tiny, want in ((2.0**-40, 1.1328125), (-(2.0**-40), 1.125), (2.0**-120, 1.1328125)):
+        o = torch.empty_like(x)
+        kernels.fma[(1,)](x, x, torch.full_like(x, tiny), o, N)
+        assert o.eq(want).all()
+
+
+def test_fp16_toward_zero_stays_finite():
+    x = torch.tensor([1e6, -65557.0, 65519.0, 1.0004, -1.0004, INF]).repeat(N // 4)[:N].contiguous()
+    o = torch.empty(N, dtype=torch.float16)
+    kernels.convert_toward_zero[(1,)](x, o, N)
+    assert o[:6].tolist() == [65504, -65504, 65504, 1, -1, INF]
+
+
+def test_grids_may_ask_for_arguments_and_keywords_are_known():
+    x, o = torch.ones(N), torch.zeros(N)
+    kernels.convert[lambda arguments: (arguments["N"] // N,)](x, o, N=N, num_warps=8)
+    assert o.equal(x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'M'"):
+        kernels.convert[(1,)](x, o, N=N, M=4)
+    with pytest.raises(TypeError, match="the grid is 3, needs 1 to 3 integers"):
+        kernels.convert[3](x, o, N)

@@ -4,6 +4,7 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "emulator/language.h"
@@ -16,7 +17,8 @@ class Arguments {
   Arguments(int count, char** arguments);
   void write_back() const;
 
-  // On the heap, of exactly the tensor's size; null if it was None.
+  // On the heap, of exactly the tensor's size; null if it was None. A name that was not passed is
+  // an error, here and below.
   template <class T>
   T* tensor(const std::string& name) const {
     return static_cast<T*>(bytes(name));
@@ -24,6 +26,7 @@ class Arguments {
   const std::string& text(const std::string& name) const;
   template <class T>
   T number(const std::string& name) const {
+    if constexpr (std::is_integral<T>::value) return static_cast<T>(std::stoll(text(name)));
     return static_cast<T>(std::stod(text(name)));
   }
 

@@ -1,5 +1,5 @@
-// A program that runs kernels: PROGRAM FOLDER ARGUMENT..., either NAME=TEXT or a tensor's name,
-// which is that of a file in the folder.
+// A program that runs kernels: PROGRAM FOLDER ARGUMENT..., either NAME=TEXT, or a tensor's name,
+// which is that of a file in the folder, or -NAME for one that is absent.
 #include <cstdio>
 #include <cstdlib>
 
@@ -29,6 +29,11 @@ Arguments::Arguments(int count, char** arguments) : folder_(std::string(argument
       continue;
     }
     Tensor tensor{argument, nullptr, 0};
+    if (argument[0] == '-') {  // None
+      tensor.name = argument.substr(1);
+      tensors_.push_back(tensor);
+      continue;
+    }
     with_file(folder_ + argument, "rb", [&](std::FILE* file) {
       std::fseek(file, 0, SEEK_END);
       tensor.size = static_cast<std::size_t>(std::ftell(file));
@@ -41,16 +46,18 @@ Arguments::Arguments(int count, char** arguments) : folder_(std::string(argument
 }
 
 void Arguments::write_back() const {
-  for (const Tensor& tensor : tensors_)
+  for (const Tensor& tensor : tensors_) {
+    if (!tensor.data) continue;
     with_file(folder_ + tensor.name, "wb", [&](std::FILE* file) {
       return std::fwrite(tensor.data, 1, tensor.size, file) == tensor.size;
     });
+  }
 }
 
 void* Arguments::bytes(const std::string& name) const {
   for (const Tensor& tensor : tensors_)
     if (tensor.name == name) return tensor.data;
-  return nullptr;
+  fail(("no tensor " + name).c_str());
 }
 
 const std::string& Arguments::text(const std::string& name) const {

@@ -11,7 +11,7 @@ void run(emulator::Arguments& arguments) {
   const auto* floats = arguments.tensor<float>("x");
   const auto* shorts = arguments.tensor<unsigned short>("x");
   const auto* bytes = arguments.tensor<unsigned char>("x");
-  const auto* b = arguments.tensor<unsigned short>("b");
+  const auto b = [&] { return arguments.tensor<unsigned short>("b"); };
   auto* result = arguments.tensor<unsigned>("y");
   auto* sums = arguments.tensor<float>("y");
   if (name == "warp") launch(warp_functions, 1, 32, 0, ints, arguments.tensor<int>("y"));
@@ -24,11 +24,11 @@ void run(emulator::Arguments& arguments) {
     launch(extremes, 1, number("n"), 0, arguments.tensor<unsigned>("x"),
            arguments.tensor<unsigned>("b"), number("n"), result);
   if (name == "mma_bf16")
-    launch(multiply_16<Loads::by_hand, ptx::mma_m16n8k16_bf16>, 1, 32, 0, shorts, b, sums);
+    launch(multiply_16<Loads::by_hand, ptx::mma_m16n8k16_bf16>, 1, 32, 0, shorts, b(), sums);
   if (name == "mma_f16")
-    launch(multiply_16<Loads::by_hand, ptx::mma_m16n8k16_f16>, 1, 32, 0, shorts, b, sums);
+    launch(multiply_16<Loads::by_hand, ptx::mma_m16n8k16_f16>, 1, 32, 0, shorts, b(), sums);
   if (name == "ldmatrix_mma_bf16")
-    launch(multiply_16<Loads::ldmatrix, ptx::mma_m16n8k16_bf16>, 1, 32, 0, shorts, b, sums);
+    launch(multiply_16<Loads::ldmatrix, ptx::mma_m16n8k16_bf16>, 1, 32, 0, shorts, b(), sums);
   if (name == "mma_tf32")
     launch(multiply_tf32, 1, 32, 0, floats, arguments.tensor<float>("b"), sums);
   if (name == "ldmatrix") {

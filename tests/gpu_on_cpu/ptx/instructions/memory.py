@@ -75,14 +75,13 @@ def _atomic(s: Statement) -> Encoding:
     operation, type = _without_space(s)
     if operation not in ("min", "max"):
         type = unsigned(type)
-    space = "shared" if _space(s) == "shared" else "global"  # generic ones are taken for global
     operands = s.operands if s.parts[0] == "atom" else ("_", *s.operands)
     results, address, values, *other = operands
     values = vector(values)
     results = ("_",) * len(values) if results == "_" else vector(results)
     base, offset = address_of(address)
     return Encoding(
-        f"atom.{space}.{operation}.{type}",
+        f"atom.{_space(s)}.{operation}.{type}",
         typed(results, type),
         (Typed(base, "address"), *typed([*values, *other], type)),
         (TYPE_BYTES[type], offset),

@@ -44,6 +44,9 @@ const char* ptx_operation(s32 k) {
   return size_t(k) < table().size() ? table()[size_t(k)].name.c_str() : nullptr;
 }
 
+// How many operands it takes, or -1.
+s32 ptx_operands(s32 k) { return table()[size_t(k)].operands; }
+
 // Returns 0, or 1 after a fault.
 s32 ptx_launch(const Program* program, const Options* options, const u8* parameters,
                const Range* ranges, s32 range_count, Counters* counters, Result* result) {

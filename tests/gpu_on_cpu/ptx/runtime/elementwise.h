@@ -23,9 +23,12 @@ inline void apply(Warp& w, const Instruction& i, u32 lanes, std::index_sequence<
 
 template <class D, class... S, class F>
 inline void add_elementwise(std::string name, F) {
-  add_operation(std::move(name), [](Warp& w, const Instruction& i, u32 lanes) {
-    apply<D, F, S...>(w, i, lanes, std::index_sequence_for<S...>{});
-  });
+  add_operation(
+      std::move(name),
+      [](Warp& w, const Instruction& i, u32 lanes) {
+        apply<D, F, S...>(w, i, lanes, std::index_sequence_for<S...>{});
+      },
+      Flow::next, 1 + int(sizeof...(S)));
 }
 
 template <class T, class F>

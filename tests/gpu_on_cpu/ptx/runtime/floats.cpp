@@ -1,5 +1,7 @@
 // Floating-point arithmetic. What the GPU approximates (div.full, ex2.approx, ...) is computed to
 // the last bit here: tests compare with tolerances that hide the difference.
+#include <cstring>
+
 #include "elementwise.h"
 
 namespace ptx {
@@ -73,10 +75,24 @@ void add_half_unary(const std::string& name, const std::string& type, F) {
                      [](Pair<T> a) { return Pair<T>{F{}(float(a.low)), F{}(float(a.high))}; });
 }
 
-// Products of two are exact in double.
+// nearest + error rounded to odd: what rounds that once more, to less, is not misled.
+template <class Float, class Bits>
+Float to_odd(Float nearest, double error) {
+  Bits bits;
+  std::memcpy(&bits, &nearest, sizeof bits);
+  if (!std::isfinite(error) || error == 0 || nearest == 0 || bits % 2) return nearest;
+  bits += (error > 0) == (nearest > 0) ? 1 : -1;
+  std::memcpy(&nearest, &bits, sizeof bits);
+  return nearest;
+}
+
+// Rounded once. Products of two are exact in double, their sum with a third is not.
 template <class T>
 T fused(T a, T b, T c) {
-  return T(float(double(a) * double(b) + double(c)));
+  const double product = double(a) * double(b), sum = product + double(c), behind = sum - product;
+  const double error = (product - (sum - behind)) + (double(c) - behind);
+  const double wide = to_odd<double, s64>(sum, error);
+  return T(to_odd<float, s32>(float(wide), wide - double(float(wide))));
 }
 
 template <class T>

@@ -9,8 +9,8 @@ std::vector<Operation>& operations() {
   return table;
 }
 
-void add_operation(std::string name, Handler handler, Flow flow) {
-  operations().push_back({std::move(name), handler, flow});
+void add_operation(std::string name, Handler handler, Flow flow, int operands) {
+  operations().push_back({std::move(name), handler, flow, operands});
 }
 
 // ------------------------------------------------------------------ warps

@@ -103,6 +103,7 @@ struct Operation {
   std::string name;
   Handler handler;
   Flow flow;
+  int operands;  // destinations and sources; -1: it looks how many there are
 };
 
 std::vector<Operation>& operations();
@@ -110,7 +111,7 @@ std::vector<Operation>& operations();
 // for.
 void check_in_flight(Warp& warp, const Instruction& i);
 void check_finished(Warp& warp);
-void add_operation(std::string name, Handler handler, Flow flow = Flow::next);
+void add_operation(std::string name, Handler handler, Flow flow = Flow::next, int operands = -1);
 
 // A 16-, 8- or 4-byte cp.async that has been issued and not waited for.
 struct PendingCopy {

@@ -121,9 +121,8 @@ void load_parameter(Warp& w, const Instruction& i, u32 lanes) {
 // Destinations: the old values; sources: the address, one value per destination and, for cas,
 // another.
 template <class Space, class T, class F>
-void atomic(Warp& w, const Instruction& i, u32 lanes) {
+void atomic_at(Warp& w, const Instruction& i, u32 lanes, const Addresses& a) {
   const int n = i.destinations;
-  Addresses a = addresses(w, i, n, lanes, i.immediate[1]);
   Pointers p = request(Space{}, w, i, a, lanes, int(sizeof(T)) * n, Access::atomic);
   for_lanes(lanes, [&](int l) {
     for (int k = 0; k < n; k++) {
@@ -141,10 +140,23 @@ void atomic(Warp& w, const Instruction& i, u32 lanes) {
   });
 }
 
+template <class Space, class T, class F>
+void atomic(Warp& w, const Instruction& i, u32 lanes) {
+  atomic_at<Space, T, F>(w, i, lanes, addresses(w, i, i.destinations, lanes, i.immediate[1]));
+}
+template <class T, class F>
+void atomic_generic(Warp& w, const Instruction& i, u32 lanes) {
+  by_space(w, addresses(w, i, i.destinations, lanes, i.immediate[1]), lanes,
+           [&]<class Space>(Space, u32 some, const Addresses& a) {
+             atomic_at<Space, T, F>(w, i, some, a);
+           });
+}
+
 template <class T, class F>
 void add_atomic(const std::string& name, F) {
   add_operation("atom.global." + name, atomic<Global, T, F>);
   add_operation("atom.shared." + name, atomic<Shared, T, F>);
+  add_operation("atom.generic." + name, atomic_generic<T, F>);
 }
 
 template <class T>

@@ -121,12 +121,13 @@ void store_matrix(Warp& w, const Instruction& i, u32) {
 }  // namespace
 
 void add_tensor_core() {
-  add_operation("mma.m16n8k16.bf16", mma<Packed<bf16>, 16>, Flow::warp);
-  add_operation("mma.m16n8k16.f16", mma<Packed<f16>, 16>, Flow::warp);
-  add_operation("mma.m16n8k8.bf16", mma<Packed<bf16>, 8>, Flow::warp);
-  add_operation("mma.m16n8k8.f16", mma<Packed<f16>, 8>, Flow::warp);
-  add_operation("mma.m16n8k8.tf32", mma<Single, 8>, Flow::warp);
-  add_operation("mma.m16n8k4.tf32", mma<Single, 4>, Flow::warp);
+  // The last number: of d, a, b and c together.
+  add_operation("mma.m16n8k16.bf16", mma<Packed<bf16>, 16>, Flow::warp, 14);
+  add_operation("mma.m16n8k16.f16", mma<Packed<f16>, 16>, Flow::warp, 14);
+  add_operation("mma.m16n8k8.bf16", mma<Packed<bf16>, 8>, Flow::warp, 11);
+  add_operation("mma.m16n8k8.f16", mma<Packed<f16>, 8>, Flow::warp, 11);
+  add_operation("mma.m16n8k8.tf32", mma<Single, 8>, Flow::warp, 14);
+  add_operation("mma.m16n8k4.tf32", mma<Single, 4>, Flow::warp, 11);
   add_operation("ldmatrix", load_matrix<false>, Flow::warp);
   add_operation("ldmatrix.trans", load_matrix<true>, Flow::warp);
   add_operation("stmatrix", store_matrix<false>, Flow::warp);
