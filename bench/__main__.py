@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from tempfile import TemporaryFile
 
 import torch
 from rich.console import Console
@@ -30,8 +31,10 @@ from .report import (
     verdicts,
     write_page,
 )
-from .results import Results
+from .results import Results, Row, Skip
 from .run import BUDGET_S, run_cases
+
+NOTHING, INTERRUPTED = 1, 130  # exit codes: nothing could be measured; Ctrl-C
 
 EXAMPLES = """\
 examples:
@@ -55,6 +58,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         return
     if reason := why_absent(options.device):
         parser.exit(2, f"{prog}: no {options.device} here: {reason}\n")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
     keep_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -63,6 +71,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
+    rows: list[Row] = []
+    skips: list[Skip] = []
+    ended = 0
     try:
         with (
             ExitStack() as stack,
@@ -82,17 +93,23 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
                 progress.refresh()
                 started.extend(group)
 
-            rows, skips = run_cases(
+            for measured, skipped in run_cases(
                 cases,
                 options.implementations,
                 device=options.device,
                 budget_s=options.budget,
                 bases=bases,
                 on_cases=on_cases,
-            )
+            ):
+                rows += measured
+                skips += skipped
             progress.update(task, description="done", completed=len(cases))
     except BaseError as error:
         parser.exit(1, f"{prog}: {error}\n")
+    except KeyboardInterrupt:
+        if not rows:
+            sys.exit(INTERRUPTED)
+        ended = INTERRUPTED
     command = shlex.join([*prog.split(), *arguments])
     results = Results(command, describe("--dirty"), rows, skips, options.device)
     results.save(options.out)
@@ -102,6 +119,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     if rows and (warning := unsteady(results)):
         console.print(warning, style="yellow")
     console.print(f"wrote {page}, results.csv, results.json and plots")
+    if ended or not rows:
+        sys.exit(ended or NOTHING)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -129,6 +148,8 @@ def _list(cases: Sequence[Case]) -> None:
 def _show(console: Console, results: Results) -> None:
     """The bars and the comparison with other commits; for a run without either, the times."""
     judged, against = verdicts(results), base_rows(results)
+    for skip in results.skips:
+        console.print(f"{skip.case}: {skip.implementation} {skip.reason}", style="yellow")
     if judged:
         table = Table(*BAR_HEAD, box=None)
         for verdict in judged:

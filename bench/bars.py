@@ -126,6 +126,7 @@ _CPU = (
     _faster("hybrid forward, T=8192: faster than SDPA", LONG, "sdpa", 16),
     _faster("hybrid forward, T=2048: faster than quadratic, eager", HYBRID, "quadratic", 100),
     _faster("hybrid forward, T=2048: faster than chunkwise, eager", HYBRID, "chunkwise", 4),
+    _faster("hybrid forward, T=2048: faster than its loop over chunks, eager", HYBRID, "loop", 4),
     _faster(
         "hybrid forward, T=2048: faster than chunkwise, compiled", HYBRID, "compiled:chunkwise", 3
     ),
@@ -156,6 +157,7 @@ _CPU = (
     ),
     _faster("feature_map, 64k tokens: faster than eager", FEATURES, "eager", 4),
     _faster("linear_attention, F=128: faster than chunkwise, eager", LINEAR, "chunkwise", 4),
+    _faster("linear_attention, F=128: faster than its loop over chunks, eager", LINEAR, "loop", 4),
     _faster(
         "linear_attention, F=128: faster than the sequential product", LINEAR, "sequential", 15
     ),

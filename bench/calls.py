@@ -20,6 +20,7 @@ Call = Callable[[], tuple[Tensor, ...]]
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
 GATE_TOKENS = 320  # five windows: the state counts for most of them
 GATE_BATCH = 2
+STATE_SUMS = ("kv", "ksum")  # what a step writes, and later steps read
 
 
 class WrongResult(RuntimeError):
@@ -64,6 +65,9 @@ def check(peer: Peer, case: Case, device: str = "cpu") -> None:
     inputs = make_inputs(short, device)
     wide = inputs.wide()
     compare(bind(peer, inputs)(), expected(peer, wide), case)
+    if inputs.state is not None and wide.state is not None and peer.computes == "operator":
+        after = (tuple(x.state.tensors[n] for n in STATE_SUMS) for x in (inputs, wide))
+        compare(*after, case)
 
 
 def expected(peer: Peer, inputs: Inputs) -> tuple[Tensor, ...]:

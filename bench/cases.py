@@ -102,6 +102,8 @@ class Case:
             maps = 2 * self.H * self.D * self.f * 4
             output = self.tokens * self.V * size
         forward, backward = inputs + maps + output, 2 * (inputs + maps + output)
+        if self.op == "attention_transfer":  # two numbers come out, gradients of parameters alone
+            forward, backward = inputs + maps, inputs + 2 * maps
         if self.pass_ == "step":
             kv = self.B * self.H * self.F * (self.V + 1) * 4
             return forward + 2 * kv + self.B * self.Hk * self.window * (self.D + self.V) * size
@@ -113,7 +115,8 @@ class Case:
 
 
 HYBRID = Case(
-    "hybrid_attention", peers=("quadratic", "chunkwise", "compiled:chunkwise", "sdpa", "flex")
+    "hybrid_attention",
+    peers=("quadratic", "chunkwise", "loop", "compiled:chunkwise", "sdpa", "flex"),
 )
 LONG = replace(HYBRID, T=8192, peers=("sdpa", "lolcats:avx2"))
 WIDE = replace(HYBRID, T=8192, D=128, V=128, peers=("lolcats:avx2",))
@@ -129,7 +132,11 @@ ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=("lolcats:one_thread",))
 TRANSFER = Case("attention_transfer", "forward+backward")
 FEATURES = Case("feature_map", T=8192, peers=("eager",))
 LINEAR = Case(
-    "linear_attention", D=128, f=0, window=0, peers=("chunkwise", "sequential", "fla", "mamba")
+    "linear_attention",
+    D=128,
+    f=0,
+    window=0,
+    peers=("chunkwise", "loop", "sequential", "fla", "mamba"),
 )
 # The states of 1024 sequences are 270 MB: beyond four times the caches of most machines.
 STEPS = Case("hybrid_attention", "step", B=1024)
@@ -216,15 +223,18 @@ CASES = {
 
 
 def select(patterns: Sequence[str], cases: Sequence[Case] = STANDARD) -> list[Case]:
-    """The cases whose names contain, or as a glob match, any of the patterns; all without one.
+    """The cases whose names are, contain, or as a glob match any of the patterns; all without one.
 
     Raises:
         ValueError: a pattern matches none.
     """
     if not patterns:
         return list(cases)
-    found = {p: [c for c in cases if fnmatchcase(str(c), f"*{p}*")] for p in patterns}
+    exact = {str(case): [case] for case in cases}
+    found = {
+        p: exact.get(p) or [c for c in cases if fnmatchcase(str(c), f"*{p}*")] for p in patterns
+    }
     for pattern, matches in found.items():
         if not matches:
-            raise ValueError(f"no case matches {pattern!r}; --list shows them all")
+            raise ValueError(f"no case matches {pattern!r}; python -m bench --list shows them all")
     return [case for case in cases if any(case in matches for matches in found.values())]

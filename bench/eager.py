@@ -65,6 +65,40 @@ def chunkwise(
     return (out[..., :-1] / out[..., -1:]).reshape(B, H, T, -1)
 
 
+def chunk_by_chunk(
+    q: Tensor, k: Tensor, v: Tensor, weight_q: Tensor, weight_k: Tensor, gate: Tensor, window: int
+) -> Tensor:
+    """The same, one chunk after another, for its tiles to stay in the caches; in place, so that
+    autograd cannot follow."""
+    phi_q, phi_k = (feature_map(x, w).flatten(0, 1) for x, w in ((q, weight_q), (k, weight_k)))
+    shape, g = v.shape, gate.sigmoid().repeat(q.shape[0])[:, None, None]
+    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    kv, ksum = (
+        phi_k.new_zeros(*phi_k.shape[::2], v.shape[-1]),
+        phi_k.new_zeros(*phi_k.shape[::2], 1),
+    )
+    lower = torch.ones(window, window, device=q.device).tril()
+    hidden = torch.cat([lower, 1 - lower], 1).bool()  # of the chunk before, and of its own
+    out = torch.empty_like(v)
+    for i in range(0, q.shape[1], window):
+        j, end = max(0, i - window), i + window
+        weights = torch.bmm(q[:, i:end], k[:, j:end].mT)
+        weights.masked_fill_(hidden[:, window - (i - j) :], -torch.inf)
+        weights.sub_(weights.amax(-1, keepdim=True)).exp_().mul_(g)
+        if i:
+            weights[..., :window] += torch.bmm(phi_q[:, i:end], phi_k[:, j:i].mT).mul_(lower)
+        den = weights.sum(-1, keepdim=True)
+        num = torch.bmm(weights, v[:, j:end])
+        if i > window:
+            num.baddbmm_(phi_q[:, i:end], kv)
+            den.baddbmm_(phi_q[:, i:end], ksum)
+        out[:, i:end] = num.div_(den)
+        if i:
+            kv.baddbmm_(phi_k[:, j:i].mT, v[:, j:i])
+            ksum += phi_k[:, j:i].sum(1)[..., None]
+    return out.view(shape)
+
+
 def linear_chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
     """SPEC 4 without maps, in chunks; T a multiple of ``chunk``."""
     B, H, T, _ = q.shape
@@ -73,6 +107,26 @@ def linear_chunkwise(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor
     state = _previous((k.mT @ v).cumsum(2))
     out = (q @ k.mT).tril() @ v + q @ state
     return (out[..., :-1] / (out[..., -1:] + 1e-12)).reshape(B, H, T, -1)
+
+
+def linear_chunk_by_chunk(q: Tensor, k: Tensor, v: Tensor, chunk: int = 64) -> Tensor:
+    """The same, one chunk after another."""
+    shape = v.shape
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    kv, ksum = k.new_zeros(*k.shape[::2], v.shape[-1]), k.new_zeros(*k.shape[::2], 1)
+    lower = torch.ones(chunk, chunk, device=q.device).tril()
+    out = torch.empty_like(v)
+    for i in range(0, q.shape[1], chunk):
+        own = slice(i, i + chunk)
+        weights = torch.bmm(q[:, own], k[:, own].mT).mul_(lower)
+        num, den = torch.bmm(weights, v[:, own]), weights.sum(-1, keepdim=True)
+        if i:
+            num.baddbmm_(q[:, own], kv)
+            den.baddbmm_(q[:, own], ksum)
+        out[:, own] = num.div_(den.add_(1e-12))
+        kv.baddbmm_(k[:, own].mT, v[:, own])
+        ksum += k[:, own].sum(1)[..., None]
+    return out.view(shape)
 
 
 def transfer_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import random
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
@@ -88,6 +89,8 @@ def turns_of_calls(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, li
     """Seconds per call, in turns of a call at least, which share out ``budget_s``.
 
     So the samples of slow and of fast calls are of the same time, whatever the machine does then.
+    Every turn has another order: what runs behind the copy of memory would always find the caches
+    full of that.
     """
     number: dict[Key, int] = {}
     for name, timer in timers.items():
@@ -95,9 +98,11 @@ def turns_of_calls(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, li
         number[name] = max(1, ceil(SAMPLE_S / timer.seconds(1)))
     samples: dict[Key, list[float]] = {name: [] for name in timers}
     spent = dict.fromkeys(timers, 0.0)
+    shuffled = random.Random(0)
     for turn in range(1, TURNS["cpu"] + 1):
         share = turn / TURNS["cpu"]
-        for name, timer in timers.items():
+        for name in shuffled.sample(list(timers), len(timers)):
+            timer = timers[name]
             enough = False
             while not enough:
                 seconds = timer.seconds(number[name])

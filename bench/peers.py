@@ -68,6 +68,10 @@ def peers() -> dict[str, Peer]:
         "linear_attention": lambda x: partial(eager.linear_chunkwise, x.q, x.k, x.v),
         "attention_transfer": lambda x: partial(eager.transfer_loss, *_hybrid(x)),
     }
+    loop: dict[str, Prepare] = {
+        "hybrid_attention": lambda x: partial(eager.chunk_by_chunk, *_hybrid(x)),
+        "linear_attention": lambda x: partial(eager.linear_chunk_by_chunk, x.q, x.k, x.v),
+    }
     features: dict[str, Prepare] = {
         "feature_map": lambda x: partial(eager.feature_map, x.q, x.tensors["weight_q"])
     }
@@ -82,6 +86,7 @@ def peers() -> dict[str, Peer]:
         "eager": Peer("plain torch", features),
         "quadratic": Peer("as published, eager torch", quadratic, why_not=_stores_pairs),
         "chunkwise": Peer("in chunks, eager torch", chunkwise, why_not=_whole_chunks),
+        "loop": Peer("one chunk after another, eager torch", loop, why_not=_forward_chunks),
         "sequential": Peer(
             "fast-transformers' algorithm in C", product, why_not=_sequential, device="cpu"
         ),
@@ -240,6 +245,12 @@ def _whole_chunks(case: Case, device: str) -> str | None:
     if case.T % case.window:
         return f"takes chunks of w={case.window} tokens, not T={case.T}"
     return _equal_heads(case)
+
+
+def _forward_chunks(case: Case, device: str) -> str | None:
+    if case.pass_ != "forward" or case.dtype != "float32":
+        return "works in place, in fp32: forward alone"
+    return _whole_chunks(case, device)
 
 
 def _equal_heads(case: Case) -> str | None:

@@ -47,6 +47,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     }
     for name, picture in pictures.items():
         figure = picture(results.rows)
+        (folder / f"{name}.png").unlink(missing_ok=True)  # of an earlier run
         if figure is not None:
             drawn.append(folder / f"{name}.png")
             figure.savefig(drawn[-1], dpi=150)

@@ -49,13 +49,12 @@ def run_cases(
     budget_s: float = BUDGET_S,
     bases: Mapping[str, Server] | None = None,
     on_cases: Callable[[Sequence[Case]], None] = lambda cases: None,
-) -> tuple[list[Row], list[Skip]]:
+) -> Iterator[tuple[list[Row], list[Skip]]]:
     """Measures ours and the peers of each case, or the named ones.
 
-    Cases that bars compare take turns, the others follow one another.
+    Cases that bars compare take turns, the others follow one another: rows and skips come as they
+    are measured.
     """
-    rows: list[Row] = []
-    skips: list[Skip] = []
     selected = {case: tuple(names) or ("lolcats", *case.peers) for case in cases}
     used = {name for entries in selected.values() for name in entries}
     with ExitStack() as stack:
@@ -66,10 +65,12 @@ def run_cases(
         if device == "cpu":
             # What torch.compile leaves in a process slows threads that run there afterwards.
             needed = sorted(name for name in used if find(name).compiled)
+            if bases and "lolcats" in used:
+                needed.append("lolcats")  # what is compared is timed in the same way
             compiled = {name: stack.enter_context(Server()) for name in needed}
         for group in in_groups(cases):
             on_cases(group)
-            more_rows, more_skips = run_together(
+            yield run_together(
                 {case: selected[case] for case in group},
                 device=device,
                 budget_s=budget_s,
@@ -77,9 +78,6 @@ def run_cases(
                 avx2=avx2,
                 compiled=compiled,
             )
-            rows += more_rows
-            skips += more_skips
-    return rows, skips
 
 
 def run_together(
@@ -96,7 +94,8 @@ def run_together(
 
     What cannot run a case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
-    that use AVX2; ``compiled`` run what torch.compile makes, by the name of the implementation;
+    that use AVX2; ``compiled`` run what does not run in this process, such as what torch.compile
+    makes, by the name of the implementation;
     ``agreed`` are results of earlier calls, and gets those of these.
     """
     entries: dict[tuple[Case, str], Entry] = {}

@@ -7,8 +7,12 @@ after the other, ``python -m bench`` in turns.
 """
 
 import pytest
+import torch
 
+from .calls import use_isa
 from .cases import STANDARD
+from .measure import keep_freed_memory
+from .peers import find
 from .remote import Refused
 from .run import prepare, restored
 
@@ -17,6 +21,7 @@ RUNS = [(case, name) for case in STANDARD for name in ("lolcats", *case.peers)]
 
 @pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{case}-{name}" for case, name in RUNS])
 def test_time(case, name, benchmark) -> None:
+    keep_freed_memory()
     with restored():
         try:
             entry = prepare(name, case)
@@ -24,4 +29,6 @@ def test_time(case, name, benchmark) -> None:
             pytest.skip(str(refused))
         benchmark.group = str(case)
         benchmark.extra_info |= {"isa": entry.isa, "flops": case.flops, "bytes": case.bytes}
-        benchmark(entry.timer.seconds, 1)
+        torch.set_num_threads(find(name).threads or torch.get_num_threads())
+        use_isa(find(name))
+        benchmark(entry.timer.call)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import lolcats_ops as lo
 from bench import bars, calls, cases, measure, peers, plots, report, results, run
 from bench.__main__ import main
 from bench.base import BaseError, base_server
@@ -151,6 +152,16 @@ def test_wrong_results_get_no_time(wrong):
     assert "computes something else" in skips[0].reason
 
 
+def test_a_step_that_does_not_write_its_state_is_wrong():
+    def prepare(x):
+        state = x.state.clone()
+        return lambda: lo.hybrid_attention_step_(x.q, x.k, x.v, *x.maps, x.gate, state)
+
+    forgetful = peers.Peer("leaves its state as it was", {"step": prepare})
+    with pytest.raises(calls.WrongResult, match="off by"):
+        calls.check(forgetful, SMOLLM2)
+
+
 def test_nan_is_a_wrong_result():
     nan, one = torch.tensor([math.nan]), torch.ones(1)
     with pytest.raises(calls.WrongResult):
@@ -164,6 +175,7 @@ def test_nan_is_a_wrong_result():
         (["--case", "nonsense"], "no case matches 'nonsense'"),
         (["--threads", "0"], "--threads is 0, needs 1 or more"),
         (["--budget", "nan"], "nan is no positive number of seconds"),
+        (["--out", "/dev/null"], "--out /dev/null: "),
     ],
 )
 def test_what_does_not_exist_is_wrong_usage(arguments, message, capsys):
@@ -201,8 +213,11 @@ def test_timers_take_turns_until_their_budgets_are_spent():
 
     clocks = {"slow": Clock("slow", 1.0), "fast": Clock("fast", 1e-3), "tiny": Clock("tiny", 1e-5)}
     samples = measure.sample(clocks, 0.16, "cpu")
-    turn = [("slow", 1), *[("fast", 2)] * 5, *[("tiny", 200)] * 5]
-    assert turns[6:] == turn * 16  # after two calls of each
+    turn = [*[("fast", 2)] * 5, ("slow", 1), *[("tiny", 200)] * 5]
+    timed = turns[6:]  # after two calls of each
+    rounds = [timed[i : i + len(turn)] for i in range(0, len(timed), len(turn))]
+    assert [sorted(calls_) for calls_ in rounds] == [turn] * 16
+    assert len({calls_[0] for calls_ in rounds}) == 3  # whoever comes first
     assert samples["slow"] == [1.0] * 16
     assert samples["fast"] == pytest.approx([1e-3] * 80)
     assert samples["tiny"] == pytest.approx([1e-5] * 80)
@@ -266,6 +281,38 @@ def test_page_shows_bars_rows_skips_and_pictures(tmp_path):
         assert f"| {row.case} | {row.implementation} |" in page
     assert "fla is not installed" in page
     assert all(f"]({path.name})" in page for path in drawn)
+
+
+def test_a_page_has_no_pictures_of_an_earlier_run(tmp_path):
+    run_ = synthetic()
+    plots.draw(run_, tmp_path)
+    run_ = replace(run_, rows=run_.rows[:1])
+    plots.draw(run_, tmp_path)
+    assert "decode.png" not in report.write_page(run_, tmp_path).read_text()
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
+    def interrupted(*_, **__):
+        yield synthetic().rows, []
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.__main__.run_cases", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--out", str(tmp_path)])
+    assert exit_.value.code == 130
+    assert results.Results.load(tmp_path).rows == synthetic().rows
+
+
+def test_a_run_that_measures_nothing_fails_and_says_why(tmp_path, capsys):
+    options = ["--case", "feature_map", "--implementations", "sdpa", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_:
+        main(options)
+    assert exit_.value.code == 1
+    assert "sdpa has no feature_map" in capsys.readouterr().out
+
+
+def test_a_whole_name_selects_that_case_alone():
+    assert cases.select([str(HYBRID)]) == [HYBRID]
 
 
 def test_a_machine_that_was_busy_is_said_to_be():

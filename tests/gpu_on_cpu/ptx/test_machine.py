@@ -41,6 +41,9 @@ def f32(value):
 
 HALVES_ABOVE_0 = "mov.b32 %r3, 0x3f80c000; setp.gt.bf16x2 %p1|%p2, %r3, 0;"  # -2 and 1
 
+BF16_TERMS = "mov.b16 %h1, 0x3f88; mov.b16 %h2, 0x2b80;"
+F16_TERMS = "mov.b16 %h1, 0x3c20; mov.b16 %h2, 0x3c10; mov.b16 %h4, 1;"
+
 # An instruction, with its result in %r2 or %f2, and the value.
 VALUES = [
     ("add.s32 %r2, 7, -9;", -2),
@@ -90,16 +93,8 @@ VALUES = [
     ),
     ("mov.b32 %r2, 0x3c004000; fma.rn.f16x2 %r2, %r2, %r2, %r2;", 0x40004600),
     # Rounded once: 1.0625^2 + 2^-40 in bf16, 1.03125 x 1.015625 + 2^-24 in fp16.
-    (
-        "mov.b16 %h1, 0x3f88; mov.b16 %h2, 0x2b80; fma.rn.bf16 %h3, %h1, %h1, %h2; "
-        "cvt.u32.u16 %r2, %h3;",
-        0x3F91,
-    ),
-    (
-        "mov.b16 %h1, 0x3c20; mov.b16 %h2, 0x3c10; mov.b16 %h4, 1; fma.rn.f16 %h3, %h1, %h2, %h4; "
-        "cvt.u32.u16 %r2, %h3;",
-        0x3C31,
-    ),
+    (f"{BF16_TERMS} fma.rn.bf16 %h3, %h1, %h1, %h2; cvt.u32.u16 %r2, %h3;", 0x3F91),
+    (f"{F16_TERMS} fma.rn.f16 %h3, %h1, %h2, %h4; cvt.u32.u16 %r2, %h3;", 0x3C31),
 ]
 FLOATS = [
     ("fma.rn.f32 %f2, " + ", ".join([f32(1 + 2**-23)] * 2) + ", " + f32(-1) + ";", 2**-22 + 2**-46),
@@ -195,7 +190,7 @@ def test_sectors_do_not_depend_on_where_the_host_put_an_array():
     ["add.f32 %f3, %f1;", "fma.rn.f32 %f1, %f2, %f3;", "mul.rn.bf16x2 %r1, %r2, %r3, %r4;"],
 )
 def test_an_instruction_with_too_few_or_many_operands_is_refused(instruction):
-    with pytest.raises(PtxError, match="operands, .* takes"):
+    with pytest.raises(PtxError, match=r"operands, .* takes"):
         kernel_of(instruction)
 
 
