@@ -210,7 +210,8 @@ class HybridState:
         return sum(t.nbytes for t in self.tensors.values())
 
     def rewind(self, n: int | Tensor) -> HybridState:
-        """Takes back the last ``n`` tokens (or ``n[p]`` of sequence p) in place, returns self.
+        """Takes back the last ``n`` tokens (or ``n[p]`` of sequence p, n of shape [P] or []) in
+        place, returns self.
 
         Always possible for n <= slack since the longest length so far, and for any n while nothing
         has been folded.

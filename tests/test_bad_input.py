@@ -166,6 +166,21 @@ def test_step_refuses_bad_indices(indices, message):
     refused("hybrid_attention_step_", {"state": empty(), "state_indices": indices}, message)
 
 
+@pytest.mark.parametrize("other", [{"activation": "exp"}, {"two_sided": False}, {"eps": 0.1}])
+def test_step_refuses_maps_of_two_kinds(other):
+    feature_k = Features(init_weight(HK, D, f), **other)
+    message = "feature_k has (activation, two_sided, skip"
+    refused("hybrid_attention_step_", {"state": empty(), "feature_k": feature_k}, message)
+
+
+@pytest.mark.parametrize("changes", [{"slack": 3}, {"sink": 1}])
+def test_linear_attention_refuses_a_state_that_keeps_keys(changes):
+    arguments = good(state=empty(window=0, **changes))
+    del arguments["gate"]
+    with pytest.raises(ValueError, match=r"linear_attention: state has (ring 3|sink 1), needs 0"):
+        lo.linear_attention(**arguments)
+
+
 @pytest.mark.parametrize("indices", [[0, 0], [0, 2], [-1, 0]])
 def test_step_refuses_slots_that_do_not_exist_or_come_twice(indices):
     state = empty()

@@ -104,3 +104,20 @@ def test_modules_with_real_parameters_take_fake_tensors(qkv):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         y = attention(*(mode.from_tensor(x) for x in qkv))
     assert y.shape == qkv[0].shape[:3] + qkv[2].shape[3:]
+
+
+def test_states_are_on_the_device_of_the_module():
+    assert lo.nn.HybridAttention(4, 2, 16).to("meta").empty_state(1).kv.device.type == "meta"
+
+
+def test_parameters_of_fp64_become_fp32_again():
+    assert lo.nn.FeatureMap(2, 4).double().float().weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("init", ["kaiming", "normal", "orthogonal"])
+def test_initial_maps_are_the_generators(init):
+    one, other = (
+        lo.init_weight(8, 64, 16, init, generator=torch.Generator().manual_seed(0)) for _ in "ab"
+    )
+    assert one.equal(other)
+    assert init != "normal" or abs(one.std().item() * 8 - 1) < 0.05

@@ -213,6 +213,9 @@ def test_flags_are_bools(name):
             ({name: -1}, ValueError, f"{name} is -1")
             for name in ("batch", "window", "sink", "slack")
         ],
+        ({"v": np.zeros((B, KV_HEADS, T, V), np.float16)}, ValueError, "v has"),
+        ({"feature_k": lnp.Features(np.ones((3, D, F)))}, ValueError, "feature_k has a weight"),
+        ({"slack": True}, TypeError, "slack is True"),
         ({"window": 8.0}, TypeError, "window is 8.0, needs an integer"),
         ({"window_kind": "round"}, ValueError, "window_kind is 'round'"),
     ],
@@ -351,3 +354,63 @@ def test_linear_attention_takes_every_option(case):
     row = MASK[0]
     alone = lnp.linear_attention(q[:1, :, row], k[:1, :, row], v[:1, :, row], **maps)
     np.testing.assert_allclose(masked[:1, :, row], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def small():
+    """q of 4 heads, k and v of 2, 9 tokens of 8 numbers."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 4, 9, 8), np.float32)
+    return q, *rng.standard_normal((2, 1, 2, 9, 8), np.float32)
+
+
+def eye(heads, **kind):
+    return lnp.Features(np.eye(8)[None].repeat(heads, 0), **kind)
+
+
+def test_maps_and_sums_of_states_go_together(small):
+    for one in ("feature_q", "feature_k"):
+        with pytest.raises(ValueError, match="go together"):
+            lnp.linear_attention(*small, **{one: eye(2)})
+    with pytest.raises(ValueError, match="differ in activation"):
+        lnp.linear_attention(*small, feature_q=eye(2), feature_k=eye(2, activation="exp"))
+    with pytest.raises(TypeError, match="state needs to be a tuple"):
+        lnp.linear_attention(*small, state=(1, 2, 3))
+
+
+def test_one_sided_maps_are_one_sided_by_default(small):
+    q, k, v = small
+    phi = eye(2, activation="relu")
+    assert phi.out_features == 8
+    np.testing.assert_allclose(lnp.feature_map(k, phi), k.clip(1e-12))
+    state = lnp.HybridState.empty_for(k, v, phi, window=4)
+    y = lnp.hybrid_attention_step_(q, k, v, eye(4, activation="relu"), phi, np.zeros(4), state)
+    assert y.shape == q.shape
+
+
+@pytest.mark.parametrize("op", ["hybrid_attention", "attention_transfer"])
+def test_packed_documents_are_apart(op, small):
+    def call(*qkv, **options):
+        y = getattr(lnp, op)(*qkv, eye(4), eye(2), np.zeros(4), window=2, **options)
+        return y if op == "hybrid_attention" else y.teacher
+
+    packed = call(*small, cu_seqlens=np.array([0, 4, 9]))
+    second = call(*(x[:, :, 4:] for x in small))
+    np.testing.assert_allclose(packed[:, :, 4:], second, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_of_0_is_none_and_weights_may_be_transposed(small):
+    q, k, v = small
+    weight = np.random.default_rng(1).standard_normal((4, 8, 8), np.float32)
+    phi = lnp.Features(weight)
+    got = lnp.hybrid_attention(q, k, v, phi, phi, np.zeros(4), window=9, scale=0.0)
+    want = lnp.hybrid_attention(q * 0, k, v, phi, phi, np.zeros(4), window=9)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    flipped = lnp.Features(np.ascontiguousarray(weight.swapaxes(1, 2)).swapaxes(1, 2))
+    np.testing.assert_array_equal(lnp.feature_map(q, flipped), lnp.feature_map(q, phi))
+
+
+def test_sizes_of_few_bits_do_not_overflow(small):
+    _, k, v = small
+    sizes = {"window": np.int8(100), "window_kind": "terrace", "slack": np.int8(100)}
+    assert lnp.HybridState.empty_for(k, v, eye(2), **sizes).k_ring.shape[2] == 300

@@ -189,7 +189,12 @@ def step_(
     affine: bool,
 ) -> Tensor:
     """The operator on checked arguments."""
-    operator, pool = operators(backend).hybrid_attention_step_, (*state.tensors.values(),)
+    operator = operators(backend).hybrid_attention_step_
+    # Of no keys the dtype means nothing, but the kernels want q's.
+    pool = tuple(
+        x.to(q.dtype) if name[1:] in ("_ring", "_sink") and not x.numel() else x
+        for name, x in state.tensors.items()
+    )
     arguments = (
         *attention_tensors(q, k, v, feature_q, feature_k, gate),
         *pool,

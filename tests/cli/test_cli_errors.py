@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import jinja2
 import peft
@@ -172,3 +173,23 @@ def test_a_tokenizer_of_another_model_is_refused(folder, tmp_path):
     ):
         with pytest.raises(ValueError, match="to 13, the model's vocabulary 5"):
             lolcats(*arguments)
+
+
+def test_a_saved_model_replaces_another_and_its_config_comes_last(monkeypatch, tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    for old in ("adapter_config.json", "notes.txt", "additional_chat_templates/a.jinja"):
+        (tmp_path / old).write_text("{}")
+    order, replace = [], os.replace
+
+    def noted(new, old):
+        order.append(Path(old).name)
+        replace(new, old)
+
+    monkeypatch.setattr("os.replace", noted)
+    new_files = ["config.json", "model.safetensors", "tokenizer.json"]
+    with replacing_files(tmp_path) as new:
+        for name in new_files:
+            (new / name).write_text("{}")
+    assert order[-1] == "config.json"
+    left = sorted(p.name for p in tmp_path.rglob("*") if p.is_file())
+    assert left == sorted([*new_files, "notes.txt"])

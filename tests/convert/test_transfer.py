@@ -215,3 +215,12 @@ def test_a_model_that_applies_a_layer_twice_is_refused(model):
     with pytest.raises(NotImplementedError, match="applies a layer several times"):
         lo.convert.transfer(model, token_rows(1, 16))
     assert all(layer.learner is None for layer in lo.hf.attention_layers(model))
+
+
+def test_every_epoch_has_an_order_of_its_own(model):
+    rows, seen = token_rows(8, 16), []
+    model.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    lo.convert.transfer(model, rows, TransferConfig(batch_size=1, epochs=2))
+    first, second = torch.cat(seen[:8]), torch.cat(seen[8:])
+    assert not first.equal(second)
+    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(rows.tolist())

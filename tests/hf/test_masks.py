@@ -251,3 +251,67 @@ def test_transfer_leaves_padding_and_other_documents_out(packed):
         model.model(padded, attention_mask=mask, position_ids=positions, use_cache=False)
     for alone, beside in zip(losses[:2], losses[2:], strict=True):
         torch.testing.assert_close(beside.mse, alone.mse, rtol=1e-4, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", [1, 6, 11])
+def test_masks_are_checked_a_few_rows_at_a_time(row, model, monkeypatch):
+    monkeypatch.setattr("lolcats_ops.hf.attention.MASK_ROWS", 4)
+    ids, mask = token_ids(1, 12), torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
+    model(ids, attention_mask=mask.clone(), use_cache=False)
+    mask[:, :, row, 0] = False
+    with pytest.raises(NotImplementedError, match="causal and has padding"):
+        model(ids, attention_mask=mask, use_cache=False)
+
+
+@torch.no_grad()
+def test_packed_masks_are_checked_a_few_rows_at_a_time(model, monkeypatch):
+    monkeypatch.setattr("lolcats_ops.hf.attention.MASK_ROWS", 4)
+    first = torch.arange(12) < 7
+    positions = torch.cat((torch.arange(7), torch.arange(5)))[None]
+    mask = (torch.ones(12, 12, dtype=torch.bool).tril() & (first[:, None] == first))[None, None]
+    model(token_ids(1, 12), attention_mask=mask, position_ids=positions, use_cache=False)
+
+
+@torch.no_grad()
+def test_padding_of_rows_follows_the_rows(model):
+    """Stage 1 takes a batch in pieces: each has its own rows' padding."""
+    ids, mask, seen = token_ids(2, 24), torch.ones(2, 24, dtype=torch.long), []
+    mask[1, :7] = 0
+
+    def learner(attend, batch):
+        pieces = [attend(slice(i, i + 1)).teacher for i in range(batch)]
+        seen.append((attend(slice(0, batch)).teacher, torch.cat(pieces)))
+        return seen[-1][0]
+
+    for layer in lo.hf.attention_layers(model):
+        layer.learner = learner
+    with lo.hf.use_mode(model, "transfer"):
+        model.model(ids, attention_mask=mask, use_cache=False)
+    for layer in lo.hf.attention_layers(model):
+        layer.learner = None
+    whole, in_pieces = seen[0]
+    torch.testing.assert_close(in_pieces, whole)
+
+
+@torch.no_grad()
+def test_a_reset_cache_forgets_padding(model):
+    cache, ids = lo.hf.LolcatsCache(model, slack=4), token_ids(2, 12)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :5] = 0
+    model(ids, attention_mask=mask, past_key_values=cache)
+    cache.reset()
+    model(ids[:1], past_key_values=cache)
+    cache.crop(-3)
+    got = model(ids[:1, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids[:1]).logits[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+def test_features_alone_are_trained_although_a_cache_is_asked_for(model):
+    ids, layers = token_ids(2, 24), lo.hf.attention_layers(model)
+    model.requires_grad_(False)
+    for layer in layers:
+        layer.requires_grad_(True)
+    model(ids, labels=ids, use_cache=True).loss.backward()
+    parameters = [p for layer in layers for p in layer.parameters()]
+    assert all(p.grad is not None and p.grad.any() for p in parameters)
