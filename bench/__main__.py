@@ -18,7 +18,7 @@ from .base import BaseError, base_server, describe
 from .cases import Case
 from .device import why_absent
 from .measure import keep_freed_memory
-from .options import make_parser, parse
+from .options import make_parser, parse, positive_count
 from .peers import peers
 from .plots import draw
 from .report import (
@@ -50,8 +50,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     parser = _parser(prog)
     arguments = sys.argv[1:] if arguments is None else arguments
     options, cases = parse(parser, arguments)
-    if options.threads is not None and options.threads < 1:
-        parser.error(f"--threads is {options.threads}, needs 1 or more")
     console = Console(width=None if sys.stdout.isatty() else 140)
     if options.list:
         _list(cases)
@@ -132,7 +130,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         metavar="REF",
         help="also build and time the library of this commit; repeat for more",
     )
-    parser.add_argument("--threads", type=int, help="threads of the CPU (default: all)")
+    parser.add_argument(
+        "--threads", type=positive_count, metavar="N", help="threads of the CPU (default: all)"
+    )
     parser.add_argument("--list", action="store_true", help="show cases and implementations")
     return parser
 

@@ -27,7 +27,7 @@ from .base import describe
 from .cases import Case
 from .conformance import Result, run_tests
 from .device import machine, why_absent
-from .options import make_parser, parse
+from .options import make_parser, parse, positive_count, positive_seconds
 from .plots import draw
 from .report import MODEL_HEAD, model_rows, sections, table
 from .results import Results, Row
@@ -186,14 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=positive_seconds,
         default=TIMEOUT_S,
         metavar="SECONDS",
         help="for one test, or one implementation of a case (default %(default)s)",
     )
     parser.add_argument(
         "--jobs",
-        type=int,
+        type=positive_count,
         default=JOBS,
         metavar="N",
         help="tests that run at a time; cases have the device alone (default %(default)s)",

@@ -12,11 +12,19 @@ from .device import DEVICES
 from .peers import find
 
 
-def _positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
+    """An option's value."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
     return value
+
+
+def positive_count(text: str) -> int:
+    """An option's value."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}, needs 1 or more")
+    return int(text)
 
 
 def make_parser(
@@ -45,7 +53,7 @@ def make_parser(
     )
     parser.add_argument(
         "--budget",
-        type=_positive_seconds,
+        type=positive_seconds,
         default=budget_s,
         metavar="SECONDS",
         help="of samples for each implementation of a case (default %(default)s)",

@@ -173,7 +173,7 @@ def test_nan_is_a_wrong_result():
     [
         (["--implementations", "lolcat"], "no implementation 'lolcat'"),
         (["--case", "nonsense"], "no case matches 'nonsense'"),
-        (["--threads", "0"], "--threads is 0, needs 1 or more"),
+        (["--threads", "0"], "--threads: 0, needs 1 or more"),
         (["--budget", "nan"], "nan is no positive number of seconds"),
         (["--out", "/dev/null"], "--out /dev/null: "),
     ],
