@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 
 import lolcats_ops as lo
+from lolcats_ops.convert.processes import mean_gradients
 from helpers.training import tiny, token_rows
 
 rank = int(os.environ["RANK"])
@@ -46,6 +47,11 @@ sums = [float(x.sum()) for layer in lo.hf.attention_layers(model) for x in
         (layer.feature_q, layer.feature_k, layer.gate)]
 one, other = gather_object([[*sums, *report.losses]])
 assert one == other
+
+weight = torch.nn.Parameter(torch.zeros(3))
+weight.grad = torch.full((3,), float(rank))
+loss = mean_gradients([weight], torch.tensor(float(rank)), 2)
+assert (weight.grad.tolist(), loss.item()) == ([0.5] * 3, 0.5)
 torch.distributed.destroy_process_group()
 """
 

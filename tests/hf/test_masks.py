@@ -265,6 +265,15 @@ def test_masks_are_checked_a_few_rows_at_a_time(row, model, monkeypatch):
 
 
 @torch.no_grad()
+def test_padding_that_differs_by_head_is_refused(model):
+    heads = model.config.num_attention_heads
+    mask = torch.ones(12, 12, dtype=torch.bool).tril().repeat(1, heads, 1, 1)
+    mask[:, 1, 3], mask[:, 1, :, 3] = False, False
+    with pytest.raises(NotImplementedError, match="causal and has padding"):
+        model(token_ids(1, 12), attention_mask=mask, use_cache=False)
+
+
+@torch.no_grad()
 def test_packed_masks_are_checked_a_few_rows_at_a_time(model, monkeypatch):
     monkeypatch.setattr("lolcats_ops.hf.attention.MASK_ROWS", 4)
     first = torch.arange(12) < 7
