@@ -89,8 +89,10 @@ def _against_length(rows: list[Row], like: Case, what: str, x_label: str) -> Any
         if len(points) == 1:  # often on top of others
             style = {"marker": "s", "markersize": 9, "fillstyle": "none", "linestyle": "none"}
         axes.plot(*zip(*sorted(points), strict=True), color=color, label=name, **style)
+    title = [_title(what, chosen[0])]
     if "lolcats" in lines and "sdpa" in lines:
-        _mark_crossover(axes, crossover(lines["lolcats"], lines["sdpa"]), lines["sdpa"])
+        T = crossover(lines["lolcats"], lines["sdpa"])
+        title.append(_mark_crossover(axes, T, lines["sdpa"]))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     lengths = sorted({row.T for row in chosen})
@@ -100,22 +102,21 @@ def _against_length(rows: list[Row], like: Case, what: str, x_label: str) -> Any
     axes.yaxis.set_major_formatter(FuncFormatter(lambda s, _: duration(s)))
     axes.set_xlabel(x_label)
     axes.set_ylabel("median time")
-    axes.set_title(_title(what, chosen[0]), fontsize=10)
+    axes.set_title("\n".join(title), fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     return figure
 
 
-def _mark_crossover(axes: Any, T: float, softmax: list[tuple[int, float]]) -> None:
+def _mark_crossover(axes: Any, T: float, softmax: list[tuple[int, float]]) -> str:
+    """A line at T, if it lies among the lengths of softmax; and what it means, in words."""
     lengths = [length for length, _ in softmax]
     if isinf(T):
-        text = f"softmax (sdpa) is faster up to T = {max(lengths)}"
-    elif round(T) <= min(lengths):
-        text = f"faster than softmax (sdpa) from T = {min(lengths)} on, or before"
-    else:
-        text = f"faster than softmax (sdpa) from T = {T:.0f} on"
-        axes.axvline(T, color="gray", linestyle="--", linewidth=1)
-    axes.text(0.02, 0.97, text, transform=axes.transAxes, ha="left", va="top", fontsize=9)
+        return f"softmax (sdpa) is faster up to T = {max(lengths)}"
+    if round(T) <= min(lengths):
+        return f"faster than softmax (sdpa) from T = {min(lengths)} on, or before"
+    axes.axvline(T, color="gray", linestyle="--", linewidth=1)
+    return f"faster than softmax (sdpa) from T = {T:.0f} on"
 
 
 def _roofline(rows: list[Row]) -> Any:
@@ -205,7 +206,7 @@ def _shares(rows: list[Row]) -> Any:
     axes.set_xlabel("useful work, as a share of what was measured of the device")
     axes.set_title(_machine(rows[0]), fontsize=10)
     axes.grid(alpha=0.3, axis="x")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
