@@ -13,7 +13,7 @@ from .peers import find
 
 
 def positive_seconds(text: str) -> float:
-    """An option's value."""
+    """Seconds that an option asks for, which are finite and above 0."""
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
@@ -21,7 +21,7 @@ def positive_seconds(text: str) -> float:
 
 
 def positive_count(text: str) -> int:
-    """An option's value."""
+    """How many of something an option asks for: 1 or more."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}, needs 1 or more")
     return int(text)

@@ -61,13 +61,13 @@ def run_cases(
         avx2 = None
         if device == "cpu" and any(find(name).isa == "avx2" for name in used):
             avx2 = stack.enter_context(Server(environment=ONLY_AVX2))
-        compiled = {}
+        elsewhere = {}
         if device == "cpu":
             # What torch.compile leaves in a process slows threads that run there afterwards.
             needed = sorted(name for name in used if find(name).compiled)
             if bases and "lolcats" in used:
                 needed.append("lolcats")  # what is compared is timed in the same way
-            compiled = {name: stack.enter_context(Server()) for name in needed}
+            elsewhere = {name: stack.enter_context(Server()) for name in needed}
         for group in in_groups(cases):
             on_cases(group)
             yield run_together(
@@ -76,7 +76,7 @@ def run_cases(
                 budget_s=budget_s,
                 bases=bases,
                 avx2=avx2,
-                compiled=compiled,
+                elsewhere=elsewhere,
             )
 
 
@@ -87,14 +87,14 @@ def run_together(
     budget_s: float = BUDGET_S,
     bases: Mapping[str, Server] | None = None,
     avx2: Server | None = None,
-    compiled: Mapping[str, Server] | None = None,
+    elsewhere: Mapping[str, Server] | None = None,
     agreed: Agreed | None = None,
 ) -> tuple[list[Row], list[Skip]]:
     """Measures the named implementations of some cases in turns.
 
     What cannot run a case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
-    that use AVX2; ``compiled`` run what does not run in this process, such as what torch.compile
+    that use AVX2; ``elsewhere`` run what does not run in this process, such as what torch.compile
     makes, by the name of the implementation;
     ``agreed`` are results of earlier calls, and gets those of these.
     """
@@ -102,7 +102,7 @@ def run_together(
     skips: list[Skip] = []
     agreed = {} if agreed is None else agreed
     servers = {name: (server, "lolcats") for name, server in (bases or {}).items()}
-    servers |= {name: (server, name) for name, server in (compiled or {}).items()}
+    servers |= {name: (server, name) for name, server in (elsewhere or {}).items()}
     for server, _ in servers.values():
         server.forget()
     with restored():

@@ -19,8 +19,8 @@ struct BackwardRun {
   // in time begins; unless wants_inputs() is false
   float *dk = nullptr, *dv = nullptr;
   const float* delta = nullptr;  // dy . y [B, H, T]
-  float* new_delta =
-      nullptr;  // the same, for the pass forward in time to compute; or null: it is given
+  // The same, for the pass forward in time to compute; or null: it is given.
+  float* new_delta = nullptr;
 
   bool wants_inputs() const { return b.dq.data != nullptr; }
   bool last() const { return segment.end == s.tokens; }
