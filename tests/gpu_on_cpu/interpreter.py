@@ -42,7 +42,7 @@ from .rounding import fp32_to_bf16_toward_zero, fp32_to_fp16_toward_zero, fused_
 
 _PRECISION = stock._ir.INPUT_PRECISION
 _TOWARD_ZERO = stock._ir.ROUNDING_MODE.RTZ
-_TOWARDS_ZERO = {tl.bfloat16: fp32_to_bf16_toward_zero, tl.float16: fp32_to_fp16_toward_zero}
+_TRUNCATIONS = {tl.bfloat16: fp32_to_bf16_toward_zero, tl.float16: fp32_to_fp16_toward_zero}
 _ANY_GPU = GPUTarget("cuda", 80, 32)  # the smallest products do not depend on it
 _LAUNCH_OPTIONS = {option.name for kind in (CUDAOptions, HIPOptions) for option in fields(kind)}
 _MOST_PROGRAMS = (2**31 - 1, 65535, 65535)  # CUDA C++ Programming Guide, of all GPUs
@@ -115,7 +115,7 @@ class Builder(stock.InterpreterBuilder):
             raise NotImplementedError(f"{source} to {target}")
         if rounding_mode != _TOWARD_ZERO:
             return self.cast_impl(src, dst_type)
-        toward_zero = _TOWARDS_ZERO.get(target)
+        toward_zero = _TRUNCATIONS.get(target)
         if source == tl.float64 or toward_zero is None:
             raise NotImplementedError(f"{source} to {target}, toward zero")
         return TensorHandle(toward_zero(numbers_of(src)), target)
