@@ -141,7 +141,8 @@ def test_c_project_finds_the_wheel_with_find_package(installed, tmp_path):
 
 def test_plain_cmake_builds_tests_and_installs(tmp_path):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
-    strict = {f"CMAKE_{language}_FLAGS": "-Wall -Wextra -Werror" for language in ("C", "CXX")}
+    warnings = "-Wall -Wextra -Wfloat-conversion -Werror"
+    strict = dict.fromkeys(("CMAKE_C_FLAGS", "CMAKE_CXX_FLAGS"), warnings)
     options = [f"-D{name}={value}" for name, value in {**QUICK, **strict}.items()]
     run("cmake", "-S", REPOSITORY, "-B", build, "-DLOLCATS_BUILD_TESTS=ON", *options)
     run("cmake", "--build", build, "--parallel", 2)

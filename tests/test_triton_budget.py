@@ -120,7 +120,7 @@ def test_calls_of_the_same_shapes_share_their_constants():
         return [x for x in leaves(plan.problem) if hasattr(x, "value")]
 
     first, second = constants_of_a_call(), constants_of_a_call()
-    assert len(first) == 40
+    assert len(first) == 41
     assert all(a is b for a, b in zip(first, second, strict=True))
     assert arguments.constant(1).value is not arguments.constant(True).value
 

@@ -75,10 +75,7 @@ def test_forward_reads_and_writes_its_tensors_once(reports, target):
     assert moved <= 1.15 * once
 
 
-def test_backward_reads_and_writes_its_tensors_once_per_pass(reports, target, request):
-    if target == "sm_80":
-        reason = "its chunks of 32 read the keys of a window of 64 again; larger ones spill"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_backward_reads_and_writes_its_tensors_once_per_pass(reports, target):
     passes = "backward_queries", "backward_keys"
     moved, once = bytes_of(reports, target, "hybrid sliding 64", *passes)
     assert moved <= 1.3 * once

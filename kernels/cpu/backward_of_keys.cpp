@@ -11,7 +11,8 @@ class KeyGradients {
     return QueryBlock::floats(p) + BackwardMap::floats(p) + 4 * lanes_size(p.F() + 1) +
            2 * rows_size(p.D()) + lanes_size(p.D()) +
            2 * at_least(lanes_size(p.V()), rows_size(p.V())) + 2 * (p.F() + 1) * padded(p.V()) +
-           p.F() + 3 * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) + 64;
+           2 * p.F() + padded(p.V()) + 3 * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) +
+           64;
   }
   // With `new_delta` delta is computed, not read.
   KeyGradients(const BackwardRun& run, float* new_delta, Arena& arena)
@@ -38,7 +39,10 @@ class KeyGradients {
     phi_words_ = phi_;
     q_words_ = q_by_token_ = block_.phi;
     dkv_words_ = dkv_by_value_ = dkv_;
+    dksum_and_lost_ = dksum_;
     if (format_ == Format::f32) return;
+    mean_ = arena.take(padded(V_));
+    dksum_and_lost_ = arena.take(F_);
     phi_words_ = arena.take(lanes_size(F_ + 1) / 2);
     q_words_ = arena.take(lanes_size(F_ + 1) / 2);
     q_by_token_ = arena.take(lanes_size(F_ + 1) / 2);
@@ -55,6 +59,7 @@ class KeyGradients {
   void step(int64_t first, int64_t begin, int64_t end);
   void load_queries(int64_t h, int64_t first);
   void begin_tile(int64_t start, int64_t n);
+  void correct_dksum();
   void prefetch(int64_t start) const;
   void mixed_part(const Band& band);
   void finish_tile();
@@ -81,6 +86,7 @@ class KeyGradients {
   // The same in pairs: phi_k and phi_q along F, phi_q along tokens, dkv along F and along V. In
   // fp32 they are what they are made of.
   float *phi_words_, *q_words_, *q_by_token_, *dkv_words_, *dkv_by_value_;
+  float *mean_, *dksum_and_lost_;  // correct_dksum(): [padded(V)], [F]
   float *scores_, *by_query_, *by_key_, *scratch_;
 };
 
@@ -112,15 +118,37 @@ void KeyGradients::begin_tile(int64_t start, int64_t n) {
     return;
   }
   const int ldv = padded(V_);
+  if (format_ != Format::f32) correct_dksum();
   const Operand dkv = rows(dkv_by_value_, format_ == Format::f32 ? ldv : ldv / 2);
   gemm(format_, F_, BLOCK, V_, dkv, values_, BLOCK, dphi_, BLOCK, Into::set);
   for (int i = 0; i < F_; i++) {
     for (int c = 0; c < BLOCK; c += LANES)
-      store(dphi_ + i * BLOCK + c, load(dphi_ + i * BLOCK + c) + dksum_[i]);
+      store(dphi_ + i * BLOCK + c, load(dphi_ + i * BLOCK + c) + dksum_and_lost_[i]);
   }
   if (run_.wants_inputs())
     gemm(format_, (int)n, ldv, F_, transposed(phi_words_, BLOCK), dkv_words_, ldv,
          run_.dv_at(start), ldv, Into::add);
+}
+
+// dksum with what dkv lacks in pairs, times the mean of the values at hand: gradients are small
+// differences of dksum and of dkv's products with what values have in common.
+void KeyGradients::correct_dksum() {
+#ifdef LOL_PAIRS
+  const int ldv = padded(V_);
+  fill(mean_, ldv, 0.0f);
+  for (int v = 0; v < V_; v += 2) {
+    const float* words = values_ + v / 2 * BLOCK;
+    Vec first = {}, second = {};
+    for (int c = 0; c < BLOCK; c += LANES) {
+      first += first_of(load(words + c));
+      second += second_of(load(words + c));
+    }
+    mean_[v] = horizontal_sum(first) / (float)n_;
+    if (v + 1 < V_) mean_[v + 1] = horizontal_sum(second) / (float)n_;
+  }
+  add_what_rounding_took(dksum_and_lost_, dksum_, dkv_, (const uint16_t*)dkv_by_value_, mean_, F_,
+                         ldv);
+#endif
 }
 
 // A tile of keys, and what the pass forward in time has left of their gradients.
@@ -183,7 +211,7 @@ void KeyGradients::absorb_queries() {
   gemm(format_, F_, ldv, BLOCK, phi_q_by_token(), block_.dy_rows, ldv, dkv_, ldv, Into::add);
   float less_delta[BLOCK];
   for (int c = 0; c < BLOCK; c++) less_delta[c] = -block_.delta[c];
-  add_weighted_rows(dksum_, block_.phi, less_delta, F_);
+  add_weighted_rows(format_, dksum_, q_by_token_, less_delta, F_);
 }
 
 void KeyGradients::dstate_changed() {

@@ -19,7 +19,7 @@ int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
          rows_size(p.V()) + p.group() * p.paired_map_size() + (p.F() + 1) * padded(p.V()) / 2 +
-         (HOT_ROWS + 2) * padded(p.V()) + 64;
+         2 * padded(p.V()) + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
@@ -45,9 +45,8 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
   state.readable = arena.take((p.F() + 1) * padded(p.V()) / 2);
   if (along != Along::values) return;
   center_ = arena.take(padded(p.V()));
-  values_ = arena.take(padded(p.V()));
-  rows_ = arena.take(HOT_ROWS * padded(p.V()));
-  fill(values_, padded(p.V()), 0.0f);
+  row_ = arena.take(padded(p.V()));
+  fill(center_, padded(p.V()), 0.0f);
 }
 
 void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t folded) {
@@ -59,6 +58,7 @@ void Chunkwise::load_state(const float* from_kv, const float* from_ksum, int64_t
   memcpy(state.ksum, from_ksum, sizeof(float) * F);
   state.folded = at_least(folded, state.folded);
   state.empty = false;
+  if (center_) find_center();
   keep_readable({0, F});
 }
 
@@ -82,21 +82,28 @@ void Chunkwise::fold(int64_t end, Features part, const State& to) {
     return StateRows{of.kv + i * ld, of.ksum + i,
                      last && by_features ? of.readable + i * ld / 2 : nullptr};
   };
+  bool renewed = false;
+  if (center_ && state.folded < end) {
+    folds_++;
+    renewed = (folds_ & (folds_ - 1)) == 0;  // 1, 2, 4, ...: until then the state nearly doubles
+  }
   while (state.folded < end) {
     KeyTile& tile = tiles.at(state.folded);
     const int n = (int)at_most(tile.n, end - state.folded);
     const bool last = state.folded + n >= end;
     const Operand phi = tiles.phi_by_keys(tile);
     const Into into = state.empty ? Into::set : Into::add;
-    add_to_center(tile);
     for (int64_t i = part.begin; i < part.end; i += HOT_ROWS) {
       const Features rows = {i, at_most(i + HOT_ROWS, part.end)};
       fold_tile(p_.format, {phi.data + i * phi.row, phi.row, phi.depth}, tile.v, n,
                 (int)(rows.end - i), ld, into, rows_of(state, i, false), rows_of(to, i, last));
-      if (last && !by_features) keep_readable(rows);
+      if (last && !by_features && !renewed) keep_readable(rows);
     }
     state = {to.kv, to.ksum, to.readable, state.folded + n, false};
   }
+  if (!renewed) return;
+  find_center();
+  keep_readable(part);
 }
 
 void Chunkwise::keep_readable(Features part) {
@@ -104,32 +111,28 @@ void Chunkwise::keep_readable(Features part) {
   if (p_.format == Format::f32 || along_ == Along::nothing) return;
   const int64_t at = part.begin * ld;
   if (along_ == Along::features) return pair_rows(state.readable + at / 2, state.kv + at, rows, ld);
-  if (!centered_) return pair_columns(state.readable + at / 2, state.kv + at, rows, ld);
-  for (int i = 0; i < rows; i++) {
-    const float* from = state.kv + at + i * ld;
+  if (!center_) return pair_columns(state.readable + at / 2, state.kv + at, rows, ld);
+  for (int64_t i = part.begin; i < part.end; i++) {
     for (int j = 0; j < ld; j += LANES)
-      store(rows_ + i * ld + j, load(from + j) - state.ksum[part.begin + i] * load(center_ + j));
+      store(row_ + j, load(state.kv + i * ld + j) - state.ksum[i] * load(center_ + j));
+    pair_columns(state.readable + i * ld / 2, row_, 1, ld);
   }
-  pair_columns(state.readable + at / 2, rows_, rows, ld);
 }
 
-void Chunkwise::add_to_center(const KeyTile& tile) {
-#ifdef LOL_PAIRS
-  if (!center_) return;
-  const int ld = padded(p_.V()), n = words(p_.format, (int)tile.n);
-  centered_ += tile.n;
-  for (int j = 0; j < ld; j += LANES) {
-    Vec sum = load(values_ + j);
-    for (int i = 0; i < n; i++) {
-      const Vec word = load(tile.v + i * ld + j);
-      sum += first_of(word) + second_of(word);
-    }
-    store(values_ + j, sum);
-    store(center_ + j, sum * (1.0f / (float)centered_));
+void Chunkwise::find_center() {
+  const int ld = padded(p_.V());
+  float largest = 0.0f, squares = 0.0f;
+  for (int64_t i = 0; i < p_.F(); i++) largest = fmaxf(largest, fabsf(state.ksum[i]));
+  fill(center_, ld, 0.0f);
+  if (!(largest > 0.0f)) return;
+  for (int64_t i = 0; i < p_.F(); i++) {
+    const float weight = state.ksum[i] / largest;  // lest squares overflow
+    squares += weight * weight;
+    for (int j = 0; j < ld; j += LANES)
+      store(center_ + j, load(center_ + j) + weight * load(state.kv + i * ld + j));
   }
-#else
-  (void)tile;
-#endif
+  const float scale = 1.0f / largest / squares;
+  for (int j = 0; j < ld; j += LANES) store(center_ + j, scale * load(center_ + j));
 }
 
 FeatureMap Chunkwise::map_q(int64_t h) const {

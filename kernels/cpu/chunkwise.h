@@ -34,7 +34,7 @@ class Chunkwise {
   // Of kv along values in pairs, what it lacks: kv - ksum (x) center is kept, since gradients are
   // differences of kv and ksum, and what values have in common would be rounded as a whole. Or
   // null.
-  const float* center() const { return centered_ ? center_ : nullptr; }
+  const float* center() const { return center_; }
   FeatureMap map_q(int64_t h) const;  // in the problem's format
   // q and factor * phi_q.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
@@ -54,10 +54,10 @@ class Chunkwise {
   float* weights_q_;  // pairs of the maps of this state's query heads
   Along along_;       // what its pairs are kept
 
-  void add_to_center(const KeyTile& tile);
-  float *center_ = nullptr, *values_;  // the mean of the values folded so far, and their sum
-  float* rows_;                        // [HOT_ROWS x padded(V)]
-  int64_t centered_ = 0;               // how many they are
+  void find_center();
+  float* center_ = nullptr;  // whose product with ksum is nearest to kv: a mean of its values
+  float* row_;               // [padded(V)]
+  int64_t folds_ = 0;
 };
 
 }  // namespace LOL_ISA

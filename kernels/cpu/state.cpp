@@ -115,11 +115,25 @@ void add_products(Format format, float* to, const float* a, const float* tile, i
   }
 }
 
-void add_weighted_rows(float* to, const float* tile, const float* weights, int F) {
-  sum_lanes(to, to, F, Into::add, [&](int i) {
-    Vec sum = {};
-    for (int c = 0; c < BLOCK; c += LANES) sum += load(tile + i * BLOCK + c) * load(weights + c);
-    return sum;
+void add_weighted_rows(Format format, float* to, const float* tile, const float* weights, int F) {
+  const auto add = [&](auto entries_at) {
+    sum_lanes(to, to, F, Into::add, [&](int i) {
+      Vec sum = {};
+      for (int c = 0; c < BLOCK; c += LANES) sum += entries_at(i * BLOCK + c) * load(weights + c);
+      return sum;
+    });
+  };
+  if (format == Format::f32) return add([&](int at) { return load(tile + at); });
+  add([&](int at) { return from_bf16((const uint16_t*)tile + at); });
+}
+
+void add_what_rounding_took(float* to, const float* from, const float* a, const uint16_t* rounded,
+                            const float* b, int F, int ld) {
+  sum_lanes(from, to, F, Into::add, [&](int i) {
+    Vec took = {};
+    for (int j = 0; j < ld; j += LANES)
+      took += (load(a + i * ld + j) - from_bf16(rounded + i * ld + j)) * load(b + j);
+    return took;
   });
 }
 

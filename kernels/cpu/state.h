@@ -34,8 +34,11 @@ void fold_tile(Format format, Operand phi, const float* v, int n, int F, int ld,
 // to[BLOCK] += a[F] tile[F x BLOCK].
 void add_products(Format format, float* to, const float* a, const float* tile, int F);
 
-// to[i] += the sum of row i of tile[F x BLOCK] times weights[BLOCK].
-void add_weighted_rows(float* to, const float* tile, const float* weights, int F);
+// to[i] += the sum of row i of tile[F x BLOCK], of floats or pairs, times weights[BLOCK].
+void add_weighted_rows(Format format, float* to, const float* tile, const float* weights, int F);
+// to[i] = from[i] + what a[F x ld] lacks in bf16, times b.
+void add_what_rounding_took(float* to, const float* from, const float* a, const uint16_t* rounded,
+                            const float* b, int F, int ld);
 
 }  // namespace LOL_ISA
 }  // namespace lol

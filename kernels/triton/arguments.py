@@ -134,20 +134,21 @@ def sequences_of(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> S
 
 
 @cache
-def window_of(size: int, kind: int, sink: int, chunk: int) -> Window:
-    """A window, for chunks of ``chunk`` tokens."""
+def window_of(size: int, kind: int, sink: int, chunk: int, most: int) -> Window:
+    """A window, for chunks of ``chunk`` tokens that carry at most ``most`` tiles."""
     if size == 0:
-        lag, near_linear, far_linear = 0, True, False
+        older, near_linear, far_linear = 0, True, False
     elif kind == SLIDING.value:
-        lag = -(-(size - 1) // chunk)
-        near_linear, far_linear = size < chunk, True
+        older = -(-(size - 1) // chunk)
+        near_linear, far_linear = size < chunk or older == 0, True
     else:
         # Terraces that divide a chunk reach one tile back; others a varying number of tiles.
-        lag = 1 if chunk % size == 0 else 2
+        older = 1 if chunk % size == 0 else None
         near_linear, far_linear = size < chunk, size % chunk != 0
+    carried = older if older is not None and older <= most else 0
     return Window(
         *map(constant, (size, kind, sink, next_power_of_2(max(sink, 1)))),
-        *map(constant, (min(lag, 2), near_linear or lag == 0, far_linear)),
+        *map(constant, (carried, carried != older, near_linear, far_linear)),
     )
 
 
@@ -191,7 +192,7 @@ def plan(
         sink = min(sink, next_power_of_2(length))
     segment_chunks = launch.segment_chunks(chunks, sequences * heads * slices)
     segments = max(1, -(-chunks // segment_chunks))
-    window_and_sinks = window_of(min(size, WIDEST), kind, sink, tiles.chunk)
+    window_and_sinks = window_of(min(size, WIDEST), kind, sink, tiles.chunk, tiles.carried)
     most = max(MOST_TOKENS, window_and_sinks.sink_block.value)
     problem = Problem(
         rows(q),

@@ -18,6 +18,7 @@ from .backward_pass import (
     state_product,
     weight_gradients,
 )
+from .carried import carried_on, packed, unpacked
 from .features import activate, keep_rows, load_weight, product
 from .forward import linear_factor, linear_weights, log2_gate
 from .map_gradient import (
@@ -28,6 +29,7 @@ from .map_gradient import (
     zero_bias,
     zero_weight,
 )
+from .problem import Sides, State
 from .state import add_rows, empty_state, key_features, load_state, query_features, store_state
 from .tokens import (
     chunk_of,
@@ -35,15 +37,22 @@ from .tokens import (
     load_k,
     load_q,
     load_v,
-    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
-    unpacked,
 )
-from .window import causal_pairs, end_chunk, folds, older_masks, own_masks, window_start
+from .window import (
+    causal_pairs,
+    end_chunk,
+    folds,
+    has_linear,
+    has_older,
+    older_masks,
+    own_masks,
+    window_start,
+)
 
 
 @triton.jit
@@ -111,19 +120,47 @@ def add_linear_queries(p, sums, queries, outside, phi_q, v, phi_k):
 
 
 @triton.jit
-def add_queries(p, state, phi_q, row):
-    """The state's gradient with phi_q^T do / den and -phi_q^T delta of a chunk."""
-    return add_rows(p, state, phi_q, row.do * row.factor[:, None], -row.delta)
+def mean_value(p, at, c):
+    """The mean of the values of a chunk, [BLOCK_V]."""
+    tokens = tokens_at(p, at, c * p.chunk, p.chunk)
+    count = tl.sum(tl.where(tokens.valid, 1.0, 0.0), 0)
+    return tl.sum(load_v(p, at, tokens).to(tl.float32), 0) / tl.maximum(count, 1.0)
 
 
 @triton.jit
-def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor):
+def lost_in_rounding(p, x, center):
+    """What x [n, BLOCK_V] as an operand lacks, times ``center``, [n]."""
+    return tl.sum((x - x.to(p.arithmetic.dtype).to(tl.float32)) * center[None, :], 1)
+
+
+@triton.jit
+def add_queries(p, state, phi_q, row, center):
+    """The state's gradient with phi_q^T do / den and -phi_q^T delta of a chunk."""
+    gradient = row.do * row.factor[:, None]
+    delta = row.delta - lost_in_rounding(p, gradient, center)
+    return add_rows(p, state, phi_q, gradient, -delta)
+
+
+@triton.jit
+def with_what_rounding_took(p, state, center):
+    """The state for a product with values of the mean ``center``: dksum makes up for what is lost
+    of that."""
+    plus = state.ksum.plus + lost_in_rounding(p, state.kv.plus, center)
+    if state.ksum.minus is None:
+        return State(state.kv, Sides(plus, None))
+    else:
+        minus = state.ksum.minus + lost_in_rounding(p, state.kv.minus, center)
+        return State(state.kv, Sides(plus, minus))
+
+
+@triton.jit
+def absorb_chunks(p, at, state, begin, end, left, incoming, weight_q, factor, center):
     """The state's gradient with the chunks [begin, end)."""
     for c in tl.range(begin, end, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, False)
         phi_q = query_features(p, at, tokens, queries.q, weight_q, factor)
-        state = add_queries(p, state, phi_q, queries.row)
+        state = add_queries(p, state, phi_q, queries.row, center)
     return state
 
 
@@ -134,7 +171,7 @@ def add_far_queries(p, at, sums, t, left, incoming, k, v, phi_k, weight_q, facto
     for c in tl.range(t + 1, last, disable_licm=True):
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         queries = load_queries(p, at, left, incoming, tokens, sums.dk is not None)
-        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear)
         sums = add_softmax_queries(p, sums, queries, inside, k, v, log2_g)
         if p.window.far_linear:
             if t * p.chunk < window_start(p.window, c * p.chunk + p.chunk - 1):
@@ -160,15 +197,17 @@ def backward_keys(
     weight_q = load_weight(p.map_q, at.head, p.arithmetic, p.block_d)
     weight_k = load_weight(p.map_k, at.head, p.arithmetic, p.block_d)
     log2_g, factor = log2_gate(p, at), linear_factor(p, at)
+    center = mean_value(p, at, end - 1)
     state = load_state(p, at, dkv1, dksum1, at.index, True)
     own_weight = share_of(p.map_k, d_weight, program)
     dw, db = zero_weight(p, p.map_k, d_weight), zero_bias(p.map_k, d_bias)
     WITH_INPUTS: tl.constexpr = dk is not None
     causal = causal_pairs(p)
-    carried = None
-    if p.window.lag == 1:
-        after = tokens_at(p, at, end * p.chunk, p.chunk)
-        carried = packed_queries(load_queries(p, at, left, incoming, after, WITH_INPUTS))
+    carried = ()
+    for ahead in tl.static_range(p.window.carried):
+        after = tokens_at(p, at, (end + ahead) * p.chunk, p.chunk)
+        queries = load_queries(p, at, left, incoming, after, WITH_INPUTS)
+        carried = carried + (packed_queries(queries),)
 
     for step in tl.range(0, end - begin, disable_licm=True):
         t = chunk_of(at, end - 1 - step)
@@ -178,7 +217,7 @@ def backward_keys(
         k_rows = rows_of(p.k, at.batch, at.head // p.group, tokens)
         phi_k = key_features(p, at, tokens, k, weight_k)
         ones = tl.full((p.chunk,), 1.0, tl.float32)
-        d_phi = state_product(p, v, ones, -ones, state)
+        d_phi = state_product(p, v, ones, -ones, with_what_rounding_took(p, state, center))
         if WITH_INPUTS:
             key_dv = product(phi_k.plus, state.kv.plus, None, p.arithmetic)
             if p.map_k.two_sided:
@@ -196,27 +235,31 @@ def backward_keys(
         if p.window.near_linear:
             phi_near = query_features(p, at, tokens, queries.q, weight_q, factor)
             sums = add_linear_queries(p, sums, queries, outside, phi_near, v, phi_k)
-        if p.window.lag == 0:
-            state = add_queries(p, state, phi_near, queries.row)
-        elif p.window.lag == 1:
-            start = (t + 1) * p.chunk
-            after = tokens_at(p, at, start, p.chunk)
-            newer = unpacked_queries(carried, k.dtype, p.arithmetic)
-            inside, outside = older_masks(p, start, p.chunk)
+        if not has_older(p):
+            state = add_queries(p, state, phi_near, queries.row, center)
+        for ahead in tl.static_range(1, p.window.carried + 1):
+            start = (t + ahead) * p.chunk
+            newer = unpacked_queries(carried[ahead - 1], k.dtype, p.arithmetic)
+            inside, outside = older_masks(p, start, ahead * p.chunk, has_linear(p, ahead))
             sums = add_softmax_queries(p, sums, newer, inside, k, v, log2_g)
-            phi_far = query_features(p, at, after, newer.q, weight_q, factor)
-            if p.window.far_linear:
-                sums = add_linear_queries(p, sums, newer, outside, phi_far, v, phi_k)
-            state = add_queries(p, state, phi_far, newer.row)
-            carried = packed_queries(queries)
-        else:
+            if has_linear(p, ahead) or ahead == p.window.carried:
+                after = tokens_at(p, at, start, p.chunk)
+                phi_far = query_features(p, at, after, newer.q, weight_q, factor)
+                if has_linear(p, ahead):
+                    sums = add_linear_queries(p, sums, newer, outside, phi_far, v, phi_k)
+                if ahead == p.window.carried:
+                    state = add_queries(p, state, phi_far, newer.row, center)
+        carried = carried_on(p, packed_queries(queries), carried)
+        if p.window.read_again:
             sums = add_far_queries(
                 p, at, sums, t, left, incoming, k, v, phi_k, weight_q, factor, log2_g
             )
             if t > 0:
                 last = tl.minimum(end_chunk(p, t), tl.cdiv(at.length, p.chunk))
                 first = tl.minimum(end_chunk(p, t - 1), last)
-                state = absorb_chunks(p, at, state, first, last, left, incoming, weight_q, factor)
+                state = absorb_chunks(
+                    p, at, state, first, last, left, incoming, weight_q, factor, center
+                )
 
         d_phi = keep_rows(sums.d_phi, folds(p, tokens))
         tile = map_tile(p, k, k_rows, tokens.valid, weight_k, p.map_k, at.head)
@@ -267,7 +310,7 @@ def segment_gradients(p, incoming, left, dkv, dksum):
     last = tl.minimum(end_chunk(p, end - 1), tl.cdiv(at.length, p.chunk))
     first = tl.minimum(end_chunk(p, begin - 1), last)
     first = tl.where(at.segment == 0, last, first)
-    state = absorb_chunks(
-        p, at, empty_state(p), first, last, left, incoming, weight_q, linear_factor(p, at)
-    )
+    factor, center = linear_factor(p, at), mean_value(p, at, begin)
+    state = empty_state(p)
+    state = absorb_chunks(p, at, state, first, last, left, incoming, weight_q, factor, center)
     store_state(p, at, dkv, dksum, at.index, state, True)

@@ -12,12 +12,14 @@ from .backward_pass import (
     Queries,
     RowGradient,
     add_product,
+    center_of,
     centered,
     incoming_of,
     softmax_pairs,
     state_product,
     weight_gradients,
 )
+from .carried import carried_on, packed_keys, packed_keys_before, unpacked_keys
 from .features import activate, clamp, dot_rows, load_weight, product, scaled, times
 from .forward import linear_factor, log2_gate, scores
 from .map_gradient import (
@@ -36,15 +38,22 @@ from .tokens import (
     load_k,
     load_q,
     load_v,
-    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
-    unpacked,
 )
-from .window import causal_pairs, first_tile, older_masks, own_masks, sink_mask, window_start
+from .window import (
+    causal_pairs,
+    first_tile,
+    has_linear,
+    has_older,
+    older_masks,
+    own_masks,
+    sink_mask,
+    window_start,
+)
 
 
 class SoftmaxSums(NamedTuple):
@@ -89,13 +98,13 @@ def far_pairs(p, at, row, c, weight_k, d_phi):
     for t in tl.range(start, tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear)
         d_phi = linear_pairs(p, row, load_v(p, at, tokens), phi_k, outside, d_phi)
     return d_phi
 
 
 @triton.jit
-def softmax_sums(p, at, causal, q, do, i, c, k, v, k_old, v_old):
+def softmax_sums(p, at, causal, q, do, i, c, k, v, older):
     """Over all keys that a chunk of queries attends by softmax; m is 0 where there are none."""
     zero = tl.zeros((p.chunk,), tl.float32)
     sums = SoftmaxSums(zero - INF, zero, zero, zero)
@@ -106,13 +115,16 @@ def softmax_sums(p, at, causal, q, do, i, c, k, v, k_old, v_old):
     if p.window.size > 0:
         inside, outside = own_masks(p, causal, c * p.chunk)
         sums = add_softmax_pairs(p, sums, q, do, k, v, inside)
-        if p.window.lag == 1:
-            inside, outside = older_masks(p, c * p.chunk, p.chunk)
-            sums = add_softmax_pairs(p, sums, q, do, k_old, v_old, inside)
-        elif p.window.lag == 2:
+        for back in tl.static_range(1, p.window.carried + 1):
+            inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+            tile = older[back - 1]
+            sums = add_softmax_pairs(p, sums, q, do, tile.k, tile.v, inside)
+        if p.window.read_again:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+                inside, outside = older_masks(
+                    p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear
+                )
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
                 sums = add_softmax_pairs(p, sums, q, do, k_far, v_far, inside)
     m = tl.where(sums.m == -INF, 0.0, sums.m)
@@ -127,29 +139,24 @@ def add_softmax_keys(p, dq, queries, k, v, inside, log2_g):
 
 
 @triton.jit
-def window_pairs(p, at, causal, queries, c, k, v, k_old, v_old, log2_g, dq):
+def window_pairs(p, at, causal, queries, c, k, v, older, log2_g, dq):
     """dq with the pairs in the windows of a chunk."""
     if p.window.size > 0:
         inside, outside = own_masks(p, causal, c * p.chunk)
         dq = add_softmax_keys(p, dq, queries, k, v, inside, log2_g)
-        if p.window.lag == 1:
-            inside, outside = older_masks(p, c * p.chunk, p.chunk)
-            dq = add_softmax_keys(p, dq, queries, k_old, v_old, inside, log2_g)
-        elif p.window.lag == 2:
+        for back in tl.static_range(1, p.window.carried + 1):
+            inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+            tile = older[back - 1]
+            dq = add_softmax_keys(p, dq, queries, tile.k, tile.v, inside, log2_g)
+        if p.window.read_again:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
-                inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+                inside, outside = older_masks(
+                    p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear
+                )
                 k_far, v_far = load_k(p, at, far), load_v(p, at, far)
                 dq = add_softmax_keys(p, dq, queries, k_far, v_far, inside, log2_g)
     return dq
-
-
-@triton.jit
-def mean_value(p, at, c):
-    """The mean of the values of a chunk, [BLOCK_V]."""
-    tokens = tokens_at(p, at, c * p.chunk, p.chunk)
-    count = tl.sum(tl.where(tokens.valid, 1.0, 0.0), 0)
-    return tl.sum(load_v(p, at, tokens).to(tl.float32), 0) / tl.maximum(count, 1.0)
 
 
 @triton.jit
@@ -183,36 +190,38 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
     if dk_sink is not None:
         dk_first = tl.zeros((p.window.sink_block, p.block_d), tl.float32)
         dv_first = tl.zeros((p.window.sink_block, p.block_v), tl.float32)
-    center = mean_value(p, at, begin)
+    center = tl.zeros((p.block_v,), tl.float32)
     causal = causal_pairs(p)
-    k_carried, v_carried = None, None
-    if p.window.lag == 1:
-        old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
-        k_carried, v_carried = packed(load_k(p, at, old)), packed(load_v(p, at, old))
+    carried = packed_keys_before(p, at, begin)
 
     for turn in tl.range(begin, end, disable_licm=True):
         c = chunk_of(at, turn)
+        before, now = first_tile(p, c - 1), first_tile(p, c)
+        renew = (c == begin) | (before ^ now > before)  # now, tiles of the state, has one bit more
+        for _ in tl.range(renew.to(tl.int32), disable_licm=True):  # a branch spills twice as much
+            center = center_of(state)
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i = tokens.position
         q = load_q(p, at, tokens)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
         row = incoming_of(p, at, incoming, tokens)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
-        k_old, v_old = None, None
-        if p.window.lag == 1:
-            k_old, v_old = unpacked(k_carried, q.dtype), unpacked(v_carried, q.dtype)
+        older = unpacked_keys(p, carried, q.dtype)
 
         ksum = state.ksum
         of_center = tl.sum(row.do.to(tl.float32) * center[None, :], 1) * row.factor
         d_phi = state_product(p, row.do, row.factor, row.delta - of_center, centered(state, center))
-        if p.window.lag == 1:
-            old = tokens_at(p, at, (c - 1) * p.chunk, p.chunk)
-            phi_old = key_features(p, at, old, k_old, weight_k)
-            if p.window.far_linear:
-                inside, outside = older_masks(p, c * p.chunk, p.chunk)
-                d_phi = linear_pairs(p, row, v_old, phi_old, outside, d_phi)
-            state = absorb(p, state, old, phi_old, v_old)
-        elif p.window.lag == 2:
+        for back in tl.static_range(1, p.window.carried + 1):
+            if has_linear(p, back) or back == p.window.carried:
+                old = tokens_at(p, at, (c - back) * p.chunk, p.chunk)
+                tile = older[back - 1]
+                phi_old = key_features(p, at, old, tile.k, weight_k)
+                if has_linear(p, back):
+                    inside, outside = older_masks(p, c * p.chunk, back * p.chunk, True)
+                    d_phi = linear_pairs(p, row, tile.v, phi_old, outside, d_phi)
+                if back == p.window.carried:
+                    state = absorb(p, state, old, phi_old, tile.v)
+        if p.window.read_again:
             if p.window.far_linear:
                 d_phi = far_pairs(p, at, row, c, weight_k, d_phi)
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
@@ -221,13 +230,13 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
             phi_k = key_features(p, at, tokens, k, weight_k)
             inside, outside = own_masks(p, causal, c * p.chunk)
             d_phi = linear_pairs(p, row, v, phi_k, outside, d_phi)
-        if p.window.lag == 0:
+        if not has_older(p):
             state = absorb(p, state, tokens, phi_k, v)
 
         d_phi = times(d_phi, factor)
         WITH_SOFTMAX: tl.constexpr = dq is not None and p.window.size + p.window.sink > 0
         if WITH_SOFTMAX:
-            sums = softmax_sums(p, at, causal, q, row.do, i, c, k, v, k_old, v_old)
+            sums = softmax_sums(p, at, causal, q, row.do, i, c, k, v, older)
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
         phi = activate(tile.z, p.map_q)
         dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
@@ -268,12 +277,11 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
                     grad = product(ds * p.scale, keys_first, grad, p.arithmetic)
                     dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                grad = window_pairs(p, at, causal, queries, c, k, v, k_old, v_old, log2_g, grad)
+                grad = window_pairs(p, at, causal, queries, c, k, v, older, log2_g, grad)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         total_dm += dm
-        if p.window.lag == 1:
-            k_carried, v_carried = packed(k), packed(v)
+        carried = carried_on(p, packed_keys(k, v), carried)
 
     store_map_gradients(p, p.map_q, dw, db, own_weight, d_bias, program)
     if d_gate is not None:

@@ -21,7 +21,9 @@ softmax pairs while it looks for their maximum, and goes on with the right delta
 gate, whose gradient is a multiple of the sum of dm_i, and for the second pass. dphi_q_i loses
 lambda times the excess of ksum and of the features of its own chunk; pairs of N(i) in older chunks,
 a tile or two of all keys, keep theirs. For the same reason kv is rounded as that of values less by
-their mean, or nearly: that of the program's first chunk.
+their mean, found anew whenever the state has doubled: without one a common value would drown the
+differences, and what the mean of a first few is off by would grow with the number of keys, where
+kv without its mean grows with the root of that.
 
 ``backward_of_keys`` goes backward in time with the state's gradient, the sums of phi_q g^T and of
 -phi_q delta over the queries whose state holds the keys:
@@ -29,6 +31,9 @@ their mean, or nearly: that of the program's first chunk.
     dphi_k_j = dkv v_j + dksum + lambda sum_N da_ij phi_q_i
     dv_j     = phi_k_j . dkv + sum_pairs a_ij g_i
     dk_j     = scale sum_W ds_ij q_i + the gradient of phi_k
+
+Here, too, what values have in common, a mean c, is kept from being rounded: what dkv and g lack as
+operands, times c, goes into dksum.
 
 All of it is linear in do, so programs that take BLOCK_V columns of V each add up.
 """
@@ -150,6 +155,18 @@ def add_product(a, b, sides, arithmetic):
         return Sides(plus, None)
     else:
         return Sides(plus, product(a, b.minus, sides.minus, arithmetic))
+
+
+@triton.jit
+def center_of(state):
+    """The vector [BLOCK_V] whose product with ksum is nearest to kv, of one side: a mean of the
+    values."""
+    ksum = state.ksum.plus
+    largest = tl.max(tl.abs(ksum), 0)
+    factor = 1.0 / tl.where(largest > 0.0, largest, 1.0)  # lest squares overflow
+    weights = ksum * factor
+    total = tl.sum(weights[:, None] * state.kv.plus, 0)
+    return total * factor / tl.maximum(tl.sum(weights * weights, 0), 1.0)
 
 
 @triton.jit

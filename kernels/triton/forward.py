@@ -8,10 +8,11 @@ A program takes a sequence, a query head, BLOCK_V columns of the values and a se
 The linear part is summed first, apart: the softmax sums are rescaled as their running maximum
 grows, and the linear part must not be (SPEC 3).
 
-Where the oldest tile is one chunk back, it is carried over from the chunk before: q, k and v are
-read once, and the features of the tile serve the pairs and the state. Registers bound a chunk's
-size. So the older tile is done with before the chunk's own keys and values are loaded, and what is
-live at a time is the state, both sums, a tile of scores, and keys and values of one tile.
+Where the oldest tile is always one chunk back, or two, tiles are carried over from the chunks
+before (carried.py): q, k and v are read once, and the features of the oldest tile serve the pairs
+and the state. Registers bound a chunk's size. So older tiles are done with before the chunk's own
+keys and values are loaded, and with one of them what is live at a time is the state, both sums, a
+tile of scores, and keys and values of one tile.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .carried import carried_on, packed_keys, packed_keys_before, unpacked_anew, unpacked_keys
 from .features import inner_product, load_weight, product
 from .problem import INF, LEAST_GATE, LN2, LOG2E, LOWEST, Sums
 from .state import (
@@ -39,16 +41,22 @@ from .tokens import (
     load_k,
     load_q,
     load_v,
-    packed,
     place_of,
     rows_of,
     statistic,
     store_tile,
     tokens_at,
-    unpacked,
-    unpacked_anew,
 )
-from .window import causal_pairs, first_tile, older_masks, own_masks, sink_mask, window_start
+from .window import (
+    causal_pairs,
+    first_tile,
+    has_linear,
+    has_older,
+    older_masks,
+    own_masks,
+    sink_mask,
+    window_start,
+)
 
 
 class Step(NamedTuple):
@@ -154,7 +162,7 @@ def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
 
 
 @triton.jit
-def softmax_before(p, at, q, k_old, v_old, i, c):
+def softmax_before(p, at, q, older, i, c):
     """Sums over what a chunk attends by softmax in the tiles before it, and over the sinks."""
     sums = empty_sums(p, LOWEST)
     if p.window.sink > 0:
@@ -162,14 +170,15 @@ def softmax_before(p, at, q, k_old, v_old, i, c):
         s_first, v_first = scores(p, q, load_k(p, at, first)), load_v(p, at, first)
         sinks = sink_mask(p, at, i, first.position)
         sums = add_softmax(sums, s_first, sinks, v_first, p.arithmetic)
-    if p.window.lag == 1:
-        inside, outside = older_masks(p, c * p.chunk, p.chunk)
-        sums = add_softmax(sums, scores(p, q, k_old), inside, v_old, p.arithmetic)
-    elif p.window.lag == 2:
+    for back in tl.static_range(1, p.window.carried + 1):
+        inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+        tile = older[back - 1]
+        sums = add_softmax(sums, scores(p, q, tile.k), inside, tile.v, p.arithmetic)
+    if p.window.read_again:
         for t in tl.range(first_tile(p, c), c, disable_licm=True):
             tokens = tokens_at(p, at, t * p.chunk, p.chunk)
             s, v_far = scores(p, q, load_k(p, at, tokens)), load_v(p, at, tokens)
-            inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+            inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear)
             sums = add_softmax(sums, s, inside, v_far, p.arithmetic)
     return sums
 
@@ -186,12 +195,12 @@ def gated_sum(gate, sums, linear):
 
 @triton.jit
 def add_far_linear(p, at, sums, phi_q, c, weight_k):
-    """sums with the tiles before c that hold keys weighed by features, where lag is 2."""
+    """sums with the tiles before c that hold keys weighed by features, read again."""
     near = window_start(p.window, c * p.chunk + p.chunk - 1)  # older keys are linear to some query
     for t in tl.range(first_tile(p, c), tl.minimum(c, tl.cdiv(near, p.chunk)), disable_licm=True):
         tokens = tokens_at(p, at, t * p.chunk, p.chunk)
         phi_k = key_features(p, at, tokens, load_k(p, at, tokens), weight_k)
-        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk)
+        inside, outside = older_masks(p, c * p.chunk, (c - t) * p.chunk, p.window.far_linear)
         sums = add_linear(sums, phi_q, phi_k, outside, load_v(p, at, tokens), p.arithmetic)
     return sums
 
@@ -212,42 +221,40 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
     state = load_state(p, at, kv0, ksum0, at.index, False)
     gate = softmax_gate(p, at)
     causal = causal_pairs(p)
-    k_carried, v_carried = None, None
-    if p.window.lag == 1:
-        old = tokens_at(p, at, (begin - 1) * p.chunk, p.chunk)
-        k_carried, v_carried = packed(load_k(p, at, old)), packed(load_v(p, at, old))
+    carried = packed_keys_before(p, at, begin)
 
     for turn in tl.range(begin, end, disable_licm=True):
         c = chunk_of(at, turn)
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i, start = tokens.position, c * p.chunk
         q = load_q(p, at, tokens)
-        k_old, v_old = None, None
-        if p.window.lag == 1:
-            k_old, v_old = unpacked(k_carried, q.dtype), unpacked(v_carried, q.dtype)
+        older = unpacked_keys(p, carried, q.dtype)
 
         phi_q = query_features(p, at, tokens, q, weight_q, factor)
         linear = read_state(p, state, phi_q, empty_sums(p, LOWEST))
-        if p.window.lag == 1:
-            old = tokens_at(p, at, start - p.chunk, p.chunk)
-            phi_old = key_features(p, at, old, k_old, weight_k)
-            if p.window.far_linear:
-                inside, outside = older_masks(p, start, p.chunk)
-                linear = add_linear(linear, phi_q, phi_old, outside, v_old, p.arithmetic)
-            state = absorb(p, state, old, phi_old, v_old)
-            k_old = unpacked_anew(k_carried, q.dtype, c)
-        elif p.window.lag == 2:
+        for back in tl.static_range(1, p.window.carried + 1):
+            if has_linear(p, back) or back == p.window.carried:
+                old = tokens_at(p, at, start - back * p.chunk, p.chunk)
+                tile = older[back - 1]
+                phi_old = key_features(p, at, old, tile.k, weight_k)
+                if has_linear(p, back):
+                    inside, outside = older_masks(p, start, back * p.chunk, True)
+                    linear = add_linear(linear, phi_q, phi_old, outside, tile.v, p.arithmetic)
+                if back == p.window.carried:
+                    state = absorb(p, state, old, phi_old, tile.v)
+        older = unpacked_anew(p, carried, older, c)
+        if p.window.read_again:
             if p.window.far_linear:
                 linear = add_far_linear(p, at, linear, phi_q, c, weight_k)
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
-        sums = softmax_before(p, at, q, k_old, v_old, i, c)
+        sums = softmax_before(p, at, q, older, i, c)
 
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
         inside, outside = own_masks(p, causal, start)
         if p.window.near_linear:
             phi_k = key_features(p, at, tokens, k, weight_k)
             linear = add_linear(linear, phi_q, phi_k, outside, v, p.arithmetic)
-        if p.window.lag == 0:
+        if not has_older(p):
             state = absorb(p, state, tokens, phi_k, v)
         if p.window.size > 0:
             sums = add_softmax(sums, scores(p, q, k), inside, v, p.arithmetic)
@@ -264,8 +271,7 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
             if m_ptr is not None:
                 m = tl.where(sums.m == LOWEST, 0.0, sums.m * LN2)
                 tl.store(m_ptr + own, m, mask=tokens.valid)
-        if p.window.lag == 1:
-            k_carried, v_carried = packed(k), packed(v)
+        carried = carried_on(p, packed_keys(k, v), carried)
 
     if kv1 is not None:
         if at.segment == p.segments - 1:

@@ -24,6 +24,7 @@ class Tiles:
     resident: bool = True  # feature weights are one tile each, loaded once
     slice: int = 64  # else the columns of x that are projected at a time
     other: int = 0  # quadratic kernels: tokens of a tile that the chunk is paired with
+    carried: int = 1  # tiles of a window that a chunk may leave to the next in registers
 
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
@@ -129,7 +130,7 @@ TABLE = {
         Row(
             SMALL,
             usual=Tiles(64, 64, 4, 1),
-            sm_80=Tiles(32, 64, 4, 1),
+            sm_80=Tiles(32, 64, 4, 1, carried=2),
             gfx942=_AMD_BACKWARD,
         ),
         Row(PLAIN, usual=Tiles(32, 64, 8, 1), sm_90=Tiles(64, 128, 4, 1)),
@@ -144,8 +145,8 @@ TABLE = {
             (128, 64),
             usual=Tiles(64, 64, 4, 1),
             # With resident weights a multiprocessor would have one block instead of two.
-            sm_80=Tiles(32, 64, 4, 1, resident=False),
-            sm_90=Tiles(32, 128, 8, 1),
+            sm_80=Tiles(32, 64, 4, 1, resident=False, carried=2),
+            sm_90=Tiles(32, 128, 8, 1, carried=2),
             gfx942=_AMD_BACKWARD,
         ),
         Row(

@@ -89,38 +89,6 @@ def load_tile(rows, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def packed(x):
-    """A tile to be carried to the next turn of a loop. In that, numbers of 16 bits would take a
-    register each."""
-    if x.dtype.primitive_bitwidth == 16:
-        pairs = x.to(tl.uint16, bitcast=True).to(tl.uint32).reshape(x.shape[0], x.shape[1] // 2, 2)
-        low, high = tl.split(pairs)
-        return low | (high << 16)
-    else:
-        return x
-
-
-@triton.jit
-def unpacked(x, dtype):
-    """The tile that was packed."""
-    if x.dtype == tl.uint32:
-        pairs = tl.join(x & 0xFFFF, x >> 16).reshape(x.shape[0], 2 * x.shape[1])
-        return pairs.to(tl.uint16).to(dtype, bitcast=True)
-    else:
-        return x
-
-
-@triton.jit
-def unpacked_anew(x, dtype, c):
-    """The same, of which the compiler does not know that it is: one tile of both would lie in
-    shared memory from the first use to the last. c is a chunk, at least 0."""
-    if x.dtype == tl.uint32:
-        return unpacked(x + tl.minimum(c, 0).to(tl.uint32), dtype)
-    else:
-        return x
-
-
-@triton.jit
 def store_tile(rows, x, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of load_tile."""
     columns = column + tl.arange(0, BLOCK)

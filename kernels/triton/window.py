@@ -61,7 +61,7 @@ def causal_pairs(p):
     make it anew: there it is None.
     """
     r = tl.arange(0, p.chunk)
-    if p.window.lag == 0:
+    if not has_older(p):
         return None
     else:
         return r[:, None] >= r[None, :]
@@ -96,13 +96,28 @@ def own_masks(p, causal, start):
 
 
 @triton.jit
-def older_masks(p, start, distance):
-    """The same of the tile of keys ``distance`` tokens before the chunk, one chunk or several. Keys
-    before the first token are in neither."""
+def has_older(p):
+    """Whether chunks weigh tiles before their own pair by pair."""
+    return p.window.carried > 0 or p.window.read_again
+
+
+@triton.jit
+def has_linear(p, back):
+    """Whether the tile ``back`` tiles before a chunk can hold keys that are weighed by features."""
+    if p.window.kind == SLIDING:
+        return (back + 1) * p.chunk > p.window.size
+    else:
+        return p.window.far_linear
+
+
+@triton.jit
+def older_masks(p, start, distance, LINEAR: tl.constexpr):
+    """The same of the tile of keys ``distance`` tokens before the chunk, one chunk or several;
+    LINEAR if there can be pairs in N. Keys before the first token are in neither."""
     r = tl.arange(0, p.chunk)
     key = r + start - distance
     known = tl.broadcast_to((key >= p.window.sink)[None, :], (p.chunk, p.chunk))
-    if not p.window.far_linear:
+    if not LINEAR:
         return parted(known, known)
     elif p.window.kind == SLIDING:
         return parted(known, r[:, None] + distance - r[None, :] < p.window.size)

@@ -169,15 +169,20 @@ def test_gradients_are_exact_however_many_features_are_clamped(backend, device, 
 
 @pytest.mark.parametrize("backend", [*CPU, *INTERPRETED], indirect=True)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 6.6e-3), (torch.float16, 2e-3)])
-@pytest.mark.parametrize("window", [0, 16, 250, 600])
-def test_what_values_have_in_common_does_not_drown_gradients(backend, device, dtype, bound, window):
+@pytest.mark.parametrize(
+    ("window", "common", "D"),
+    [(0, 1, 32), (16, 1, 32), (250, 1, 32), (600, 1, 32), (0, 4, 64), (16, 4, 64)],
+)
+def test_what_values_have_in_common_does_not_drown_gradients(
+    backend, device, dtype, bound, window, common, D
+):
     """y is rounded to 16 bits, and so is kv where products are by pairs; gradients are differences
     of products with them."""
     rng = torch.Generator().manual_seed(0)
     T = max(300, window + 100)
-    q, k, v, dy = (torch.randn(1, 2, T, 32, generator=rng) for _ in range(4))
-    v += torch.randn(1, 2, 1, 32, generator=rng)
-    weights = [torch.randn(2, 32, 32, generator=rng) / 6 for _ in "qk"]
+    q, k, v, dy = (torch.randn(1, 2, T, D, generator=rng) for _ in range(4))
+    v += common * torch.randn(1, 2, 1, D, generator=rng)
+    weights = [torch.randn(2, D, D, generator=rng) * D**-0.5 for _ in "qk"]
 
     def gradients(computed, parameter_dtype, where):
         *inputs, out = (x.to(dtype).to(computed) for x in (q, k, v, dy))
@@ -193,6 +198,39 @@ def test_what_values_have_in_common_does_not_drown_gradients(backend, device, dt
     )
     for name, got, want in zip(("q", "k", "v", "Wq", "Wk", "gate"), *results, strict=True):
         assert (got - want).norm() <= bound * want.norm(), name
+
+
+@pytest.mark.parametrize("backend", [*CPU, *INTERPRETED], indirect=True)
+def test_a_long_past_does_not_drown_gradients(backend, device):
+    """kv is rounded to 16 bits less ksum times a mean of its values, which a hundred new tokens do
+    not tell for sixteen thousand."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(1, 2, 100, 32, generator=rng).bfloat16() for _ in range(4))
+    keys, values = torch.randn(2, 1, 2, 16_000, 32, generator=rng)
+    weight = torch.randn(2, 32, 32, generator=rng) / 6
+    phi = lo.reference.feature_map(keys, lo.Features(weight))
+    sums = phi.mT @ values, phi.sum(2)
+
+    def gradients(computed, parameter_dtype, where):
+        leaves = [*(x.to(computed) for x in (q, k, v)), weight.to(parameter_dtype)]
+        leaves = [x.requires_grad_() for x in leaves]
+        state = lo.HybridState.of_sums(
+            *(x.to(parameter_dtype) for x in sums),
+            torch.tensor([16_000]),
+            head_dim=32,
+            kv_heads=2,
+            dtype=computed,
+        )
+        maps = dict.fromkeys(("feature_q", "feature_k"), lo.Features(leaves[3]))
+        y = lo.linear_attention(*leaves[:3], **maps, state=state, backend=where)
+        return torch.autograd.grad(y, leaves, dy.to(computed))
+
+    results = (
+        gradients(torch.bfloat16, torch.float32, backend),
+        gradients(torch.float64, torch.float64, "reference"),
+    )
+    for name, got, want in zip(("q", "k", "v", "W"), *results, strict=True):
+        assert (got - want).norm() <= 6.6e-3 * want.norm(), name
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)

@@ -21,6 +21,8 @@ def write(builds: Sequence[Build], path: Path) -> None:
     entries = {build.job.id: _entry(build) for build in sorted(builds, key=lambda b: b.job.id)}
     if len(entries) < len(builds):
         raise ValueError("jobs share an id; give them different cases")
+    if too_large := [build.job.id for build in builds if build.occupancy == 0]:
+        raise ValueError(f"no multiprocessor holds a block of {', '.join(too_large)}")
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(e)}" for name, e in entries.items())
     path.write_text(f'{{"triton": "{version("triton")}", "kernels": {{\n{lines}\n}}}}\n')
 

@@ -14,10 +14,12 @@ TELLING_FAMILIES = (*MATRIX_FAMILIES, "LDGSTS", "UTMALDG", "UBLKCP", "LDSM")
 
 @dataclass(frozen=True)
 class Listing:
-    """Opcodes in program order, and loops as (first, last) indices of their instructions."""
+    """Opcodes in program order. Loops, and what a branch ahead may skip, as (first, last) indices
+    of their instructions."""
 
     opcodes: tuple[str, ...]
     loops: tuple[tuple[int, int], ...]
+    skipped: tuple[tuple[int, int], ...] = ()
 
     def hottest_loop(self) -> tuple[str, ...]:
         """The innermost loop with the most matrix instructions, or, without any, the longest.
@@ -62,17 +64,19 @@ def read(
     """A listing of assembly text; a loop is what a branch to an earlier label closes."""
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
+    branches: list[tuple[int, str]] = []
     for line in lines:
         if match := label.match(line):
             labels[match[1]] = len(opcodes)
         elif match := instruction.match(line):
-            target = branch_target(match)
-            if target in labels:
-                loops.append((labels[target], len(opcodes)))
+            if target := branch_target(match):
+                branches.append((len(opcodes), target))
             opcodes.append(match["opcode"])
+    spans = [(n, labels[target]) for n, target in branches if target in labels]
     # A branch to itself ends an NVIDIA kernel; nothing runs there.
-    return Listing(tuple(opcodes), tuple(loop for loop in loops if loop[0] < loop[1]))
+    loops = tuple((to, n) for n, to in spans if to < n)
+    skipped = tuple((n + 1, to - 1) for n, to in spans if to > n + 1)
+    return Listing(tuple(opcodes), loops, skipped)
 
 
 def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

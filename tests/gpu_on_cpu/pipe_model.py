@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from .ahead_of_time import Build
 from .listing import Listing, family, is_matrix
@@ -54,6 +55,7 @@ MULTIPROCESSORS = {
     "sm_90": Multiprocessor("H100 SXM5", 132, 1.83e9, 3.35e12, 128, 64, 16, 4096),
 }
 
+_MATRIX_PTX = ("mma.sync", "wgmma.mma_async")
 _FMA = {"FFMA", "FMUL", "FADD", "IMAD", "HFMA2", "HMUL2", "HADD2"}
 _SPECIAL = {"MUFU", "F2F", "F2I", "I2F", "FRND"}
 _INTEGER = {
@@ -139,14 +141,17 @@ def pipes_of(
     return pipes
 
 
-def trip(listing: Listing, executions: Sequence[int]) -> tuple[Counter[str], int]:
+def trip(listing: Listing, executed: Sequence[tuple[str, int]]) -> tuple[Counter[str], int]:
     """How often each opcode is executed in a trip through the outermost loop with the most matrix
     instructions; and how many trips there were, summed over the warps.
 
-    executions: of the kernel's matrix instructions, in their order, as its PTX was run. They tell
-        how many trips the inner loops make in one of the outer. Loops without any count once.
+    executed: of the instructions of the kernel's PTX, in their order, opcode and number
+        (``Report.executed``). Matrix instructions tell how many trips the inner loops make in one
+        of the outer, shuffles how often what a branch may skip is executed. Loops and branches
+        without any count once.
     """
     matrices = [n for n, opcode in enumerate(listing.opcodes) if is_matrix(opcode)]
+    executions = [n for opcode, n in executed if opcode.startswith(_MATRIX_PTX)]
     if len(matrices) != len(executions) or not matrices:
         raise ValueError(f"{len(matrices)} matrix instructions, executions of {len(executions)}")
     times = dict(zip(matrices, executions, strict=True))
@@ -160,11 +165,35 @@ def trip(listing: Listing, executions: Sequence[int]) -> tuple[Counter[str], int
     first_in = {around(n): n for n in reversed(inside)}
     outer = max(loops, key=lambda x: (sum(x[0] <= n <= x[1] for n in matrices), x[1] - x[0]))
     trips = times[first_in[outer]]
+    rare = _times_of_skipped(listing, executed)
     result: Counter[str] = Counter()
     for n in range(outer[0], outer[1] + 1):
-        own = first_in.get(around(n), first_in[outer])
-        result[listing.opcodes[n]] += times[own] / trips
+        own = times[first_in.get(around(n), first_in[outer])]
+        skipped = [rare[span] for span in rare if span[0] <= n <= span[1]]
+        result[listing.opcodes[n]] += min([own, *skipped]) / trips
     return result, trips
+
+
+def _times_of_skipped(
+    listing: Listing, executed: Sequence[tuple[str, int]]
+) -> dict[tuple[int, int], int]:
+    """How often what a branch may skip is executed: as often as the only stretch of the PTX, all of
+    it executed equally often, that has as many shuffles. Of what has some, but no matrix
+    instructions."""
+    stretches: dict[int, list[int]] = {}
+    for times, group in groupby(executed, key=lambda each: each[1]):
+        opcodes = [opcode for opcode, _ in group]
+        if not any(opcode.startswith(_MATRIX_PTX) for opcode in opcodes):
+            shuffles = sum(opcode.startswith("shfl.") for opcode in opcodes)
+            stretches.setdefault(shuffles, []).append(times)
+    result = {}
+    for first, last in listing.skipped:
+        opcodes = listing.opcodes[first : last + 1]
+        shuffles = sum(family(opcode) == "SHFL" for opcode in opcodes)
+        found = stretches.get(shuffles, ())
+        if shuffles and len(found) == 1 and not any(map(is_matrix, opcodes)):
+            result[first, last] = found[0]
+    return result
 
 
 def _tensor_flop(opcode: str) -> float:

@@ -41,11 +41,9 @@ def streamed(run: Run, tokens: int, amounts: dict[str, int]) -> int:
 def walk(target: str, run: Run, rows: int, tokens: int) -> dict[str, Any]:
     """A kernel that walks the chunks of ``rows`` sequences and heads: what a chunk takes."""
     launch = run.launch
-    matrices = ("mma.sync", "wgmma.mma_async")
-    executions = [n for opcode, n in run.report.executed if opcode.startswith(matrices)]
     listing = sass.read_cubin(launch.compiled.asm["cubin"]).listing
     warps, programs = launch.compiled.metadata.num_warps, launch.grid[0]
-    opcodes, trips = trip(listing, executions)
+    opcodes, trips = trip(listing, run.report.executed)
     chunk = -(-tokens * warps * programs // trips)
     return {
         "kernel": launch.kernel,

@@ -94,9 +94,18 @@ def expected(call, case: Case) -> SimpleNamespace:
     return evaluate(call, lo.reference, inputs)
 
 
-def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.03) -> None:
-    """The operator on ``backend`` against the reference. ``floor``: errors of gradients that vanish
-    are measured against this share of the cotangents' size."""
+def check(
+    call,
+    case: Case,
+    backend: str,
+    device: str = "cpu",
+    *,
+    floor: float = 0.03,
+    factor: float = 2,
+) -> None:
+    """The operator on ``backend`` against the reference. ``factor``: what gradients may err by, of
+    the outputs' tolerance. ``floor``: errors of those that vanish are measured against this share
+    of the cotangents' size."""
     want = expected(call, case)
     inputs = make_inputs(case).as_dtype(case.dtype, case.layout, device)
     got = evaluate(call, lo, inputs, backend=backend)
@@ -106,7 +115,7 @@ def check(call, case: Case, backend: str, device: str = "cpu", floor: float = 0.
     for name, g in want.gradients.items():
         assert got.gradients[name].dtype == inputs.leaves[name[1:]].dtype
         size = floor * want.cotangent
-        assert_close(name, got.gradients[name], g, case.dtype, factor=2, floor=size)
+        assert_close(name, got.gradients[name], g, case.dtype, factor=factor, floor=size)
 
 
 def check_gate(

@@ -155,9 +155,23 @@ def test_the_hottest_loop_is_the_innermost_one_that_multiplies():
 """
     listing = read_sass(sass)
     assert listing.loops == ((2, 3), (1, 4), (0, 5))
+    assert listing.skipped == ()
     assert listing.hottest_loop()[0] == "HMMA.16816.F32.BF16"
     assert len(listing.hottest_loop()) == 4
     assert Listing(("FADD", "EXIT"), ()).hottest_loop() == ()
+
+
+def test_what_a_branch_ahead_skips_is_told_apart():
+    sass = """
+        /*0000*/              @!P0 BRA `(.L_after) ;
+        /*0010*/                   FADD R1, R1, R2 ;
+        /*0020*/                   FADD R1, R1, R3 ;
+.L_after:
+        /*0030*/               @P1 BRA `(.L_next) ;
+.L_next:
+        /*0040*/                   EXIT ;
+"""
+    assert read_sass(sass).skipped == ((1, 2),)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +243,12 @@ class TestBudget:
         with pytest.raises(ValueError, match="share an id"):
             budget.write([builds["sm_80"], builds["sm_80"]], path)
 
+    def test_kernels_that_fit_nowhere_have_no_budget(self, builds, path):
+        before = path.read_text()
+        with pytest.raises(ValueError, match=f"holds a block of {builds['sm_80'].job.id}"):
+            budget.write([replace(builds["sm_80"], occupancy=0)], path)
+        assert path.read_text() == before
+
 
 class TestPipeModel:
     @pytest.mark.parametrize(("name", "flop_per_cycle"), [("sm_80", 2048), ("sm_90", 4096)])
@@ -246,11 +266,21 @@ class TestPipeModel:
     def test_an_inner_loop_counts_as_often_as_its_matrix_instructions(self):
         opcodes = ("MOV", "HMMA.16816.F32", "MUFU.EX2", "HMMA.16816.F32", "BRA", "FADD", "BRA")
         listing = Listing(opcodes, loops=((1, 6), (2, 4)))
-        trip, trips = pipe_model.trip(listing, executions=[10, 25])
+        executed = [("add.f32", 5), ("mma.sync.aligned", 10), ("mma.sync.aligned", 25)]
+        trip, trips = pipe_model.trip(listing, executed)
         expected = {"HMMA.16816.F32": 3.5, "MUFU.EX2": 2.5, "BRA": 3.5, "FADD": 1}
         assert (trip, trips) == (expected, 10)
         with pytest.raises(ValueError, match="2 matrix instructions, executions of 1"):
-            pipe_model.trip(listing, executions=[10])
+            pipe_model.trip(listing, executed[:2])
+
+    def test_what_a_branch_skips_counts_as_often_as_its_shuffles(self):
+        opcodes = ("BRA", "SHFL.BFLY", "FADD", "SHFL.BFLY", "HMMA.16816.F32", "BRA")
+        listing = Listing(opcodes, loops=((0, 5),), skipped=((1, 3),))
+        rare = [("shfl.sync", 4), ("shfl.sync", 4)]
+        trip, _ = pipe_model.trip(listing, [("mma.sync.aligned", 10), *rare])
+        assert trip == {"BRA": 2, "SHFL.BFLY": 0.8, "FADD": 0.4, "HMMA.16816.F32": 1}
+        unclear = [("mma.sync.aligned", 10), *rare, ("add.f32", 10), *rare]
+        assert pipe_model.trip(listing, unclear)[0]["FADD"] == 1
 
     def test_tf32_takes_four_times_as_long_as_bf16(self, builds):
         bf16 = pipe_model._tensor_flop("HMMA.16816.F32.BF16")
