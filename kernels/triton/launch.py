@@ -94,10 +94,11 @@ _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
 # configurations need on each architecture is in tests/budgets/, renewed by
 # ``python -m helpers.kernel_budget``. Of forward with D up to 128 and of backward with D up to 64,
 # f up to 64, in bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the least
-# time by the static model (docs/gpu_model.md), spilled registers included; on sm_90 those of
-# backward with D = 128, and some of wider ones and of those without maps, are by measurement
-# (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the usual ones. Elsewhere nothing is
-# modelled or measured: those that spill least at the same work.
+# time by the static model (docs/gpu_model.md), spilled registers included, but that backward on
+# sm_80 carries two tiles: slower by the model with D = 64, for half of the bytes. On sm_90 those of
+# backward with D = 128, before they carried two tiles, and some of wider ones and of those without
+# maps are by measurement (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the usual
+# ones. Elsewhere nothing is modelled or measured: those that spill least at the same work.
 # Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
 # of bytes of stack: wide maps are projected 32 columns of x at a time.
 TABLE = {
