@@ -18,7 +18,8 @@ from filelock import FileLock
 from gpu_on_cpu.ahead_of_time import CACHE
 
 TARGETS = ("sm_80", "sm_90")
-CASES = ("hybrid sliding 64", "linear 64", "transfer xent 64")
+WINDOWS = ("hybrid sliding 64", "hybrid terrace 64")
+CASES = (*WINDOWS, "linear 64", "transfer xent 64")
 
 
 def pytest_generate_tests(metafunc):
@@ -70,14 +71,15 @@ def bytes_of(reports, target, case, *kernels):
     return tuple(sum(sum(x[name].values()) for x in launches) for name in ("moved", "sizes"))
 
 
-def test_forward_reads_and_writes_its_tensors_once(reports, target):
-    moved, once = bytes_of(reports, target, "hybrid sliding 64", "attention_forward")
+@pytest.mark.parametrize("window", WINDOWS)
+def test_forward_reads_and_writes_its_tensors_once(reports, target, window):
+    moved, once = bytes_of(reports, target, window, "attention_forward")
     assert moved <= 1.15 * once
 
 
-def test_backward_reads_and_writes_its_tensors_once_per_pass(reports, target):
-    passes = "backward_queries", "backward_keys"
-    moved, once = bytes_of(reports, target, "hybrid sliding 64", *passes)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_backward_reads_and_writes_its_tensors_once_per_pass(reports, target, window):
+    moved, once = bytes_of(reports, target, window, "backward_queries", "backward_keys")
     assert moved <= 1.3 * once
 
 
@@ -88,6 +90,12 @@ def test_linear_attention_reads_and_writes_its_tensors_once(reports, target):
 
 def test_linear_attention_backward_reads_and_writes_its_tensors_once_per_pass(reports, target):
     moved, once = bytes_of(reports, target, "linear 64", "backward_queries", "backward_keys")
+    assert moved <= 1.3 * once
+
+
+def test_transfer_backward_reads_and_writes_its_tensors_once_per_pass(reports, target):
+    """The residual is fp32 among tiles of bf16, whose layout would load it twice."""
+    moved, once = bytes_of(reports, target, "transfer xent 64", "backward_queries", "backward_keys")
     assert moved <= 1.3 * once
 
 

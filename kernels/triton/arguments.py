@@ -142,8 +142,9 @@ def window_of(size: int, kind: int, sink: int, chunk: int, most: int) -> Window:
         older = -(-(size - 1) // chunk)
         near_linear, far_linear = size < chunk or older == 0, True
     else:
-        # Terraces that divide a chunk reach one tile back; others a varying number of tiles.
-        older = 1 if chunk % size == 0 else None
+        # The last chunk of a terrace reaches back farthest. Other terraces begin within tiles.
+        whole = chunk % size == 0 or size % chunk == 0
+        older = max(2 * size // chunk - 1, 1) if whole else None
         near_linear, far_linear = size < chunk, size % chunk != 0
     carried = older if older is not None and older <= most else 0
     return Window(

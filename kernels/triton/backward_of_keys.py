@@ -51,6 +51,8 @@ from .window import (
     has_older,
     older_masks,
     own_masks,
+    weighs,
+    weighs_oldest,
     window_start,
 )
 
@@ -239,15 +241,22 @@ def backward_keys(
             state = add_queries(p, state, phi_near, queries.row, center)
         for ahead in tl.static_range(1, p.window.carried + 1):
             start = (t + ahead) * p.chunk
-            newer = unpacked_queries(carried[ahead - 1], k.dtype, p.arithmetic)
-            inside, outside = older_masks(p, start, ahead * p.chunk, has_linear(p, ahead))
-            sums = add_softmax_queries(p, sums, newer, inside, k, v, log2_g)
-            if has_linear(p, ahead) or ahead == p.window.carried:
-                after = tokens_at(p, at, start, p.chunk)
+            after = tokens_at(p, at, start, p.chunk)
+            for _ in tl.range(weighs(p, t + ahead, ahead), disable_licm=True):
+                newer = unpacked_queries(carried[ahead - 1], k.dtype, p.arithmetic)
+                inside, outside = older_masks(p, start, ahead * p.chunk, has_linear(p, ahead))
+                sums = add_softmax_queries(p, sums, newer, inside, k, v, log2_g)
+            if has_linear(p, ahead):
+                newer = unpacked_queries(carried[ahead - 1], k.dtype, p.arithmetic)
                 phi_far = query_features(p, at, after, newer.q, weight_q, factor)
-                if has_linear(p, ahead):
-                    sums = add_linear_queries(p, sums, newer, outside, phi_far, v, phi_k)
-                if ahead == p.window.carried:
+                inside, outside = older_masks(p, start, ahead * p.chunk, True)
+                sums = add_linear_queries(p, sums, newer, outside, phi_far, v, phi_k)
+                for _ in tl.range(weighs_oldest(p, t + ahead, ahead), disable_licm=True):
+                    state = add_queries(p, state, phi_far, newer.row, center)
+            else:
+                for _ in tl.range(weighs_oldest(p, t + ahead, ahead), disable_licm=True):
+                    newer = unpacked_queries(carried[ahead - 1], k.dtype, p.arithmetic)
+                    phi_far = query_features(p, at, after, newer.q, weight_q, factor)
                     state = add_queries(p, state, phi_far, newer.row, center)
         carried = carried_on(p, packed_queries(queries), carried)
         if p.window.read_again:

@@ -19,7 +19,7 @@ from .backward_pass import (
     state_product,
     weight_gradients,
 )
-from .carried import carried_on, packed_keys, packed_keys_before, unpacked_keys
+from .carried import carried_on, packed_keys, packed_keys_before, unpacked_tile, unpacked_tiles
 from .features import activate, clamp, dot_rows, load_weight, product, scaled, times
 from .forward import linear_factor, log2_gate, scores
 from .map_gradient import (
@@ -52,6 +52,8 @@ from .window import (
     older_masks,
     own_masks,
     sink_mask,
+    weighs,
+    weighs_last,
     window_start,
 )
 
@@ -104,7 +106,7 @@ def far_pairs(p, at, row, c, weight_k, d_phi):
 
 
 @triton.jit
-def softmax_sums(p, at, causal, q, do, i, c, k, v, older):
+def softmax_sums(p, at, causal, q, do, i, c, k, v, carried):
     """Over all keys that a chunk of queries attends by softmax; m is 0 where there are none."""
     zero = tl.zeros((p.chunk,), tl.float32)
     sums = SoftmaxSums(zero - INF, zero, zero, zero)
@@ -116,9 +118,10 @@ def softmax_sums(p, at, causal, q, do, i, c, k, v, older):
         inside, outside = own_masks(p, causal, c * p.chunk)
         sums = add_softmax_pairs(p, sums, q, do, k, v, inside)
         for back in tl.static_range(1, p.window.carried + 1):
-            inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
-            tile = older[back - 1]
-            sums = add_softmax_pairs(p, sums, q, do, tile.k, tile.v, inside)
+            for _ in tl.range(weighs(p, c, back), disable_licm=True):
+                tile = unpacked_tile(carried[back - 1], q.dtype)
+                inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+                sums = add_softmax_pairs(p, sums, q, do, tile.k, tile.v, inside)
         if p.window.read_again:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
@@ -139,15 +142,16 @@ def add_softmax_keys(p, dq, queries, k, v, inside, log2_g):
 
 
 @triton.jit
-def window_pairs(p, at, causal, queries, c, k, v, older, log2_g, dq):
+def window_pairs(p, at, causal, queries, c, k, v, carried, log2_g, dq):
     """dq with the pairs in the windows of a chunk."""
     if p.window.size > 0:
         inside, outside = own_masks(p, causal, c * p.chunk)
         dq = add_softmax_keys(p, dq, queries, k, v, inside, log2_g)
         for back in tl.static_range(1, p.window.carried + 1):
-            inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
-            tile = older[back - 1]
-            dq = add_softmax_keys(p, dq, queries, tile.k, tile.v, inside, log2_g)
+            for _ in tl.range(weighs(p, c, back), disable_licm=True):
+                tile = unpacked_tile(carried[back - 1], queries.q.dtype)
+                inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+                dq = add_softmax_keys(p, dq, queries, tile.k, tile.v, inside, log2_g)
         if p.window.read_again:
             for t in tl.range(first_tile(p, c), c, disable_licm=True):
                 far = tokens_at(p, at, t * p.chunk, p.chunk)
@@ -205,21 +209,24 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
         q = load_q(p, at, tokens)
         q_rows = rows_of(p.q, at.batch, at.head, tokens)
         row = incoming_of(p, at, incoming, tokens)
+        older = unpacked_tiles(p, carried, q.dtype)
         part = statistic(p, at, tokens) + at.part.to(tl.int64) * left.slice
-        older = unpacked_keys(p, carried, q.dtype)
 
         ksum = state.ksum
         of_center = tl.sum(row.do.to(tl.float32) * center[None, :], 1) * row.factor
         d_phi = state_product(p, row.do, row.factor, row.delta - of_center, centered(state, center))
         for back in tl.static_range(1, p.window.carried + 1):
-            if has_linear(p, back) or back == p.window.carried:
-                old = tokens_at(p, at, (c - back) * p.chunk, p.chunk)
-                tile = older[back - 1]
+            old = tokens_at(p, at, (c - back) * p.chunk, p.chunk)
+            tile = older[back - 1]
+            if has_linear(p, back):
                 phi_old = key_features(p, at, old, tile.k, weight_k)
-                if has_linear(p, back):
-                    inside, outside = older_masks(p, c * p.chunk, back * p.chunk, True)
-                    d_phi = linear_pairs(p, row, tile.v, phi_old, outside, d_phi)
-                if back == p.window.carried:
+                inside, outside = older_masks(p, c * p.chunk, back * p.chunk, True)
+                d_phi = linear_pairs(p, row, tile.v, phi_old, outside, d_phi)
+                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
+                    state = absorb(p, state, old, phi_old, tile.v)
+            else:
+                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
+                    phi_old = key_features(p, at, old, tile.k, weight_k)
                     state = absorb(p, state, old, phi_old, tile.v)
         if p.window.read_again:
             if p.window.far_linear:
@@ -236,7 +243,7 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
         d_phi = times(d_phi, factor)
         WITH_SOFTMAX: tl.constexpr = dq is not None and p.window.size + p.window.sink > 0
         if WITH_SOFTMAX:
-            sums = softmax_sums(p, at, causal, q, row.do, i, c, k, v, older)
+            sums = softmax_sums(p, at, causal, q, row.do, i, c, k, v, carried)
         tile = map_tile(p, q, q_rows, tokens.valid, weight_q, p.map_q, at.head)
         phi = activate(tile.z, p.map_q)
         dm = tl.where(tokens.valid, dot_rows(clamp(phi, p.map_q), d_phi), 0.0)
@@ -277,7 +284,7 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
                     grad = product(ds * p.scale, keys_first, grad, p.arithmetic)
                     dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                grad = window_pairs(p, at, causal, queries, c, k, v, older, log2_g, grad)
+                grad = window_pairs(p, at, causal, queries, c, k, v, carried, log2_g, grad)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         total_dm += dm

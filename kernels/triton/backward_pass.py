@@ -49,7 +49,7 @@ from .features import product
 from .forward import scores
 from .problem import Rows, Sides, State
 from .state import columns
-from .tokens import load_tile, rows_of, statistic
+from .tokens import load_tile, load_wide, rows_of, statistic
 
 
 class Incoming(NamedTuple):
@@ -105,7 +105,11 @@ class Queries(NamedTuple):
 def load_do(p, at, incoming, tokens):
     """do as an operand, [C, BLOCK_V]."""
     rows = rows_of(incoming.do, at.batch, at.head, tokens)
-    return load_tile(rows, tokens.valid, at.column, p.v.width, p.block_v).to(p.arithmetic.dtype)
+    if rows.dtype.element_ty == tl.float32 and p.arithmetic.dtype != tl.float32:
+        do = load_wide(rows, tokens.valid, at.column, p.v.width, p.block_v)
+    else:
+        do = load_tile(rows, tokens.valid, at.column, p.v.width, p.block_v)
+    return do.to(p.arithmetic.dtype)
 
 
 @triton.jit

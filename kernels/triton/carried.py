@@ -31,10 +31,12 @@ def packed(x):
 
 @triton.jit
 def unpacked(x, dtype):
-    """The tile that was packed."""
+    """The tile that was packed. Not by tl.join: products of what that returns are laid out for
+    numbers of half the size, which ldmatrix does not load."""
     if x.dtype == tl.uint32:
-        pairs = tl.join(x & 0xFFFF, x >> 16).reshape(x.shape[0], 2 * x.shape[1])
-        return pairs.to(tl.uint16).to(dtype, bitcast=True)
+        bits = 16 * tl.arange(0, 2).to(tl.uint32)
+        pairs = x.reshape(x.shape[0], x.shape[1], 1) >> bits[None, None, :]
+        return pairs.to(tl.uint16).reshape(x.shape[0], 2 * x.shape[1]).to(dtype, bitcast=True)
     else:
         return x
 
@@ -67,23 +69,23 @@ def packed_keys_before(p, at, c):
 
 
 @triton.jit
-def unpacked_keys(p, carried, dtype: tl.constexpr):
-    tiles = ()
-    for back in tl.static_range(p.window.carried):
-        keys = carried[back]
-        tiles = tiles + (Keys(unpacked(keys.k, dtype), unpacked(keys.v, dtype)),)
-    return tiles
+def unpacked_tile(keys, dtype: tl.constexpr):
+    return Keys(unpacked(keys.k, dtype), unpacked(keys.v, dtype))
 
 
 @triton.jit
-def unpacked_anew(p, carried, older, c):
-    """The tiles of ``older`` with keys of which the compiler does not know that they are the same:
-    a tile of both would lie in shared memory from the first use to the last. c is a chunk, at
-    least 0."""
+def unpacked_anew(keys, dtype: tl.constexpr, c):
+    """The same, with keys of which the compiler does not know that they are the same: a tile of
+    both would lie in shared memory from the first use to the last. c is a chunk, at least 0."""
+    k = keys.k
+    if k.dtype == tl.uint32:
+        k += tl.minimum(c, 0).to(tl.uint32)
+    return unpacked_tile(Keys(k, keys.v), dtype)
+
+
+@triton.jit
+def unpacked_tiles(p, carried, dtype: tl.constexpr):
     tiles = ()
     for back in tl.static_range(p.window.carried):
-        k, tile = carried[back].k, older[back]
-        if k.dtype == tl.uint32:
-            k = unpacked(k + tl.minimum(c, 0).to(tl.uint32), tile.k.dtype)
-        tiles = tiles + (Keys(k, tile.v),)
+        tiles = tiles + (unpacked_tile(carried[back], dtype),)
     return tiles

@@ -8,11 +8,11 @@ A program takes a sequence, a query head, BLOCK_V columns of the values and a se
 The linear part is summed first, apart: the softmax sums are rescaled as their running maximum
 grows, and the linear part must not be (SPEC 3).
 
-Where the oldest tile is always one chunk back, or two, tiles are carried over from the chunks
-before (carried.py): q, k and v are read once, and the features of the oldest tile serve the pairs
-and the state. Registers bound a chunk's size. So older tiles are done with before the chunk's own
-keys and values are loaded, and with one of them what is live at a time is the state, both sums, a
-tile of scores, and keys and values of one tile.
+Where windows reach back no farther than the launch configuration says, their tiles are carried over
+from the chunks before (carried.py): q, k and v are read once, and the features of the oldest tile
+serve the pairs and the state. Registers bound a chunk's size. So older tiles are done with before
+the chunk's own keys and values are loaded, and with one of them what is live at a time is the
+state, both sums, a tile of scores, and keys and values of one tile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .carried import carried_on, packed_keys, packed_keys_before, unpacked_anew, unpacked_keys
+from .carried import carried_on, packed_keys, packed_keys_before, unpacked_anew, unpacked_tiles
 from .features import inner_product, load_weight, product
 from .problem import INF, LEAST_GATE, LN2, LOG2E, LOWEST, Sums
 from .state import (
@@ -55,6 +55,8 @@ from .window import (
     older_masks,
     own_masks,
     sink_mask,
+    weighs,
+    weighs_last,
     window_start,
 )
 
@@ -162,7 +164,7 @@ def add_linear(sums, phi_q, phi_k, outside, v, arithmetic):
 
 
 @triton.jit
-def softmax_before(p, at, q, older, i, c):
+def softmax_before(p, at, q, carried, i, c):
     """Sums over what a chunk attends by softmax in the tiles before it, and over the sinks."""
     sums = empty_sums(p, LOWEST)
     if p.window.sink > 0:
@@ -171,9 +173,10 @@ def softmax_before(p, at, q, older, i, c):
         sinks = sink_mask(p, at, i, first.position)
         sums = add_softmax(sums, s_first, sinks, v_first, p.arithmetic)
     for back in tl.static_range(1, p.window.carried + 1):
-        inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
-        tile = older[back - 1]
-        sums = add_softmax(sums, scores(p, q, tile.k), inside, tile.v, p.arithmetic)
+        for _ in tl.range(weighs(p, c, back), disable_licm=True):
+            tile = unpacked_anew(carried[back - 1], q.dtype, c)
+            inside, outside = older_masks(p, c * p.chunk, back * p.chunk, has_linear(p, back))
+            sums = add_softmax(sums, scores(p, q, tile.k), inside, tile.v, p.arithmetic)
     if p.window.read_again:
         for t in tl.range(first_tile(p, c), c, disable_licm=True):
             tokens = tokens_at(p, at, t * p.chunk, p.chunk)
@@ -228,26 +231,28 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
         tokens = tokens_at(p, at, c * p.chunk, p.chunk)
         i, start = tokens.position, c * p.chunk
         q = load_q(p, at, tokens)
-        older = unpacked_keys(p, carried, q.dtype)
+        older = unpacked_tiles(p, carried, q.dtype)
 
         phi_q = query_features(p, at, tokens, q, weight_q, factor)
         linear = read_state(p, state, phi_q, empty_sums(p, LOWEST))
         for back in tl.static_range(1, p.window.carried + 1):
-            if has_linear(p, back) or back == p.window.carried:
-                old = tokens_at(p, at, start - back * p.chunk, p.chunk)
-                tile = older[back - 1]
+            old = tokens_at(p, at, start - back * p.chunk, p.chunk)
+            tile = older[back - 1]
+            if has_linear(p, back):
                 phi_old = key_features(p, at, old, tile.k, weight_k)
-                if has_linear(p, back):
-                    inside, outside = older_masks(p, start, back * p.chunk, True)
-                    linear = add_linear(linear, phi_q, phi_old, outside, tile.v, p.arithmetic)
-                if back == p.window.carried:
+                inside, outside = older_masks(p, start, back * p.chunk, True)
+                linear = add_linear(linear, phi_q, phi_old, outside, tile.v, p.arithmetic)
+                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
                     state = absorb(p, state, old, phi_old, tile.v)
-        older = unpacked_anew(p, carried, older, c)
+            else:
+                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
+                    phi_old = key_features(p, at, old, tile.k, weight_k)
+                    state = absorb(p, state, old, phi_old, tile.v)
         if p.window.read_again:
             if p.window.far_linear:
                 linear = add_far_linear(p, at, linear, phi_q, c, weight_k)
             state = absorb_tiles(p, at, state, first_tile(p, c), first_tile(p, c + 1), weight_k)
-        sums = softmax_before(p, at, q, older, i, c)
+        sums = softmax_before(p, at, q, carried, i, c)
 
         k, v = load_k(p, at, tokens), load_v(p, at, tokens)
         inside, outside = own_masks(p, causal, start)

@@ -86,6 +86,7 @@ PLAIN, WIDE_PLAIN = (128, 0), (256, 0)  # q and k are the features
 _AMD_BACKWARD = Tiles(16, 32, 4, 1, resident=False, slice=32)
 _AMD_FORWARD = Tiles(32, 64, 4, 1, resident=False, slice=32)
 _READ_MAPS = Tiles(64, 64, 4, 1, resident=False, slice=32)  # there, and where 99 KB hold too little
+_ALL_COLUMNS = Tiles(32, 128, 8, 1, carried=2)
 _LARGE_MAP = Tiles(32, 128, 4, 1, resident=False)
 _LARGE_ENTROPY = Tiles(32, 128, 4, 1, resident=False, other=32)
 _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
@@ -95,10 +96,11 @@ _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
 # ``python -m helpers.kernel_budget``. Of forward with D up to 128 and of backward with D up to 64,
 # f up to 64, in bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the least
 # time by the static model (docs/gpu_model.md), spilled registers included, but that backward on
-# sm_80 carries two tiles: slower by the model with D = 64, for half of the bytes. On sm_90 those of
-# backward with D = 128, before they carried two tiles, and some of wider ones and of those without
-# maps are by measurement (docs/gpu_h100.md). sm_86 has sm_80's where they fit, sm_100 the usual
-# ones. Elsewhere nothing is modelled or measured: those that spill least at the same work.
+# sm_80 carries tiles: slower by the model by 2 %, for half of the bytes. On sm_90 those of backward
+# with D = 128, before they carried two tiles, and some of wider ones and of those without maps are
+# by measurement (docs/gpu_h100.md). sm_80 has the former, too: by the model faster or slower, by
+# the case, but for a fifth of the bytes. sm_86 has sm_80's where they fit, sm_100 the usual ones.
+# Elsewhere nothing is modelled or measured: those that spill least at the same work.
 # Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
 # of bytes of stack: wide maps are projected 32 columns of x at a time.
 TABLE = {
@@ -131,7 +133,7 @@ TABLE = {
         Row(
             SMALL,
             usual=Tiles(64, 64, 4, 1),
-            sm_80=Tiles(32, 64, 4, 1, carried=2),
+            sm_80=Tiles(32, 64, 4, 1, carried=3),
             gfx942=_AMD_BACKWARD,
         ),
         Row(PLAIN, usual=Tiles(32, 64, 8, 1), sm_90=Tiles(64, 128, 4, 1)),
@@ -145,9 +147,11 @@ TABLE = {
         Row(
             (128, 64),
             usual=Tiles(64, 64, 4, 1),
-            # With resident weights a multiprocessor would have one block instead of two.
-            sm_80=Tiles(32, 64, 4, 1, resident=False, carried=2),
-            sm_90=Tiles(32, 128, 8, 1, carried=2),
+            # One program for all columns of V reads q, k and do once.
+            sm_80=_ALL_COLUMNS,
+            sm_90=_ALL_COLUMNS,
+            # With resident weights that would want 115 KB, and this one block instead of two.
+            sm_86=Tiles(32, 64, 4, 1, resident=False, carried=2),
             gfx942=_AMD_BACKWARD,
         ),
         Row(

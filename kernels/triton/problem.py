@@ -85,7 +85,7 @@ class Window(NamedTuple):
     kind: Any
     sink: Any
     sink_block: Any  # s, rounded up to a tile
-    carried: Any  # c - first_tile(c) where chunks carry that many tiles to the next ones, else 0
+    carried: Any  # the most of c - first_tile(c), where chunks carry as many tiles on, else 0
     read_again: Any  # whether there are older tiles that are not carried
     near_linear: Any  # whether tile c can hold keys that are weighed by features
     far_linear: Any  # whether an older tile can

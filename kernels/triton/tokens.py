@@ -89,6 +89,19 @@ def load_tile(rows, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def load_wide(rows, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
+    """load_tile of numbers of 32 bits among tiles of 16. All tiles of a shape are loaded as many
+    numbers at a time: of these, 32 bytes by two requests, with gaps between the threads. Four at a
+    time are of another shape."""
+    four = column + 4 * tl.arange(0, BLOCK // 4)[:, None] + tl.arange(0, 4)[None, :]
+    mask = valid[:, None, None]
+    if width % BLOCK != 0:
+        mask = mask & (four < width)[None, :, :]
+    x = tl.load(rows[:, None, None] + four[None, :, :], mask=mask, other=0.0)
+    return x.reshape(x.shape[0], BLOCK)
+
+
+@triton.jit
 def store_tile(rows, x, valid, column, width: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of load_tile."""
     columns = column + tl.arange(0, BLOCK)

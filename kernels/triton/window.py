@@ -52,6 +52,44 @@ def end_chunk(p, t):
 
 
 @triton.jit
+def reach(p, c):
+    """How many tiles before its own chunk c weighs pair by pair; of carried ones, and their number
+    wherever that does not depend on c."""
+    if p.window.kind == SLIDING or p.window.carried == 1:
+        return p.window.carried
+    else:  # the later chunks of a terrace reach back farther
+        return c - first_tile(p, c)
+
+
+@triton.jit
+def weighs(p, c, back):
+    """1 if chunk c weighs the tile ``back`` tiles before it pair by pair, else 0: turns of a loop,
+    which is none where they are known."""
+    if back * p.chunk <= p.window.size:
+        return 1
+    else:
+        return (reach(p, c) >= back) * 1
+
+
+@triton.jit
+def weighs_oldest(p, c, back):
+    """1 if that tile is the oldest of those that chunk c weighs pair by pair, else 0."""
+    if back * p.chunk < p.window.size and back < p.window.carried:
+        return 0
+    else:
+        return (reach(p, c) == back) * 1
+
+
+@triton.jit
+def weighs_last(p, c, back):
+    """1 if chunk c is the last that weighs that tile pair by pair, else 0."""
+    if back * p.chunk < p.window.size and back < p.window.carried:
+        return 0
+    else:
+        return ((reach(p, c) >= back) & (reach(p, c + 1) <= back)) * 1
+
+
+@triton.jit
 def causal_pairs(p):
     """Which keys of its own tile a chunk of queries may attend, [C, C].
 

@@ -30,6 +30,7 @@ from helpers.operators import (
     linear_attention,
 )
 from helpers.states import SETTINGS, arguments, case_of, empty_state, feed, prepare, reference_of
+from lolcats_ops.kernels.triton import launch
 from lolcats_ops.kernels.triton.attention_transfer import real_queries
 
 import lolcats_ops as lo
@@ -120,12 +121,26 @@ SEGMENTED = [
     Case("1000", window=16, batch=(1, 1), sink=1),
     Case("1000", window=16, batch=(1, 1), window_kind="terrace", affine=True),
     Case("1000", window=256, batch=(1, 1), packing="packed"),
-    Case("1000", window=48, batch=(1, 1), sink=1, dtype=torch.bfloat16),  # carries two tiles
+    # Backward carries two tiles, and three of which the last is weighed in turns.
+    Case("1000", window=48, batch=(1, 1), sink=1, dtype=torch.bfloat16),
+    Case("1000", window=64, batch=(1, 1), sink=1, window_kind="terrace", dtype=torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_sequences_cut_into_segments_equal_the_reference(case):
+    check(hybrid_attention, case, "triton")
+
+
+@pytest.mark.parametrize(("window", "kind"), [(96, "sliding"), (65, "sliding"), (64, "terrace")])
+@pytest.mark.parametrize("packing", ["left", "packed"])
+def test_tiles_are_carried_as_far_as_the_launch_configuration_says(
+    window, kind, packing, monkeypatch
+):
+    """Forward, too, which carries one tile at most in those of the table."""
+    settings = {"window": window, "window_kind": kind, "packing": packing, "batch": (1, 2)}
+    case = Case("3w+7", **settings, dtype=torch.bfloat16)
+    monkeypatch.setattr(launch, "_tiles", lambda *_: launch.Tiles(32, 64, 4, 1, carried=3))
     check(hybrid_attention, case, "triton")
 
 
