@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +130,9 @@ def _triton_version() -> tuple[int, ...]:
 
 def _is_interpreted() -> bool:
     """Whether Triton's kernels run on CPU tensors, in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    if not os.environ.get("TRITON_INTERPRET"):
+        return False
+    return bool(import_module("triton").knobs.runtime.interpret)
 
 
 _BACKENDS = {
@@ -164,8 +167,9 @@ def backend_for(op: str, *, backend: str | None = None, **case: Any) -> Choice:
             "sliding", 0, False.
 
     Raises:
-        ValueError: an unknown op, backend, device, activation or window_kind.
-        TypeError: an unknown case argument, or a dtype that is none of torch.
+        ValueError: an unknown op, backend, device, activation or window_kind, or a size below 0,
+            of q, k and v below 1.
+        TypeError: an unknown case argument, or one of another type.
 
     >>> backend_for("hybrid_attention", dtype=torch.bfloat16)
     Choice(backend='cpu', why='cpu is the default on cpu')
@@ -184,7 +188,7 @@ def _case(op: str, given: dict[str, Any]) -> Case:
         raise TypeError(f"backend_for: no argument {unknown[0]!r}, needs {', '.join(names)}")
     try:
         device = torch.device(given.get("device", "cpu"))
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"backend_for: device is {given['device']!r}: {error}") from error
     case = Case(op, **{**given, "device": device})
     if not isinstance(case.dtype, torch.dtype):
@@ -192,6 +196,16 @@ def _case(op: str, given: dict[str, Any]) -> Case:
     for name, known in (("activation", ACTIVATIONS), ("window_kind", WINDOW_KINDS)):
         if (value := getattr(case, name)) not in known:
             raise ValueError(f"backend_for: {name} is {value!r}, needs one of {', '.join(known)}")
+    for name in ("two_sided", "key_padding_mask"):
+        if not isinstance(value := getattr(case, name), bool):
+            raise TypeError(f"backend_for: {name} is {value!r}, needs a bool")
+    least = {"head_dim": 1, "value_dim": 1, "feature_dim": 0, "tokens": 0, "window": 0, "sink": 0}
+    for name, bound in least.items():
+        value = getattr(case, name)
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"backend_for: {name} is {value!r}, needs an integer")
+        if value < bound:
+            raise ValueError(f"backend_for: {name} is {value}, needs at least {bound}")
     return case
 
 
@@ -244,11 +258,13 @@ def _choose(case: Case, name: str | None) -> Choice:
             return Choice(b.name, f"{why} ({'; '.join(reasons)})" if reasons else why)
         reasons.append(f"{b.name}: {reason}")
     why = "; ".join(reasons) or f"{case.device.type} has no kernels"
-    return Choice(None, f"{why}; backend='reference' runs it")
+    if case.dtype.is_floating_point and case.dtype.itemsize > 1:  # torch computes in no others
+        why += "; backend='reference' runs it"
+    return Choice(None, why)
 
 
 def _check_backend(op: str, name: str | None) -> None:
-    if name is not None and name not in _BACKENDS:
+    if name is not None and name not in tuple(_BACKENDS):
         raise ValueError(f"{op}: backend is {name!r}, needs one of {', '.join(_BACKENDS)} or None")
 
 

@@ -284,9 +284,11 @@ class HybridState:
 
         Raises:
             TypeError: indices that are no tensor of int32 or int64, such as a mask.
+            IndexError: slots that do not exist; nothing has changed then.
         """
         if indices is not None:
             _check_indices("reset", indices)
+            self.length.index_select(0, indices)  # before anything changes: whether slots exist
         # Keys need no clearing: length and folded say which slots are live.
         with self._changeable():
             for t in (self.kv, self.ksum, self.length, self.folded):

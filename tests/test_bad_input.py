@@ -64,6 +64,7 @@ HYBRID = [
     ({"feature_q": None, "feature_k": None}, "feature_q is None, needs Features"),
     ({"feature_k": None}, "feature_k is None, needs Features"),
     ({"affine": "yes"}, "affine is 'yes', needs a bool"),
+    ({"affine": 1}, "affine is 1, needs a bool"),
     ({"gate": torch.zeros(HK)}, "gate has shape [4], needs [H] = [8]"),
     ({"gate": 0.5}, "gate is a float, needs a tensor"),
     ({"gate": torch.tensor([nan] * H)}, "gate is [nan, "),
@@ -132,7 +133,7 @@ def test_linear_attention_names_what_is_wrong(changes, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID[:6], *STATES])
+@pytest.mark.parametrize(("changes", "message"), [*ATTENTION, *HYBRID[:7], *STATES])
 def test_step_names_what_is_wrong_and_leaves_the_state(changes, message):
     refused("hybrid_attention_step_", {"state": empty(), **changes}, message)
 
@@ -382,8 +383,24 @@ def test_backend_for_answers_which_and_why():
         lo.backend_for("feature_map", dim=64)
     with pytest.raises(ValueError, match="activation is 'tanh', needs one of softmax"):
         lo.backend_for("feature_map", activation="tanh")
-    with pytest.raises(ValueError, match="device is 'tpu9': "):
-        lo.backend_for("feature_map", device="tpu9")
+    for device in ("tpu9", None):
+        with pytest.raises(ValueError, match=f"device is {device!r}: "):
+            lo.backend_for("feature_map", device=device)
+    with pytest.raises(ValueError, match=r"backend is \[\], needs one of cpu"):
+        lo.backend_for("feature_map", backend=[])
+    for name, value in (("head_dim", 64.5), ("tokens", "1"), ("window", True), ("two_sided", 1)):
+        with pytest.raises(TypeError, match=f"{name} is {value!r}, needs a"):
+            lo.backend_for("feature_map", **{name: value})
+    for name, bound in (("head_dim", 1), ("feature_dim", 0), ("sink", 0)):
+        with pytest.raises(ValueError, match=f"{name} is {bound - 1}, needs at least {bound}"):
+            lo.backend_for("feature_map", **{name: bound - 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_dtype_that_nobody_computes_in_is_not_left_to_the_reference(dtype):
+    choice = lo.backend_for("feature_map", dtype=dtype)
+    assert choice.backend is None
+    assert "reference" not in choice.why
 
 
 def test_triton_says_why_it_cannot_run(monkeypatch):
@@ -395,6 +412,8 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     assert "it runs on cuda, not on cpu; with TRITON_INTERPRET=1" in why().why
     if not torch.cuda.is_available():
         assert why(device="cuda") == (None, "triton: this machine has no GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "false")  # Triton takes it as 0
+    assert why().backend is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why().backend == "triton"
     assert "head dims up to 256, not 320" in why(head_dim=320).why

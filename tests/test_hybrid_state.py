@@ -25,6 +25,31 @@ def test_rewind_without_a_window_and_by_a_scalar(kind):
     assert state.rewind(torch.tensor(2)).length.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("backend", [None, "cpu"])
+def test_forward_mode_through_a_state_is_refused_but_by_the_reference(backend):
+    q, k, v = torch.randn(3, 1, 2, 4, 8)
+    phi, gate = lo.Features(torch.randn(2, 8, 8)), torch.zeros(2)
+
+    def derivative(backend):
+        def step(q):
+            state = lo.HybridState.empty_for(k, v, phi, window=2)
+            return lo.hybrid_attention_step_(q, k, v, phi, phi, gate, state, backend=backend)
+
+        return torch.func.jvp(step, (q,), (q,))[1]
+
+    with pytest.raises(NotImplementedError, match="an input has a tangent"):
+        derivative(backend)
+    assert derivative("reference").norm() > 0
+
+
+def test_a_reset_of_slots_that_do_not_exist_changes_nothing():
+    state = lo.HybridState.empty(3, 2, 2, 8, 8, 16, window=2)
+    state.kv.fill_(1)
+    with pytest.raises(IndexError):
+        state.reset(torch.tensor([0, 7]))
+    assert state.kv.eq(1).all()
+
+
 def test_a_state_without_keys_goes_on_in_any_dtype():
     state = lo.HybridState.empty(2, 1, 1, 4, 4, 8, window=0, dtype=torch.bfloat16)
     other = lo.HybridState.empty(2, 1, 1, 4, 4, 8, window=0)

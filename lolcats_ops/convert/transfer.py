@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ class _LayerLearner:
     def __init__(
         self,
         attention: LolcatsAttention,
+        index: int,
         config: TransferConfig,
         steps: int,
         bar: Bar,
@@ -53,6 +55,7 @@ class _LayerLearner:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         same_everywhere(attention, count)
+        self.index = index  # among the model's layers that are converted
         self.config = config
         self.bar = bar
         self.count = count  # of processes
@@ -91,10 +94,17 @@ class _LayerLearner:
             loss = self.config.mse * mse + self.config.xent * xent
         loss.backward()
         mse = mean_gradients(self.parameters, mse, self.count)
+        losses = torch.stack((mse, loss)).tolist()
+        if not all(map(math.isfinite, losses)):
+            raise RuntimeError(
+                f"transfer: the loss of converted layer {self.index} is {losses[1]} in step "
+                f"{len(self.losses) + 1}: the model's weights or activations are not finite there, "
+                f"or the learning rate of {self.config.learning_rate:g} is too large"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        self.losses.append(mse.item())
+        self.losses.append(losses[0])
         self.bar.advance(loss=self.losses[-1])
         return teacher
 
@@ -145,7 +155,7 @@ def transfer(
             be read, or that is of another model, of other data or of another configuration; or
             processes that differ in one of these.
         NotImplementedError: a model that applies a layer several times.
-        RuntimeError: processes that accelerate was not told of.
+        RuntimeError: processes that accelerate was not told of; a loss that is not finite.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is
@@ -191,7 +201,9 @@ def transfer(
         progress("attention transfer", steps * len(attention_layers(model))) as bar,
     ):
         layers = attention_layers(model)
-        learners = [_LayerLearner(layer, config, steps, bar, count) for layer in layers]
+        learners = [
+            _LayerLearner(layer, i, config, steps, bar, count) for i, layer in enumerate(layers)
+        ]
         used = {**config.model_dump(), "processes": count}
         begun = origin(model, data, used, features=False)
         done = _resume(checkpoint, begun, layers, learners)

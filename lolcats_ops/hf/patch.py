@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 import lolcats_ops as lo
 from lolcats_ops.hf.attention import (
@@ -310,11 +310,11 @@ def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     find_beside(layers)
     if torch.compiler.is_compiling():
         return
-    held = {layer.cumulative_length for layer in layers if isinstance(layer, LolcatsCacheLayer)}
+    held = {tokens for layer in layers if (tokens := _tokens_held(layer)) is not None}
     if len(held) > 1:
         raise ValueError(
             f"this cache is half updated, its layers hold {' and '.join(map(str, sorted(held)))} "
-            "tokens: an earlier call was interrupted; start with a fresh one"
+            "tokens: an earlier call, or crop(), was interrupted; start with a fresh one"
         )
     if mask is None:
         return
@@ -335,6 +335,16 @@ def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
             read = mask if by_kind is None else by_kind.get(kinds[i]) if kinds else None
             layer = layers[i] if i < len(layers) else None
             _check_once(attention, read, layer, given.get("position_ids"))
+
+
+def _tokens_held(layer: Any) -> int | None:
+    """The tokens that a layer of a cache has seen, None if it is not known without asking its
+    device, or is of no use: softmax layers that share the keys of others stay empty."""
+    if isinstance(layer, LolcatsCacheLayer):
+        return layer.cumulative_length
+    if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        return layer.get_seq_length()
+    return None
 
 
 def _check_past(mask: torch.Tensor, layers: list[Any], tokens: int) -> None:

@@ -26,7 +26,7 @@ def feature_map(x: Tensor, features: Features, *, backend: str | None = None) ->
 
     Args:
         x: [B, H, T, D], fp32, bf16 or fp16; D and f are at most 256. The backend "reference" takes
-            any floating dtype and any D and f.
+            any dtype that torch computes in and any D and f.
         features: the map, with Hf == H, or with Hf dividing H: head h then uses map h // (H / Hf).
         backend: None for the best on x's device, or one of ``lolcats_ops.backends()``.
 

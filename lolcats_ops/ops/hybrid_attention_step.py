@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from .. import reference
@@ -33,6 +34,7 @@ from .validation import (
     check_flags,
     check_gate,
     check_inference,
+    check_no_tangents,
     check_state,
     check_state_indices,
 )
@@ -138,6 +140,8 @@ def _by_library(
         or type(state) is not HybridState
         or type(feature_q) is not Features
         or type(feature_k) is not Features
+        or type(affine) is not bool
+        or forward_ad._current_level >= 0
         or torch.compiler.is_compiling()
         or torch._C._functorch.maybe_current_level() is not None  # its samples go one by one
     ):
@@ -189,6 +193,8 @@ def step_(
     affine: bool,
 ) -> Tensor:
     """The operator on checked arguments."""
+    maps = (*feature_q.tensors, *feature_k.tensors, gate)
+    check_no_tangents(_OP, q, k, v, *maps, *state.tensors.values())
     operator = operators(backend).hybrid_attention_step_
     # Of no keys the dtype means nothing, but the kernels want q's.
     pool = tuple(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._codes import WINDOW_KINDS
 from ..features import Features
@@ -165,6 +166,17 @@ def check_inference(op: str, *tensors: Tensor | None) -> None:
         raise ValueError(
             f"{op}: an input requires grad, but attention on a recurrent state is inference only: "
             f"call it under torch.no_grad(), or train with hybrid_attention without state"
+        )
+
+
+def check_no_tangents(op: str, *tensors: Tensor | None) -> None:
+    """No forward-mode derivative is asked of kernels that write a state: torch would make it 0."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            f"{op}: an input has a tangent, but on a recurrent state the kernels have no "
+            f"forward-mode derivative; backend='reference' has one"
         )
 
 

@@ -173,6 +173,15 @@ def first_loss(**options):
     return report.losses[0][0], lo.hf.attention_layers(model)[0].feature_q.detach()
 
 
+def test_a_loss_that_is_not_finite_ends_transfer_before_it_changes_the_layer(model):
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.inf
+    layer = lo.hf.attention_layers(model)[1]
+    before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    with pytest.raises(RuntimeError, match="loss of converted layer 1 is nan in step 1: "):
+        lo.convert.transfer(model, token_rows(2, 24))
+    assert all(torch.equal(before[n], p) for n, p in layer.named_parameters())
+
+
 def test_the_loss_is_divided_by_the_variance_of_the_teacher_if_it_is_asked_to():
     model, seen = lo.hf.convert(tiny(), NARROW), []
     layer = lo.hf.attention_layers(model)[0]

@@ -403,6 +403,18 @@ def test_a_cache_that_was_interrupted_between_layers_is_refused(model):
 
 
 @torch.no_grad()
+def test_a_cache_of_which_softmax_layers_alone_were_cropped_is_refused(model):
+    lo.hf.restore(model)
+    lo.hf.convert(model, lo.hf.LolcatsConfig(window=8, feature_dim=16, softmax_layers=(0,)))
+    ids, cache = token_ids(1, 20), transformers.DynamicCache(config=model.config)
+    model(ids[:, :15], past_key_values=cache)
+    with pytest.raises(ValueError, match="which reaches tokens already folded"):
+        cache.crop(-8)
+    with pytest.raises(ValueError, match="half updated, its layers hold 7 and 15 tokens"):
+        model(ids[:, 15:], past_key_values=cache)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("filled", [True, False])
 def test_a_restored_model_is_refused_the_cache_of_a_converted_one(model, filled):
     cache, ids = lo.hf.LolcatsCache(model), token_ids(1, 20)
