@@ -53,8 +53,8 @@ def end_chunk(p, t):
 
 @triton.jit
 def reach(p, c):
-    """How many tiles before its own chunk c weighs pair by pair; of carried ones, and their number
-    wherever that does not depend on c."""
+    """How many tiles before its own chunk c weighs pair by pair, where they are carried; a constant
+    where all chunks weigh as many."""
     if p.window.kind == SLIDING or p.window.carried == 1:
         return p.window.carried
     else:  # the later chunks of a terrace reach back farther
@@ -63,8 +63,8 @@ def reach(p, c):
 
 @triton.jit
 def weighs(p, c, back):
-    """1 if chunk c weighs the tile ``back`` tiles before it pair by pair, else 0: turns of a loop,
-    which is none where they are known."""
+    """1 if chunk c weighs the tile ``back`` tiles before it pair by pair, else 0: how many turns a
+    loop has. One that is a constant leaves no loop."""
     if back * p.chunk <= p.window.size:
         return 1
     else:
