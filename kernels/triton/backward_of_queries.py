@@ -31,7 +31,7 @@ from .map_gradient import (
     zero_weight,
 )
 from .problem import INF, Sides
-from .state import absorb, absorb_tiles, key_features, load_state
+from .state import absorb, absorb_carried, absorb_tiles, key_features, load_state
 from .tokens import (
     chunk_of,
     chunk_range,
@@ -53,7 +53,6 @@ from .window import (
     own_masks,
     sink_mask,
     weighs,
-    weighs_last,
     window_start,
 )
 
@@ -222,12 +221,9 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
                 phi_old = key_features(p, at, old, tile.k, weight_k)
                 inside, outside = older_masks(p, c * p.chunk, back * p.chunk, True)
                 d_phi = linear_pairs(p, row, tile.v, phi_old, outside, d_phi)
-                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
-                    state = absorb(p, state, old, phi_old, tile.v)
+                state = absorb_carried(p, at, state, c, back, old, tile, phi_old, weight_k)
             else:
-                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
-                    phi_old = key_features(p, at, old, tile.k, weight_k)
-                    state = absorb(p, state, old, phi_old, tile.v)
+                state = absorb_carried(p, at, state, c, back, old, tile, None, weight_k)
         if p.window.read_again:
             if p.window.far_linear:
                 d_phi = far_pairs(p, at, row, c, weight_k, d_phi)

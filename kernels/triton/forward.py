@@ -27,6 +27,7 @@ from .features import inner_product, load_weight, product
 from .problem import INF, LEAST_GATE, LN2, LOG2E, LOWEST, Sums
 from .state import (
     absorb,
+    absorb_carried,
     absorb_tiles,
     empty_state,
     key_features,
@@ -56,7 +57,6 @@ from .window import (
     own_masks,
     sink_mask,
     weighs,
-    weighs_last,
     window_start,
 )
 
@@ -242,12 +242,9 @@ def attention_forward(p, out, m_ptr, den_ptr, kv0, ksum0, kv1, ksum1, eps, NORMA
                 phi_old = key_features(p, at, old, tile.k, weight_k)
                 inside, outside = older_masks(p, start, back * p.chunk, True)
                 linear = add_linear(linear, phi_q, phi_old, outside, tile.v, p.arithmetic)
-                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
-                    state = absorb(p, state, old, phi_old, tile.v)
+                state = absorb_carried(p, at, state, c, back, old, tile, phi_old, weight_k)
             else:
-                for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
-                    phi_old = key_features(p, at, old, tile.k, weight_k)
-                    state = absorb(p, state, old, phi_old, tile.v)
+                state = absorb_carried(p, at, state, c, back, old, tile, None, weight_k)
         if p.window.read_again:
             if p.window.far_linear:
                 linear = add_far_linear(p, at, linear, phi_q, c, weight_k)

@@ -8,7 +8,7 @@ import triton.language as tl
 from .features import operand, outer_product, product, project
 from .problem import Sides, State, Sums
 from .tokens import load_k, load_v, rows_of, tokens_at
-from .window import folds
+from .window import folds, weighs_last
 
 # What is added to ksum [f] is a product with a tile of this width, the least of a product, whose
 # columns are then summed. As sums over the tokens of a tile it would go through shared memory.
@@ -153,6 +153,18 @@ def absorb(p, state, tokens, phi, v):
     if p.window.sink > 0:  # the others are zero already
         v = tl.where(keep[:, None], v, 0.0)
     return add_rows(p, state, phi, v, tl.where(keep, 1.0, 0.0))
+
+
+@triton.jit
+def absorb_carried(p, at, state, c, back, tokens, tile, phi, weight_k):
+    """The state with a tile of keys, ``back`` tiles before chunk c, if later chunks do not weigh it
+    pair by pair. phi: its features, or None."""
+    for _ in tl.range(weighs_last(p, c, back), disable_licm=True):
+        if phi is None:
+            state = absorb(p, state, tokens, key_features(p, at, tokens, tile.k, weight_k), tile.v)
+        else:
+            state = absorb(p, state, tokens, phi, tile.v)
+    return state
 
 
 @triton.jit
