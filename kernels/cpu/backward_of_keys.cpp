@@ -170,13 +170,14 @@ void KeyGradients::prefetch(int64_t start) const {
 void KeyGradients::mixed_part(const Band& band) {
   const int n = (int)n_, ldv = padded(V_);
   const bool pairs = format_ != Format::f32;
+  const Band queries = of_rows(band);
   if (run_.wants_inputs()) {
     gemm(format_, n, BLOCK, F_, transposed(phi_words_, BLOCK), q_words_, BLOCK, scores_, BLOCK,
          Into::set, Skip::outputs, &band);
     keep_band(scores_, band, n);
     if (pairs) pair_columns(by_query_, scores_, n);
     gemm(format_, n, ldv, BLOCK, pairs ? rows(by_query_, BLOCK / 2) : rows(scores_, BLOCK),
-         block_.dy_rows, ldv, run_.dv_at(start_), ldv, Into::add, Skip::queries_of_m, &band);
+         block_.dy_rows, ldv, run_.dv_at(start_), ldv, Into::add, Skip::depth_of_row, &queries);
   }
   gemm(format_, n, BLOCK, V_, transposed(values_, BLOCK), block_.dy, BLOCK, scores_, BLOCK,
        Into::set, Skip::outputs, &band);
@@ -191,7 +192,7 @@ void KeyGradients::mixed_part(const Band& band) {
   if (pairs) pair_columns(by_query_, scores_, BLOCK);
   to_lanes(by_key_, pairs ? by_query_ : scores_, words(format_, BLOCK));
   gemm(format_, F_, BLOCK, BLOCK, phi_q_by_token(), by_key_, BLOCK, dphi_, BLOCK, Into::add,
-       Skip::queries_of_n, &band);
+       Skip::depth_of_column, &queries);
 }
 
 void KeyGradients::finish_tile() {

@@ -168,7 +168,7 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
   for (int t = 0; t < count; t++) {
     const KeyTile& tile = *piece[t].tile;
     const int n = (int)tile.n;
-    const Band& band = piece[t].softmax;
+    const Band &band = piece[t].softmax, queries = of_rows(band);
     float *u = piece[t].weights, *ds = dp_at(t);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec share = load(sums.r + c) / max(load(sums.ties + c), splat(1.0f));
@@ -181,12 +181,12 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
       }
     }
     gemm(format_, n, ldv, BLOCK, by_query(u, n, by_query_), block_.dy_rows, ldv,
-         run_.dv_at(tile.start), ldv, Into::add, Skip::queries_of_m, &band);
+         run_.dv_at(tile.start), ldv, Into::add, Skip::depth_of_row, &queries);
     gemm(format_, n, ldd, BLOCK, by_query(ds, n, by_query_), block_.q_rows, ldd,
-         run_.dk_at(tile.start), ldd, Into::add, Skip::queries_of_m, &band);
+         run_.dk_at(tile.start), ldd, Into::add, Skip::depth_of_row, &queries);
     if (format_ != Format::f32) pair_rows(ds, ds, n, BLOCK);
     gemm(format_, (int)block_.n, ldd, n, transposed(ds, BLOCK), tile.k_rows, ldd, dq_, ldd,
-         Into::add, Skip::keys_of_m, &band);
+         Into::add, Skip::depth_of_row, &band);
   }
 }
 
@@ -270,7 +270,7 @@ void QueryGradients::pairs_of_features(Weigh weigh) {
     weigh(tile, band, n, dp_);
     if (format_ != Format::f32) pair_rows(dp_, dp_, n, BLOCK);
     gemm(format_, F_, BLOCK, n, c_.tiles.phi_by_keys(tile), dp_, BLOCK, dphi_, BLOCK, Into::add,
-         Skip::keys_of_n, &band);
+         Skip::depth_of_column, &band);
   }
 }
 

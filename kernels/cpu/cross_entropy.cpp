@@ -127,7 +127,7 @@ class EntropyBackwardWorker {
       weight_gradients(tile, r);
       keep_linear(tile, h);
       gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
-           dphi_, BLOCK, Into::add, Skip::keys_of_n, &pairs_.w.linear);
+           dphi_, BLOCK, Into::add, Skip::depth_of_column, &pairs_.w.linear);
     }
     spread(p_.map_q(h), block_.q, block_.phi, partials_.q(slot_, h));
     const float g = p_.g(h);
@@ -149,8 +149,9 @@ class EntropyBackwardWorker {
         keep_linear(tile, h);
         memset(pairs_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
         to_lanes(scratch_, pairs_.w.student, BLOCK);
+        const Band queries = of_rows(pairs_.w.linear);
         gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
-             Skip::queries_of_n, &pairs_.w.linear);
+             Skip::depth_of_column, &queries);
       }
     }
     KeyTile& tile = pairs_.tiles.at(start);

@@ -97,21 +97,10 @@ struct Range {
   int begin, end;
 };
 
-// Queries whose rows meet [m0, m1): both ends of a band never decrease, so counting finds them
-// without a branch.
-inline Range queries_of(const Band& band, int m0, int m1) {
-  int first = 0, last = 0;
-  for (int c = 0; c < BLOCK; c++) {
-    first += band.hi[c] <= m0;
-    last += band.lo[c] < m1;
-  }
-  return {first, last > first ? last : first};
-}
-
-// Keys that some query of [n0, n1) sees.
-inline Range keys_of(const Band& band, int n0, int n1, int K) {
-  const int end = band.hi[n1 - 1] < K ? band.hi[n1 - 1] : K;
-  return {band.lo[n0] < end ? band.lo[n0] : end, end};
+// What some of [i0, i1) take of the depth.
+inline Range depth_of(const Band& band, int i0, int i1, int K) {
+  const int end = band.hi[i1 - 1] < K ? band.hi[i1 - 1] : K;
+  return {band.lo[i0] < end ? band.lo[i0] : end, end};
 }
 
 inline Range depth_of(int m0, int m1, int n0, int n1, const Term& term) {
@@ -119,14 +108,10 @@ inline Range depth_of(int m0, int m1, int n0, int n1, const Term& term) {
   switch (term.skip) {
     case Skip::outputs:
       return band->lo[n0] < m1 && band->hi[n1 - 1] > m0 ? Range{0, term.K} : Range{0, -1};
-    case Skip::keys_of_m:
-      return keys_of(*band, m0, m1, term.K);
-    case Skip::keys_of_n:
-      return keys_of(*band, n0, n1, term.K);
-    case Skip::queries_of_m:
-      return queries_of(*band, m0, m1);
-    case Skip::queries_of_n:
-      return queries_of(*band, n0, n1);
+    case Skip::depth_of_row:
+      return depth_of(*band, m0, m1, term.K);
+    case Skip::depth_of_column:
+      return depth_of(*band, n0, n1, term.K);
     case Skip::none:
       break;
   }
@@ -150,9 +135,10 @@ struct Product {
   Requests* requests;
 };
 
-inline bool banded(const Product& p) {
+// Whether rows of C differ in what reaches them.
+inline bool by_row(const Product& p) {
   for (int t = 0; t < p.terms; t++) {
-    if (p.term[t].skip != Skip::none) return true;
+    if (p.term[t].skip == Skip::outputs || p.term[t].skip == Skip::depth_of_row) return true;
   }
   return false;
 }
@@ -181,7 +167,7 @@ template <Format format, int R, int P, Into into, int ROW>
 inline void panel(const Product& p, int m, int n) {
   constexpr int LESS = R > 8 ? 8 : R > 4 ? 4 : R / 2;
   const int64_t row = ROW == ANY ? p.term->a.row : ROW;
-  const bool anew = banded(p);
+  const bool anew = by_row(p);
   Depth depths[MOST_TERMS];
   int terms = -1;
   for (; m + R <= p.M && !(R < 2 * LESS && p.M - m == 2 * LESS); m += R) {
@@ -225,14 +211,17 @@ inline void banded_pair(const Product& p, int n) {
 template <Format format, Into into, int ROW>
 inline void panels(const Product& p) {
   const Skip skip = p.term->skip;
-  const bool by_column =
-      skip == Skip::outputs || skip == Skip::keys_of_n || skip == Skip::queries_of_n;
+  const bool by_column = skip == Skip::outputs || skip == Skip::depth_of_column;
   int n = 0;
-  if (!by_column) {
-    for (; n + PANEL * LANES <= p.N; n += PANEL * LANES)
-      panel<format, ROWS, PANEL, into, ROW>(p, 0, n);
-  } else if (BLOCK > PANEL * LANES && skip == Skip::outputs && p.terms == 1) {
-    for (; n + PANEL * LANES <= p.N; n += PANEL * LANES) banded_pair<format, into, ROW>(p, n);
+  // A pair that is all of a block sees all of a tile.
+  if (!by_column || BLOCK > PANEL * LANES) {
+    for (; n + PANEL * LANES <= p.N; n += PANEL * LANES) {
+      if (skip == Skip::outputs) {
+        banded_pair<format, into, ROW>(p, n);
+      } else {
+        panel<format, ROWS, PANEL, into, ROW>(p, 0, n);
+      }
+    }
   }
   for (; n < p.N; n += LANES) panel<format, BANDED_ROWS, 1, into, ROW>(p, 0, n);
 }
@@ -428,7 +417,8 @@ void gemm(Format format, int M, int N, const Term* term, int terms, float* c, in
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, Into into, Skip skip, const Band* band) {
   if (skip == Skip::outputs && band->full(M)) skip = Skip::none;
-  if ((skip == Skip::keys_of_m || skip == Skip::keys_of_n) && band->full(K)) skip = Skip::none;
+  if ((skip == Skip::depth_of_row || skip == Skip::depth_of_column) && band->full(K))
+    skip = Skip::none;
   const Term term = {K, a, b, ldb, skip, band};
   gemm(format, M, N, &term, 1, c, ldc, into);
 }

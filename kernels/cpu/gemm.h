@@ -4,7 +4,7 @@
 // A is read one broadcast element at a time, so it may be transposed at no cost (row stride rs,
 // depth stride ks). B and C are row-major with lanes along N; N is padded to a multiple of LANES.
 // Attention is banded: query i sees the key rows [lo_i, hi_i). A Band says so, and products skip
-// the micro-tiles it leaves out, so that a triangle costs a triangle.
+// what it leaves out, in whole micro-tiles, so that a triangle costs a triangle.
 #pragma once
 #include "exponentials.h"
 #include "matrix_unit.h"
@@ -24,15 +24,25 @@ struct Band {
   bool empty() const { return hi[BLOCK - 1] == 0 || lo[0] >= hi[BLOCK - 1]; }
   bool full(int rows) const { return lo[BLOCK - 1] == 0 && hi[0] >= rows; }
 };
+// The same from the other side: which columns belong to each row.
+static inline Band of_rows(const Band& of_columns) {
+  Band band;
+  int lo = 0, hi = 0;
+  for (int row = 0; row < BLOCK; row++) {
+    while (lo < BLOCK && of_columns.hi[lo] <= row) lo++;
+    while (hi < BLOCK && of_columns.lo[hi] <= row) hi++;
+    band.lo[row] = lo;
+    band.hi[row] = hi;
+  }
+  return band;
+}
 
-// What a product may leave out.
+// What a product may leave out, by a band.
 enum class Skip {
   none,
-  outputs,       // C is key x query: micro-tiles outside the band are not written
-  keys_of_m,     // M are queries, K are keys
-  keys_of_n,     // N are queries, K are keys
-  queries_of_m,  // M are keys, K are queries
-  queries_of_n,  // N are keys, K are queries
+  outputs,          // micro-tiles of C outside it are not written
+  depth_of_row,     // row m takes [lo_m, hi_m) of the depth, outside of which A is zero
+  depth_of_column,  // column n does, outside of which B is zero
 };
 
 struct Operand {
@@ -69,8 +79,8 @@ constexpr int ROW_GROUP = TILE;
 constexpr int ROW_GROUP = 4;
 #endif
 
-// One of the products that add up to C, of which there is one at least. All have the same a.row,
-// and skip along the same of M and N if they skip.
+// One of the products that add up to C, of which there is one at least, and no other with
+// Skip::outputs. All have the same a.row, and skip along the same of M and N if they skip.
 struct Term {
   int K;
   Operand a;
