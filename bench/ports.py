@@ -100,6 +100,11 @@ def vector_operations(name: str, operands: str) -> int:
     return _SEVERAL.get(name, 1) if "%zmm" in operands else 1
 
 
+def sets() -> list[str]:
+    """The instruction sets of this CPU that ``Work`` knows: not the SSE of scalar."""
+    return [isa for isa in _C.cpu_isas() if isa != "scalar"]
+
+
 def why_not() -> str | None:
     """Why calls cannot be traced here, or None."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -136,18 +141,26 @@ def tracer() -> Iterator[Path]:
         yield program
 
 
-def executed(trace: Path, program: Path, isa: str, case: Case) -> Counter[int]:
-    """How often one call runs the instruction at each of the library's addresses, by one thread."""
-    mapped, counts = call([str(trace), str(program)], case, isa).split("\n\n")
+def traced(
+    what: str, trace: Path, program: Path, isa: str, case: Case
+) -> Iterator[tuple[int, int]]:
+    """Addresses of the library and how often one thread runs the instruction there, in one call.
+
+    ``what`` is "counts", or "order": each time that it runs, one after another.
+    """
+    mapped, lines = call([str(trace), what, str(program)], case, isa).split("\n\n")
     ours = [line for line in mapped.splitlines() if line.endswith(Path(lo.get_library()).name)]
     begin = int(ours[0].split("-")[0], 16)
     end = int(ours[-1].split()[0].split("-")[1], 16)
-    times: Counter[int] = Counter()
-    for line in counts.splitlines():
-        address, count = line.split()
+    for line in lines.splitlines():
+        address, _, times = line.partition(" ")
         if begin <= int(address, 16) < end:
-            times[int(address, 16) - begin] = int(count)
-    return times
+            yield int(address, 16) - begin, int(times or 1)
+
+
+def executed(trace: Path, program: Path, isa: str, case: Case) -> Counter[int]:
+    """How often one call runs the instruction at each of the library's addresses."""
+    return Counter(dict(traced("counts", trace, program, isa, case)))
 
 
 def per_token(trace: Path, program: Path, isa: str, case: Case) -> dict[str, Work]:
@@ -176,8 +189,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sets = [isa for isa in _C.cpu_isas() if isa != "scalar"]  # whose SSE it does not know
-    parser.add_argument("--isa", choices=sets, default=sets[0], help="default: %(default)s")
+    parser.add_argument("--isa", choices=sets(), default=sets()[0], help="default: %(default)s")
     parser.add_argument(
         "--case",
         action="append",

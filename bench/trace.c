@@ -1,17 +1,19 @@
-/* How often each instruction of a program runs between its two marks: the tracer of ports.py.
+/* Which instructions of a program run between its two marks: the tracer of ports.py and cycles.py.
  *
- *     trace PROGRAM ARGUMENT...
+ *     trace counts|order PROGRAM ARGUMENT...
  *
  * prints the program's memory map at the first mark, an empty line, and then an address and a count
- * per line. A mark is a breakpoint (int3). The program runs one instruction at a time, some 50 000
- * a second, so the call has to be short; unlike valgrind, every instruction set of the machine will
- * do. */
+ * per line, or the addresses in the order in which they ran. A mark is a breakpoint (int3). The
+ * program runs one instruction at a time, some 50 000 a second, so the call has to be short; unlike
+ * valgrind, every instruction set of the machine will do. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ptrace.h>
 #include <sys/user.h>
 #include <sys/wait.h>
@@ -21,6 +23,9 @@ static void fail(const char* what) {
   perror(what);
   exit(1);
 }
+
+/* The second mark stands behind the first, in the same function. */
+enum { NEAR = 1 << 12 };
 
 /* Open addressing; a call touches some ten thousand addresses. */
 enum { PLACES = 1 << 20 };
@@ -37,9 +42,17 @@ static void count(uintptr_t address) {
 }
 
 static uintptr_t instruction_pointer(pid_t pid) {
-  struct user_regs_struct registers;
-  if (ptrace(PTRACE_GETREGS, pid, NULL, &registers)) fail("PTRACE_GETREGS");
-  return registers.rip;
+  errno = 0;
+  const long rip = ptrace(PTRACE_PEEKUSER, pid, (void*)offsetof(struct user, regs.rip), NULL);
+  if (errno) fail("PTRACE_PEEKUSER");
+  return (uintptr_t)rip;
+}
+
+static int is_mark(pid_t pid, uintptr_t address) {
+  errno = 0;
+  const long code = ptrace(PTRACE_PEEKTEXT, pid, (void*)address, NULL);
+  if (errno) fail("PTRACE_PEEKTEXT");
+  return (code & 0xff) == 0xcc;
 }
 
 static void print_map(pid_t pid) {
@@ -65,26 +78,29 @@ static void wait_for_trap(pid_t pid) {
 }
 
 int main(int argc, char** argv) {
-  if (argc < 2) return 2;
+  if (argc < 3) return 2;
+  const int in_order = !strcmp(argv[1], "order");
+  if (!in_order && strcmp(argv[1], "counts")) return 2;
   const pid_t pid = fork();
   if (pid < 0) fail("fork");
   if (pid == 0) {
     if (ptrace(PTRACE_TRACEME, 0, NULL, NULL)) fail("PTRACE_TRACEME");
-    execv(argv[1], argv + 1);
-    fail(argv[1]);
+    execv(argv[2], argv + 2);
+    fail(argv[2]);
   }
   wait_for_trap(pid); /* at its first instruction */
   ptrace(PTRACE_SETOPTIONS, pid, NULL, PTRACE_O_EXITKILL);
   if (ptrace(PTRACE_CONT, pid, NULL, NULL)) fail("PTRACE_CONT");
   wait_for_trap(pid); /* at its first mark */
   print_map(pid);
+  const uintptr_t first = instruction_pointer(pid);
   for (;;) {
     const uintptr_t address = instruction_pointer(pid);
-    errno = 0;
-    const long code = ptrace(PTRACE_PEEKTEXT, pid, (void*)address, NULL);
-    if (errno) fail("PTRACE_PEEKTEXT");
-    if ((code & 0xff) == 0xcc) break; /* the second mark */
-    count(address);
+    if (address - first < NEAR && is_mark(pid, address)) break; /* the second */
+    if (in_order)
+      printf("%lx\n", (unsigned long)address);
+    else
+      count(address);
     if (ptrace(PTRACE_SINGLESTEP, pid, NULL, NULL)) fail("PTRACE_SINGLESTEP");
     wait_for_trap(pid);
   }
