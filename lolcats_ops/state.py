@@ -265,14 +265,14 @@ class HybridState:
         """A copy that shares no memory, and is contiguous."""
         return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
-    def to(self, device: torch.device | str) -> HybridState:
+    def to(self, device: torch.device | str | int) -> HybridState:
         """The state on ``device``; its dtypes, which mean something each, stay.
 
         Raises:
-            TypeError: a dtype in the place of a device.
+            TypeError: a dtype, or another tensor, in the place of a device.
         """
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"HybridState.to: {device} is a dtype, needs a device")
+        if not isinstance(device, (torch.device, str, int)):
+            raise TypeError(f"HybridState.to: got {type(device).__name__}, needs a device")
         return self._map(lambda x: x.to(device))
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> HybridState:

@@ -357,9 +357,10 @@ def test_large_gates_and_integers_of_numpy_are_good():
     assert lo.hybrid_attention(**x).isfinite().all()
 
 
-def test_a_state_is_not_cast():
-    with pytest.raises(TypeError, match="is a dtype, needs a device"):
-        empty().to(torch.bfloat16)
+@pytest.mark.parametrize("like", [torch.bfloat16, torch.ones(1, dtype=torch.bfloat16), 1.5])
+def test_a_state_is_not_cast(like):
+    with pytest.raises(TypeError, match=f"got {type(like).__name__}, needs a device"):
+        empty().to(like)
 
 
 @pytest.mark.parametrize("name", ["window", "sink", "slack", "batch"])
