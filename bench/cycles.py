@@ -11,18 +11,16 @@ what a measurement is above all of that is lost in memory, branches and by other
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import ports
-from .cases import Case, select
+from .cases import Case
 from .instructions import driver
 
 CASES = tuple(case for case in ports.CASES if case.pass_ == "forward" and case.op != "feature_map")
@@ -153,30 +151,11 @@ def simulate(
 
 def main() -> None:
     """Prints the cycles of every case."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.cycles",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    isas = ports.sets()
-    parser.add_argument("--isa", choices=isas, default=isas[0], help="default: %(default)s")
+    parser = ports.make_parser("bench.cycles", __doc__, CASES)
     parser.add_argument(
         "--core", default="native", help="as LLVM names it: znver3, znver4, ...; default: this one"
     )
-    parser.add_argument(
-        "--case",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="those that contain it: " + ", ".join(map(str, CASES)),
-    )
-    options = parser.parse_args()
-    if reason := why_not():
-        sys.exit(f"bench.cycles: {reason}")
-    try:
-        cases = select(options.case, CASES)
-    except ValueError as error:
-        parser.error(str(error))
+    options, cases = ports.chosen(parser, CASES, why_not())
     of = ports.disassembly(options.isa)
     with ports.tracer() as trace, driver("-DTRACED") as program:
         for case in cases:

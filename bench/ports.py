@@ -19,7 +19,6 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,11 +99,6 @@ def vector_operations(name: str, operands: str) -> int:
     return _SEVERAL.get(name, 1) if "%zmm" in operands else 1
 
 
-def sets() -> list[str]:
-    """The instruction sets of this CPU that ``Work`` knows: not the SSE of scalar."""
-    return [isa for isa in _C.cpu_isas() if isa != "scalar"]
-
-
 def why_not() -> str | None:
     """Why calls cannot be traced here, or None."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
@@ -182,28 +176,44 @@ def total(work: dict[str, Work]) -> Work:
     return Work(**sums)
 
 
-def main() -> None:
-    """Prints the work of every case."""
+def make_parser(prog: str, about: str | None, cases: tuple[Case, ...]) -> argparse.ArgumentParser:
+    """A parser of what every command can be told that traces some of ``cases``."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.ports",
-        description=__doc__,
+        prog=f"python -m {prog}",
+        description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--isa", choices=sets(), default=sets()[0], help="default: %(default)s")
+    sets = [isa for isa in _C.cpu_isas() if isa != "scalar"]  # whose SSE Work does not know
+    parser.add_argument("--isa", choices=sets, default=sets[0], help="default: %(default)s")
     parser.add_argument(
         "--case",
         action="append",
         default=[],
         metavar="PATTERN",
-        help="those that contain it: " + ", ".join(map(str, CASES)),
+        help="those that contain it: " + ", ".join(map(str, cases)),
     )
+    return parser
+
+
+def chosen(
+    parser: argparse.ArgumentParser, cases: tuple[Case, ...], why_not: str | None
+) -> tuple[argparse.Namespace, list[Case]]:
+    """The options of the command line, and which of ``cases`` they name.
+
+    Exits where they name none, or where ``why_not`` says why nothing can be traced here.
+    """
     options = parser.parse_args()
-    if reason := why_not():
-        sys.exit(f"bench.ports: {reason}")
+    if why_not:
+        parser.exit(1, f"{parser.prog}: {why_not}\n")
     try:
-        cases = select(options.case, CASES)
+        return options, select(options.case, cases)
     except ValueError as error:
         parser.error(str(error))
+
+
+def main() -> None:
+    """Prints the work of every case."""
+    options, cases = chosen(make_parser("bench.ports", __doc__, CASES), CASES, why_not())
     names = [f.name.replace("_", " ") for f in fields(Work)]
     with tracer() as trace, driver("-DTRACED") as program:
         for case in cases:

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from helpers.tracing import traceable
 
 from bench import cycles, ports
-from lolcats_ops import _C
 
 
 @pytest.mark.parametrize(
@@ -64,16 +64,9 @@ def test_a_core_that_does_not_exist():
 def test_a_block_takes_what_its_multiply_adds_do_and_more():
     if reason := cycles.why_not():
         pytest.skip(reason)
-    if "avx2" not in _C.cpu_isas():
-        pytest.skip("needs avx2")
     case = replace(ports.CASES[0], T=96, D=16, V=16, f=16, window=32)
-    with ports.tracer() as trace, ports.driver("-DTRACED") as program:
-        try:
-            addresses = cycles.block(trace, program, "avx2", case)
-        except RuntimeError as refused:
-            if "PTRACE_TRACEME: Operation not permitted" in str(refused):
-                pytest.skip("tracing is not permitted here")
-            raise
+    with traceable() as (trace, program):
+        addresses = cycles.block(trace, program, "avx2", case)
     shares, _ = cycles.simulate(addresses, ports.disassembly("avx2"), "znver3")
     multiply_adds = sum(share.multiply_adds for share in shares.values())
     assert multiply_adds > case.flops / case.tokens / 2 / 8

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from helpers.tracing import traceable
 
 from bench import ports
-from lolcats_ops import _C
 
 
 @pytest.mark.parametrize(
@@ -46,16 +46,9 @@ def test_loads_and_stores():
 def test_products_take_the_useful_multiply_adds_and_few_more():
     if reason := ports.why_not():
         pytest.skip(reason)
-    if "avx2" not in _C.cpu_isas():
-        pytest.skip("needs avx2")
     case = replace(ports.CASES[0], T=64, D=32, V=32, f=32, window=32)
-    with ports.tracer() as trace, ports.driver("-DTRACED") as program:
-        try:
-            work = ports.total(ports.per_token(trace, program, "avx2", case))
-        except RuntimeError as refused:
-            if "PTRACE_TRACEME: Operation not permitted" in str(refused):
-                pytest.skip("tracing is not permitted here")
-            raise
+    with traceable() as (trace, program):
+        work = ports.total(ports.per_token(trace, program, "avx2", case))
     useful = case.flops / case.tokens / 2 / 8
     assert useful < work.multiply_adds < 1.5 * useful
     assert work.vector < work.instructions
