@@ -236,5 +236,5 @@ def select(patterns: Sequence[str], cases: Sequence[Case] = STANDARD) -> list[Ca
     }
     for pattern, matches in found.items():
         if not matches:
-            raise ValueError(f"no case matches {pattern!r}; python -m bench --list shows them all")
+            raise ValueError(f"no case matches {pattern!r}")
     return [case for case in cases if any(case in matches for matches in found.values())]

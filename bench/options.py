@@ -81,4 +81,4 @@ def parse(
             find(name)
         return options, select(options.case, CASES[options.device])
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"{error}; python -m bench --list shows all of them")

@@ -132,7 +132,7 @@ def find(name: str) -> Peer:
         ValueError: there is none.
     """
     if name not in peers():
-        raise ValueError(f"no implementation {name!r}; there are: {', '.join(peers())}")
+        raise ValueError(f"no implementation {name!r}")
     return peers()[name]
 
 

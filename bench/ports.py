@@ -208,7 +208,7 @@ def chosen(
     try:
         return options, select(options.case, cases)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(f"{error}; --help shows them all")
 
 
 def main() -> None:
