@@ -145,9 +145,8 @@ void gather_as(KeyTiles& tiles, const Window& window, const Queries& block, int6
                                weights + MOST_TILES * BLOCK * BLOCK, out);
       if (format != Format::f32) round_weights(piece[t], out);
       bands[t] = seen(piece[t]);
-      terms[t] = {
-          n,        transposed(piece[t].weights, BLOCK), piece[t].tile->v, ld, Skip::depth_of_row,
-          &bands[t]};
+      const Operand a = transposed(piece[t].weights, BLOCK);
+      terms[t] = {n, a, piece[t].tile->v, ld, Skip::depth_of_row, &bands[t]};
     }
     const bool with_state = state && !pieces.more();
     if (with_state) terms[count] = *state;
