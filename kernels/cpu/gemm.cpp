@@ -193,11 +193,11 @@ inline void banded_pair(const Product& p, int n) {
   const int begin = band.lo[right] / BANDED_ROWS * BANDED_ROWS;
   const int seen = (band.hi[right - 1] + BANDED_ROWS - 1) / BANDED_ROWS * BANDED_ROWS;
   const int end = seen < p.M ? seen : p.M;
-  Product part = p;
   if (begin >= end) {
     panel<format, BANDED_ROWS, 1, into, ROW>(p, 0, n);
     return panel<format, BANDED_ROWS, 1, into, ROW>(p, 0, right);
   }
+  Product part = p;
   part.M = begin;
   panel<format, BANDED_ROWS, 1, into, ROW>(part, 0, n);
   panel<format, BANDED_ROWS, 1, into, ROW>(p, end, right);
