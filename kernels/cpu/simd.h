@@ -77,26 +77,30 @@ static inline void end_of_stream() {
 // x - 0 is x for every x, while 0 + x is not for -0: this way no addition remains.
 static inline Vec splat(float x) { return x - Vec{}; }
 // sum + a b, in the register that sum is in: where several of these follow one another, GCC moves
-// sums to other registers, and some to memory.
+// sums to other registers, and some to memory. In the second, a is an operand of the instruction on
+// AVX-512.
+#if defined(__AVX512F__) && !defined(__clang__)
 static inline Vec multiply_add(Vec sum, Vec a, Vec b) {
-#if defined(__AVX512F__)
   asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#elif defined(__FMA__) && LOL_LANES == 8
-  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-#else
-  sum += a * b;
-#endif
   return sum;
 }
-// The same for one number a that is not used twice: an operand of the instruction, on AVX-512.
 static inline Vec multiply_add(Vec sum, const float* a, Vec b) {
-#if defined(__AVX512F__)
   asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
   return sum;
+}
 #else
-  return multiply_add(sum, splat(*a), b);
+static inline Vec multiply_add(Vec sum, Vec a, Vec b) {
+#if defined(__FMA__) && LOL_LANES == 8 && !defined(__clang__)
+  asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  return sum;
+#else
+  return sum + a * b;
 #endif
 }
+static inline Vec multiply_add(Vec sum, const float* a, Vec b) {
+  return multiply_add(sum, splat(*a), b);
+}
+#endif
 static inline VecI splat_int(int32_t x) { return VecI{} + x; }
 static inline VecI lane_index() {
   VecI v;
