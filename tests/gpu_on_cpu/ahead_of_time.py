@@ -74,6 +74,7 @@ class Build:
     occupancy: blocks that fit on one multiprocessor; limited_by: what stops the next.
     instructions, hot_loop: instructions of the kernel and of its hottest loop, by family.
     hot_loop_opcodes: that loop with all modifiers, in order.
+    program: digest of what Triton made of the kernel before it turned to a GPU (intermediate.py).
     asm: texts by name ("ttgir", "llir", "ptx", "sass" or "amdgcn").
     """
 
@@ -85,6 +86,7 @@ class Build:
     hot_loop: Mapping[str, int]
     hot_loop_opcodes: tuple[str, ...]
     threads: int
+    program: str
     asm: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property

@@ -2,12 +2,15 @@
 
 python -m pytest ... fails with        forward sm_90 w4 s2: registers 168, at most 128
 write(builds, path) renews the file, after a change that is meant to move the numbers
+
+An entry has the digest of the program that it is of (intermediate.py), so that a kernel that has
+not changed need not be compiled again to know that it keeps its budget.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,18 @@ from .ahead_of_time import Build
 from .listing import TELLING_FAMILIES
 
 
-def write(builds: Sequence[Build], path: Path) -> None:
-    """Makes what the builds need now the budget."""
-    entries = {build.job.id: _entry(build) for build in sorted(builds, key=lambda b: b.job.id)}
+def write(builds: Sequence[Build], path: Path, keep: Collection[str] = ()) -> None:
+    """Makes what the builds need now the budget, beside the entries with the names to ``keep``."""
+    entries = {build.job.id: _entry(build) for build in builds}
     if len(entries) < len(builds):
         raise ValueError("jobs share an id; give them different cases")
+    before = _read(path)["kernels"]
+    entries |= {name: before[name] for name in keep}
     if too_large := [build.job.id for build in builds if build.occupancy == 0]:
         raise ValueError(f"no multiprocessor holds a block of {', '.join(too_large)}")
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(e)}" for name, e in entries.items())
+    lines = ",\n".join(
+        f"{json.dumps(name)}: {json.dumps(entries[name])}" for name in sorted(entries)
+    )
     path.write_text(f'{{"triton": "{version("triton")}", "kernels": {{\n{lines}\n}}}}\n')
 
 
@@ -34,25 +41,54 @@ def compare(builds: Sequence[Build], path: Path, renew: str, partial: bool = Fal
     stale without a build (unless the builds are ``partial``) or when another version of Triton made
     it.
     """
-    content = json.loads(path.read_text()) if path.exists() else {"triton": None, "kernels": {}}
-    budgets = content["kernels"]
-    violations = []
-    if content["triton"] != version("triton"):
-        violations.append(f"{path.name} is of triton {content['triton']}, not {version('triton')}")
+    budgets = _read(path)["kernels"]
+    names = {build.job.id for build in builds}
+    violations = _of_file(path, names, budgets.keys() & names if partial else budgets.keys())
     for build in builds:
         if build.job.id in budgets:
             violations += _exceeded(build, budgets[build.job.id])
-        else:
-            violations.append(f"{build.job.id}: missing in {path.name}")
-    names = set(budgets) if partial else {build.job.id for build in builds}
-    violations += [f"{name}: stale in {path.name}" for name in budgets if name not in names]
-    if violations:
-        violations.append(f"if that is meant: {renew}")
-    return violations
+    return _with_advice(violations, renew)
+
+
+def compare_programs(programs: Mapping[str, str], path: Path, renew: str) -> list[str]:
+    """The same without builds: entries that are missing, stale, or of another program."""
+    budgets = _read(path)["kernels"]
+    violations = _of_file(path, programs.keys(), budgets.keys()) + [
+        f"{name}: not the program that {path.name} is of"
+        for name in sorted(changed(programs, path) & budgets.keys())
+    ]
+    return _with_advice(violations, renew)
+
+
+def changed(programs: Mapping[str, str], path: Path) -> set[str]:
+    """The names of programs that the budget is not of: new, changed, or of another Triton."""
+    content = _read(path)
+    if content["triton"] != version("triton"):
+        return set(programs)
+    budgets = content["kernels"]
+    return {name for name, p in programs.items() if budgets.get(name, {}).get("program") != p}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"triton": None, "kernels": {}}
+
+
+def _of_file(path: Path, names: Collection[str], budgeted: Collection[str]) -> list[str]:
+    """Its violations: of another Triton, or of other kernels than these."""
+    triton, now = _read(path)["triton"], version("triton")
+    found = [] if triton == now else [f"{path.name} is of triton {triton}, not {now}"]
+    found += [f"{name}: missing in {path.name}" for name in sorted(names) if name not in budgeted]
+    found += [f"{name}: stale in {path.name}" for name in sorted(budgeted) if name not in names]
+    return found
+
+
+def _with_advice(violations: list[str], renew: str) -> list[str]:
+    return violations and [*violations, f"if that is meant: {renew}"]
 
 
 def _entry(build: Build) -> dict[str, Any]:
     return {
+        "program": build.program,
         "at_most": dict(build.resources),
         "blocks_at_least": build.occupancy,
         "in_hot_loop": [name for name in TELLING_FAMILIES if name in build.hot_loop],

@@ -18,6 +18,7 @@ from triton.runtime.jit import MockTensor
 
 from . import amdgcn, occupancy, sass
 from .ahead_of_time import Argument, Build, Job
+from .intermediate import digest
 from .listing import Listing, histogram
 
 _TARGETS = {
@@ -115,6 +116,7 @@ def describe(job: Job, compiled: Any, keep_asm: bool = False) -> Build:
         hot_loop=histogram(hot_loop),
         hot_loop_opcodes=hot_loop,
         threads=made.threads,
+        program=digest(compiled.asm["ttir"]),
         asm={**texts, **made.texts} if keep_asm else {},
     )
 

@@ -12,17 +12,20 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gpu_on_cpu.ahead_of_time import CACHE, Build, BuildError, Job
 
 SOFTMAX, EXP = (0, True, False, 1e-12), (1, True, False, 1e-12)  # two-sided maps
 WINDOWS = {"sliding": (64, 0, 0), "terrace": (64, 1, 0), "sinks": (64, 0, 4), "none": (0, 0, 0)}
 H, HK = 8, 2
+
+T = TypeVar("T")
+Options = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -133,55 +136,90 @@ CALLS: dict[str, Callable[[Any, Inputs], None]] = {
 }
 
 
-def build(target: str, case: Case) -> list[Build]:
-    """The kernels of a case, each of them once. For a process in which Triton compiles."""
+def build(target: str, case: Case, only: Collection[str] | None = None) -> list[Build]:
+    """The kernels of a case, each of them once, or ``only`` those with these ids.
+
+    This and the next are for a process in which Triton compiles.
+    """
+    from gpu_on_cpu.compiler import describe
+
+    def compiled(job: Job, kernel: Any, grid: Any, arguments: tuple, options: Options) -> Any:
+        if only is None or job.id in only:
+            return describe(job, kernel.warmup(*arguments, grid=grid, **options))
+        return None
+
+    return [build for build in _of_each_kernel(target, case, compiled).values() if build]
+
+
+def programs(target: str, cases: Sequence[Case]) -> dict[str, str]:
+    """The digests of the cases' kernels (intermediate.py), by their ids."""
+    from gpu_on_cpu.intermediate import digest_of
+
+    found: dict[str, str] = {}
+    for case in cases:
+        found |= _of_each_kernel(target, case, lambda job, *launch: digest_of(*launch))
+    return found
+
+
+def _of_each_kernel(target: str, case: Case, wanted: Callable[..., T]) -> dict[str, T]:
+    """By its id, what ``wanted`` makes of a job, its kernel, grid, arguments and options."""
     import triton
-    from gpu_on_cpu.compiler import describe, driver_for
+    from gpu_on_cpu.compiler import driver_for
     from lolcats_ops.kernels import triton as kernels
     from lolcats_ops.kernels.triton import launch
 
-    builds: dict[str, Build] = {}
+    found: dict[str, T] = {}
     label = ""
 
-    def compile_only(kernel: Any, grid: Any, args: tuple, options: dict[str, int]) -> None:
-        compiled = kernel.warmup(*args, grid=grid, **options)
+    def launched(kernel: Any, grid: Any, arguments: tuple, options: Options) -> None:
         name = f"{label} {case.name}"
         job = Job(kernel.fn.__module__, kernel.fn.__name__, {}, target, case=name, **options)
-        if job.id not in builds:
-            builds[job.id] = describe(job, compiled)
+        if job.id not in found:
+            found[job.id] = wanted(job, kernel, grid, arguments, options)
 
-    launch._run = compile_only
+    launch._run = launched
     triton.runtime.driver.set_active(driver_for(target))
     x = Inputs(case)
     for label in case.calls:
         CALLS[label](kernels, x)
-    return list(builds.values())
+    return found
 
 
-def build_all(jobs: Sequence[tuple[str, Case]], workers: int = 2) -> list[Build]:
+def build_all(
+    jobs: Sequence[tuple[str, Case]], only: Collection[str] | None = None, workers: int = 2
+) -> list[Build]:
     """The kernels of (target, case)s, in this many processes at a time."""
     with ThreadPoolExecutor(workers) as pool:
-        return [build for builds in pool.map(_in_a_process, jobs) for build in builds]
+        found = pool.map(lambda job: _in_a_process(build, *job, only), jobs)
+        return [build for builds in found for build in builds]
 
 
-def _in_a_process(job: tuple[str, Case]) -> list[Build]:
+def all_programs(jobs: Sequence[tuple[str, Case]], workers: int = 2) -> dict[str, str]:
+    """The digests of the same kernels, a target in each process."""
+    cases: dict[str, list[Case]] = {}
+    for target, case in jobs:
+        cases.setdefault(target, []).append(case)
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda target: _in_a_process(programs, target, cases[target]), cases)
+        return {name: program for some in found for name, program in some.items()}
+
+
+def _in_a_process(function: Callable[..., T], target: str, *more: Any) -> T:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     environment |= {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.setdefault("TRITON_CACHE_DIR", str(CACHE))
-    target, case = job
     with tempfile.TemporaryDirectory() as folder:
-        request, answer = Path(folder, "job"), Path(folder, "builds")
-        request.write_bytes(pickle.dumps(job))
+        request, answer = Path(folder, "request"), Path(folder, "answer")
+        request.write_bytes(pickle.dumps((function, target, *more)))
         command = [sys.executable, "-m", "helpers.launches", str(request), str(answer)]
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False
         )  # fmt: skip
         if done.returncode:
-            raise BuildError(f"{case.name} for {target}:\n{done.stderr[-3000:]}")
+            raise BuildError(f"{target}, {more}:\n{done.stderr[-3000:]}")
         return pickle.loads(answer.read_bytes())
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_bytes(
-        pickle.dumps(build(*pickle.loads(Path(sys.argv[1]).read_bytes())))
-    )
+    function, *arguments = pickle.loads(Path(sys.argv[1]).read_bytes())
+    Path(sys.argv[2]).write_bytes(pickle.dumps(function(*arguments)))

@@ -7,6 +7,7 @@ import pytest
 
 from gpu_on_cpu import budget, pipe_model
 from gpu_on_cpu.ahead_of_time import BuildError, Job, build_all
+from gpu_on_cpu.intermediate import digest
 from gpu_on_cpu.listing import Listing
 from gpu_on_cpu.occupancy import blocks_per_sm
 from gpu_on_cpu.sass import read_sass
@@ -189,6 +190,24 @@ def test_occupancy_is_that_of_the_tables(registers, shared, threads, expected):
     assert blocks_per_sm("sm_80", registers, shared, threads) == expected
 
 
+PROGRAM = """#loc = loc("kernels.py":7:0)
+tt.func public @f(%p_x: !tt.ptr<f32> loc("p_x"(#loc)), %n: i32 loc("kernels.py":7:0)) {
+  %x = tt.splat %n : i32 -> tensor<16xi32> loc(#loc2)
+}
+#loc2 = loc("x"(#loc))
+"""
+
+
+def test_a_program_is_the_same_under_other_names_and_in_another_place():
+    other = PROGRAM.replace("p_x", "p_y").replace("%n", "%count").replace(":7:", ":19:")
+    assert digest(other) == digest(PROGRAM)
+
+
+@pytest.mark.parametrize("change", [("16xi32", "32xi32"), ("splat %n", "splat %p_x")])
+def test_another_type_or_operand_makes_another_program(change):
+    assert digest(PROGRAM.replace(*change)) != digest(PROGRAM)
+
+
 class TestBudget:
     @pytest.fixture
     def path(self, builds, tmp_path):
@@ -238,6 +257,23 @@ class TestBudget:
         path.write_text(json.dumps(json.loads(path.read_text()) | {"triton": "3.8.0"}))
         found = budget.compare([builds["sm_80"], builds["spills"]], path, "make budget")
         assert "of triton 3.8.0" in found[0]
+
+    def test_programs_that_have_not_changed_need_no_build(self, builds, path):
+        programs = {build.job.id: build.program for build in (builds["sm_80"], builds["spills"])}
+        assert budget.compare_programs(programs, path, "make budget") == []
+        changed, stale = programs
+        found = budget.compare_programs({changed: "another", "new": "one"}, path, "make budget")
+        assert found == [
+            "new: missing in budget.json",
+            f"{stale}: stale in budget.json",
+            f"{changed}: not the program that budget.json is of",
+            "if that is meant: make budget",
+        ]
+
+    def test_entries_can_be_kept_without_a_build(self, builds, path):
+        before = path.read_text()
+        budget.write([builds["sm_80"]], path, keep=[builds["spills"].job.id])
+        assert path.read_text() == before
 
     def test_jobs_that_share_an_id_have_no_budget(self, builds, path):
         with pytest.raises(ValueError, match="share an id"):
