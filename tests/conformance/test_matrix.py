@@ -10,12 +10,14 @@ from helpers.kernels import ALL, CPU, INTERPRETED, KERNELS
 from helpers.operators import (
     BOUNDLESS,
     HYBRID,
+    LINEAR_KEYS,
     MAPS,
     SEQUENCES,
     attention_transfer,
     check,
     check_gate,
     check_spread,
+    check_transfer,
     damped_linear_attention,
     feature_map,
     hybrid_attention,
@@ -53,7 +55,26 @@ def test_hybrid_attention_equals_the_reference(case, backend, device):
 
 @matrix(*HYBRID, "xent")
 def test_attention_transfer_equals_the_reference(case, backend, device):
-    check(attention_transfer, case, backend, device)
+    check_transfer(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", ALL, indirect=True)
+@pytest.mark.parametrize("case", LINEAR_KEYS, ids=str)
+def test_attention_transfer_has_gradients_of_linear_keys(case, backend, device):
+    check_transfer(case, backend, device)
+
+
+@pytest.mark.parametrize("call", [feature_map, hybrid_attention, attention_transfer])
+def test_gradients_that_are_off_are_noticed(call):
+    """In fp32 by 1e-4, of every parameter."""
+
+    def off(ops, x, **options):
+        outputs = call(ops, x, **options)
+        wrong = 1e-4 * (ops is not lo.reference)
+        return {n: y + wrong * (y - y.detach()) for n, y in outputs.items()}
+
+    with pytest.raises(AssertionError, match=r"^d\w+: error .* > 2.0e-05"):
+        check(off, Case("3w+7", xent=True), "cpu")
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)

@@ -19,12 +19,14 @@ from helpers.compare import assert_close, assert_same_state
 from helpers.operators import (
     BOUNDLESS,
     HYBRID,
+    LINEAR_KEYS,
     MAPS,
     SEQUENCES,
     attention_transfer,
     check,
     check_gate,
     check_spread,
+    check_transfer,
     feature_map,
     hybrid_attention,
     linear_attention,
@@ -73,7 +75,12 @@ def test_hybrid_attention_equals_the_reference(case):
 
 @small(*HYBRID, "xent")
 def test_attention_transfer_equals_the_reference(case):
-    check(attention_transfer, case, "triton")
+    check_transfer(case, "triton")
+
+
+@pytest.mark.parametrize("case", LINEAR_KEYS, ids=str)
+def test_attention_transfer_has_gradients_of_linear_keys(case):
+    check_transfer(case, "triton")
 
 
 LARGE = [

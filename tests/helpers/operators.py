@@ -11,12 +11,19 @@ import torch
 import lolcats_ops as lo
 from lolcats_ops.state import HybridState
 
-from .cases import Case, Inputs, exact, make_inputs
+from .cases import Case, Inputs, cases, exact, make_inputs
 from .compare import assert_close
 
 MAPS = ("D", "f", "G", "batch", "two_sided", "bias", "skip", "shared", "layout", "dtype")
 SEQUENCES = ("length", "V", "window", "packing")
 HYBRID = (*MAPS, *SEQUENCES, "window_kind", "sink", "affine", "activation")
+
+# Of a matrix of all lengths and windows most cases have no keys beyond the window. These do.
+LINEAR_KEYS = cases(
+    *("activation", "two_sided", "shared", "affine", "window_kind", "G", "xent", "dtype"),
+    length=("3w+7",),
+    window=(1, 16),
+)
 
 
 def feature_map(ops: ModuleType, x: Inputs, **options: str) -> dict[str, torch.Tensor]:
@@ -84,7 +91,7 @@ def evaluate(call, ops, inputs: Inputs, **options: str) -> SimpleNamespace:
         [y for y, _ in pairs], list(leaves.values()), [d for _, d in pairs], allow_unused=True
     )
     named = {f"d{n}": g for n, g in zip(leaves, gradients, strict=True) if g is not None}
-    size = max(c.norm().item() for c in cotangents.values())
+    size = max(d.norm().item() for _, d in pairs)
     return SimpleNamespace(outputs=outputs, gradients=named, cotangent=size)
 
 
@@ -105,7 +112,7 @@ def check(
 ) -> None:
     """The operator on ``backend`` against the reference. ``factor``: what gradients may err by, of
     the outputs' tolerance. ``floor``: errors of those that vanish are measured against this share
-    of the cotangents' size."""
+    of the size of the cotangents that come in."""
     want = expected(call, case)
     inputs = make_inputs(case).as_dtype(case.dtype, case.layout, device)
     got = evaluate(call, lo, inputs, backend=backend)
@@ -116,6 +123,16 @@ def check(
         assert got.gradients[name].dtype == inputs.leaves[name[1:]].dtype
         size = floor * want.cotangent
         assert_close(name, got.gradients[name], g, case.dtype, factor=factor, floor=size)
+
+
+def check_transfer(case: Case, backend: str, device: str = "cpu") -> None:
+    """check() of attention_transfer.
+
+    Where a feature of ``relu`` is almost 0, what its z is off by is a relative error of the weight,
+    and so of the gradient of its logarithm.
+    """
+    of_logarithms = case.xent and case.activation == "relu"
+    check(attention_transfer, case, backend, device, factor=4 if of_logarithms else 2)
 
 
 def check_gate(
