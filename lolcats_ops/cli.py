@@ -277,7 +277,7 @@ def evaluate(
 
     texts = lo.convert.read_texts(text)
     loaded, tokenizer = models.load(model, device)
-    rows = lo.convert.pack(texts, tokenizer, length)[:sequences]
+    rows = lo.convert.pack(texts, tokenizer, length, sequences=sequences)
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -41,13 +41,18 @@ def init_weight(
     blocks of orthogonal rows with the norms of a normal matrix, the fixed projection of ``favor``.
 
     Raises:
-        ValueError: an unknown ``init``.
+        TypeError, ValueError: sizes that are no positive integers, or an unknown ``init``.
 
     >>> init_weight(2, 3, 4)[1]
     tensor([[1., 0., 0., 0.],
             [0., 1., 0., 0.],
             [0., 0., 1., 0.]])
     """
+    for name, size in (("heads", heads), ("head_dim", head_dim), ("width", width)):
+        if isinstance(size, bool) or not isinstance(size, Integral):
+            raise TypeError(f"init_weight: {name} is {size!r}, needs an integer")
+        if size < 1:
+            raise ValueError(f"init_weight: {name} is {size}, needs at least 1")
     weight = torch.zeros(heads, head_dim, width, dtype=dtype, device=device)
     if init == "identity":
         weight.diagonal(dim1=1, dim2=2).fill_(1.0)

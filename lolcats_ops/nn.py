@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,6 +14,10 @@ from . import ops
 from .features import Features, check_init, init_weight
 from .ops.validation import check_flags, check_window
 from .state import HybridState
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class Fp32Module(nn.Module):
@@ -120,10 +126,10 @@ class LinearAttention(Fp32Module):
         **features: Any,
     ) -> None:
         super().__init__()
-        if kv_heads < 1 or heads % kv_heads:
+        if not _is(Integral, kv_heads) or kv_heads < 1 or heads % kv_heads:
             raise ValueError(
                 f"{type(self).__name__}: heads is {heads} and kv_heads {kv_heads}, "
-                "needs a multiple of kv_heads"
+                "needs integers, heads a multiple of kv_heads"
             )
         self.feature_q = FeatureMap(heads, head_dim, **features)
         self.feature_k = FeatureMap(kv_heads if share_kv_features else heads, head_dim, **features)
@@ -179,6 +185,10 @@ class HybridAttention(LinearAttention):
         super().__init__(heads, kv_heads, head_dim, share_kv_features=share_kv_features, **features)
         check_window("HybridAttention", window, window_kind, sink)
         check_flags("HybridAttention", affine=affine)
+        if not _is(Real, gate_init):
+            raise TypeError(f"HybridAttention: gate_init is {gate_init!r}, needs a number")
+        if not math.isfinite(gate_init):
+            raise ValueError(f"HybridAttention: gate_init is {gate_init}, needs to be finite")
         self.kv_heads = kv_heads
         self.gate = nn.Parameter(torch.full((heads,), gate_init, dtype=torch.float32))
         self.affine = affine

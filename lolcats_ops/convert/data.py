@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lolcats_ops.convert.progress import progress
+
+BATCH = 2**20  # characters that are tokenized at a time, in whole texts
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:
@@ -58,10 +63,20 @@ def _text_of(line: str, where: str) -> str:
     return text
 
 
-def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
+def pack(
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    sequences: int | None = None,
+) -> Tensor:
     """Tokens of all texts, one end-of-sequence token after each, cut into rows [N, length] (int64).
 
-    What does not fill the last row is dropped.
+    What does not fill the last row is dropped. A text is tokenized as a whole, for which a fast
+    tokenizer takes some 550 bytes for each of its tokens: many texts take less than a large one.
+
+    Args:
+        sequences: only the first so many rows; texts beyond them are not tokenized.
 
     Raises:
         ValueError: fewer tokens than one row, or rows of no token. TypeError: one string for texts.
@@ -79,20 +94,46 @@ def pack(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
         raise TypeError("pack: texts is one string, needs a list of them")
     if length < 1:
         raise ValueError(f"pack: length is {length}, needs at least 1")
+    if sequences is not None and sequences < 1:
+        raise ValueError(f"pack: sequences is {sequences}, needs at least 1")
     texts = list(texts)
     if not texts:
         raise ValueError("pack: needs at least one text")
-    ids: list[int] = []
-    for encoded in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-        ids += encoded
-        if tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
+    ids = array("q")
+    with progress("tokenizing", len(texts)) as bar:
+        for some in _batches(texts):
+            encoded = tokenizer(
+                some, add_special_tokens=False, return_attention_mask=False, verbose=False
+            )
+            for text in encoded["input_ids"]:
+                ids.extend(text)
+                if tokenizer.eos_token_id is not None:
+                    ids.append(tokenizer.eos_token_id)
+            bar.advance(len(some))
+            if sequences is not None and len(ids) >= sequences * length:
+                break
     rows = len(ids) // length
     if rows == 0:
         raise ValueError(
             f"pack: the text has {len(ids)} tokens, needs at least {length} for one sequence"
         )
+    rows = rows if sequences is None else min(rows, sequences)
     return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Texts one after another, as many as a tokenizer's threads want, of bounded size but for the
+    last of them."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from lolcats_ops.convert.processes import is_main
 
@@ -40,12 +41,12 @@ def progress(description: str, total: int) -> Iterator[Bar]:
     """A bar of `total` steps on stderr; where that is no terminal, one line at the end. Of several
     processes one shows it."""
     columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None, table_column=Column(max_width=24)),  # what gives way
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[measures]}"),
     )
     with Progress(*columns, console=console, disable=not is_main()) as display:

@@ -199,6 +199,8 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
 
     if attention_layers(model):
         raise refuse("it is converted already; restore it first")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise refuse("it is an encoder-decoder, which attends to more than the tokens before")
     if model.config.get_text_config(decoder=True) is not model.config:
         raise refuse(
             "it is composite; convert its language model on its own (which will not load "
@@ -207,9 +209,7 @@ def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
     if getattr(model.config, "is_causal", True) is False:
         raise refuse("its attention is not causal (is_causal=False)")
     if getattr(model.config, "attn_logit_softcapping", None):
-        raise refuse(
-            "it caps attention scores (attn_logit_softcapping), which hybrid attention does not"
-        )
+        raise refuse("it caps attention scores (attn_logit_softcapping)")
     needed = ("layer_idx", "head_dim", "num_key_value_groups", "o_proj")
     modules = [
         m

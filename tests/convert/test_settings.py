@@ -1,5 +1,6 @@
 """Data, perplexity, configuration, and what all stages have in common."""
 
+import io
 import math
 import re
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from helpers import tiny_models
 from helpers.training import tiny, token_rows
+from rich.console import Console
 
 import lolcats_ops as lo
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
@@ -132,6 +134,32 @@ def test_token_rows_have_any_integer_dtype(model, dtype):
 def test_pack_names_what_is_wrong(texts, length, error):
     with pytest.raises(error, match=r"^pack: "):
         lo.convert.pack(texts, None, length)
+
+
+def test_pack_tokenizes_as_many_texts_as_it_needs(monkeypatch):
+    tokenizer = tiny_models.word_tokenizer("a b c")
+    texts = ["a b", "b", "c a", "b b b"]
+    whole = lo.convert.pack(texts, tokenizer, 2)
+    monkeypatch.setattr(lo.convert.data, "BATCH", 4)  # characters
+    assert lo.convert.pack(texts, tokenizer, 2).tolist() == whole.tolist()
+    seen = []
+    count = lambda some, **options: seen.extend(some) or tokenizer(some, **options)  # noqa: E731
+    count.eos_token_id = tokenizer.eos_token_id
+    assert lo.convert.pack(texts, count, 2, sequences=1).tolist() == whole[:1].tolist()
+    assert seen == texts[:2]
+    with pytest.raises(ValueError, match="sequences is 0"):
+        lo.convert.pack(texts, tokenizer, 2, sequences=0)
+
+
+def test_numbers_of_a_bar_stay_whole_in_80_columns(monkeypatch):
+    console = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(lo.convert.progress, "console", console)
+    with lo.convert.progress.progress("attention transfer", 48000) as bar:
+        bar.advance(1234, loss=0.3343)
+    line = console.file.getvalue()
+    assert "attention transfer" in line
+    assert "1234/48000" in line
+    assert "left -:--:-- loss 0.3343" in line
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

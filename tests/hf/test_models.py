@@ -433,6 +433,12 @@ def test_unsupported_model_is_refused_by_name(name):
     assert not hasattr(model.config, "lolcats")
 
 
+def test_an_encoder_decoder_is_refused():
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match=r"T5ForConditionalGeneration .* is an encoder-decoder"):
+        lo.hf.convert(transformers.T5ForConditionalGeneration(config))
+
+
 def test_misuse_is_refused(model):
     with pytest.raises(ValueError, match="converted already"):
         lo.hf.convert(model)
