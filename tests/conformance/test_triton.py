@@ -179,7 +179,7 @@ def test_a_pool_of_states_is_updated_where_indices_say(dtype):
 
 @pytest.mark.parametrize("tokens", [1, 20, 150])
 def test_sequences_whose_slots_do_not_exist_are_skipped(tokens, monkeypatch):
-    """Where tensors are on a GPU; on a CPU the public function refuses such slots."""
+    """The CPU's kernels refuse such slots."""
     monkeypatch.setattr("lolcats_ops.kernels.triton.launch.SEGMENT_CHUNKS", 2)
     x = prepare(case_of(3, "sliding", 1, batch=(3, 2)), tokens, torch.float32)
     pool, slots = empty_state(x, batch=2), torch.tensor([-1, 1, 2])
