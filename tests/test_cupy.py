@@ -41,6 +41,7 @@ def lcp(request, monkeypatch):
         module.install_launcher()  # in the place of the kernels that this build has
     yield module
     sys.modules.pop("lolcats_ops.cupy")
+    vars(lo).pop("cupy")
     _C.set_cuda_launcher(None)
 
 
