@@ -118,7 +118,7 @@ def pack(
             f"pack: the text has {len(ids)} tokens, needs at least {length} for one sequence"
         )
     rows = rows if sequences is None else min(rows, sequences)
-    return torch.tensor(ids[: rows * length]).view(rows, length)
+    return torch.frombuffer(ids, dtype=torch.int64, count=rows * length).view(rows, length)
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:

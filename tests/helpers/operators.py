@@ -129,10 +129,10 @@ def check_transfer(case: Case, backend: str, device: str = "cpu") -> None:
     """check() of attention_transfer.
 
     Where a feature of ``relu`` is almost 0, what its z is off by is a relative error of the weight,
-    and so of the gradient of its logarithm.
+    and so of the gradient of its logarithm: in fp32 beyond what is allowed (precision.md).
     """
-    of_logarithms = case.xent and case.activation == "relu"
-    check(attention_transfer, case, backend, device, factor=4 if of_logarithms else 2)
+    beyond = case.xent and case.activation == "relu" and case.dtype is torch.float32
+    check(attention_transfer, case, backend, device, factor=4 if beyond else 2)
 
 
 def check_gate(
