@@ -114,7 +114,7 @@ void features_of_tokens(const FeatureMap& map, const TokenRows& at, float* scrat
 // 6 x 4 or, with 16 registers, 6 x 2 sums, 4 or 2 vectors of weights and an x.
 constexpr int TOKENS_AT_ONCE = 6;
 static inline int64_t features_of_tokens_scratch(int64_t D, int64_t f) {
-  return (4 * TOKENS_AT_ONCE + (f % LANES ? D : 0)) * padded(f);
+  return (3 * TOKENS_AT_ONCE + (f % LANES ? D : 0)) * padded(f);
 }
 
 // Groups of a batch's sequences: many of these have their gradients summed together, since sums of

@@ -412,11 +412,12 @@ def test_a_tokens_features_are_the_same_to_the_bit_whatever_tokens_it_is_among(
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp", "identity"])  # a factor, none, no clamp
 @pytest.mark.parametrize("f", [24, 64])  # of which the first one does not fill vectors
-def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, device, f):
+def test_features_that_go_past_the_caches_equal_those_that_do_not(backend, device, f, activation):
     rng = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 2, 2**24 // (16 * f) + 40, 8, generator=rng)
-    features = lo.Features(torch.randn(2, 8, f, generator=rng))
+    features = lo.Features(torch.randn(2, 8, f, generator=rng), activation=activation)
+    x = torch.randn(1, 2, 2**24 // (8 * features.out_features) + 40, 8, generator=rng)
     large = lo.feature_map(x, features, backend=backend)
     assert large.nbytes > 2**24
     halves = [lo.feature_map(h, features, backend=backend) for h in x.split(x.shape[2] // 2, 2)]
