@@ -129,6 +129,7 @@ BACKWARD_BF16 = replace(BACKWARD, dtype="bfloat16")
 FORWARD_BF16 = replace(HYBRID, dtype="bfloat16", peers=())
 TRAINING = replace(HYBRID, pass_="forward+backward", peers=("sdpa",))
 ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=("lolcats:one_thread",))
+FOUR_HEADS = replace(ONE_HEAD, T=4096, H=4, Hk=4)
 TRANSFER = Case("attention_transfer", "forward+backward")
 FEATURES = Case("feature_map", T=8192, peers=("eager",))
 LINEAR = Case(
@@ -150,6 +151,7 @@ TOGETHER = (
     (HYBRID, BACKWARD, TRAINING, TRANSFER),
     (FORWARD_BF16, BACKWARD_BF16),
     (SHORT[-1], LONGEST),
+    (ONE_HEAD, FOUR_HEADS),
     (LONG, BF16),
     (WIDE, WIDE_BF16),
 )
@@ -178,6 +180,7 @@ STANDARD: tuple[Case, ...] = (
     WIDE,
     WIDE_BF16,
     ONE_HEAD,
+    FOUR_HEADS,
     FEATURES,
     LINEAR,
     STEPS,

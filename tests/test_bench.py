@@ -329,6 +329,8 @@ def test_bars_are_ratios_of_medians():
     assert verdict.result == "missed"
     assert bars.judge(replace(bar, at_least=9.9), synthetic()).result == "met"
     assert "avx512_bf16 ran" in bars.judge(replace(bar, isas=("neon",)), synthetic()).result
+    told = bars.judge(replace(bar, at_least=None), synthetic())
+    assert (told.bar.limit, told.result, told.met) == ("", "", True)
     skipped = replace(bar, over=(bars.Quantity(HYBRID, "fla"),))
     assert bars.judge(skipped, synthetic()).result == "not measured: fla: fla is not installed"
 
