@@ -12,7 +12,7 @@ import torch
 
 import lolcats_ops as lo
 
-# A machine that takes CPU tensors for a GPU's, and never launches. Every compilation is printed.
+# A machine that takes CPU tensors for a GPU's, and never launches.
 MACHINE = """
 import torch, triton
 import lolcats_ops as lo
@@ -26,7 +26,10 @@ settings = {"backend": "triton", "dtype": torch.bfloat16, "head_dim": 16}
 
 JIT = triton.runtime.jit.JITFunction
 compile = JIT._do_compile  # what a call comes to that finds no compiled kernel
+"""
 
+# Every compilation is printed.
+COMPILATIONS = """
 def report(self, *args, **options):
     print("compiled", self.fn.__name__)
     return compile(self, *args, **options)
@@ -59,21 +62,84 @@ with launch.compiling():
 print("warm", *lo.warmup("hybrid_attention_step_", **{**decode, "tokens": (32,)}, padded=True))
 """
 
+# Nothing is compiled, only asked for: which kernels of a call its operator's warmup has not named.
+SETTINGS = """
+asked = []
+JIT._do_compile = lambda self, key, *args, **options: asked.append((self.fn.__name__, key))
 
-def test_calls_after_a_warmup_find_their_kernels_compiled():
+def kernels_of(call):
+    asked.clear()
+    call()
+    return set(asked)
+
+shape = {"kv_heads": 2, "heads": 4, "value_dim": 24, "feature_dim": 8, "batch": 2, "tokens": (48,)}
+q, k, v = (
+    torch.randn(2, heads, 48, width, dtype=torch.bfloat16, requires_grad=True)
+    for heads, width in ((4, 16), (2, 16), (2, 24))
+)
+phi = lo.Features(torch.randn(4, 16, 8, requires_grad=True))
+gate = torch.zeros(4, requires_grad=True)
+mask = torch.ones(2, 48, dtype=torch.bool)
+window = {"window": 8, "sink": 1, "window_kind": "terrace"}
+
+def linear():
+    y = lo.linear_attention(
+        q, k, v, feature_q=phi, feature_k=phi, key_padding_mask=mask, backend="triton"
+    )
+    y.sum().backward()
+
+def hybrid():
+    options = {"affine": True, "key_padding_mask": mask, "backend": "triton"}
+    lo.hybrid_attention(q, k, v, phi, phi, gate, **window, **options).sum().backward()
+
+def transfer():
+    inputs = (x.detach() for x in (q, k, v))
+    options = {"xent": True, "key_padding_mask": mask, "backend": "triton"}
+    loss = lo.attention_transfer(*inputs, phi, phi, gate, **window, **options)
+    (loss.mse + loss.xent).backward()
+
+@torch.no_grad()
+def step():
+    state = lo.HybridState.empty_for(k, v, phi, **window, slack=3)
+    options = {"affine": True, "key_padding_mask": mask, "backend": "triton"}
+    lo.hybrid_attention(q, k, v, phi, phi, gate, **window, **options, state=state)
+
+@launch.compiling()
+def in_call(call):
+    return kernels_of(call)
+
+for op, call, own in (
+    ("linear_attention", linear, {}),
+    ("hybrid_attention", hybrid, {**window, "affine": True}),
+    ("attention_transfer", transfer, {**window, "xent": True}),
+    ("hybrid_attention_step_", step, {**window, "affine": True, "slack": 3}),
+):
+    options = {**settings, **shape, **own, "padded": True, "backward": True}
+    warm = kernels_of(lambda: lo.warmup(op, **options))
+    called = in_call(call)
+    print(op, len(called), *sorted({name for name, _ in called - warm}))
+"""
+
+
+def run_on_machine(program: str) -> list[str]:
+    """What a program prints there."""
     pytest.importorskip("triton")
     environment = {
         **os.environ, "PYTHONPATH": str(Path(__file__).parent), "TRITON_INTERPRET": "0"
     }  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", MACHINE],
+        [sys.executable, "-c", MACHINE + program],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    lines = run.stdout.splitlines()
+    return run.stdout.splitlines()
+
+
+def test_calls_after_a_warmup_find_their_kernels_compiled():
+    lines = run_on_machine(COMPILATIONS)
     kernels = "feature_map_forward feature_map_gradients"
     warm, call, called = (lines.index(x) for x in (f"warm {kernels}", "call", f"called {kernels}"))
     assert {line.split()[1] for line in lines[:warm]} == set(kernels.split())
@@ -86,6 +152,15 @@ def test_calls_after_a_warmup_find_their_kernels_compiled():
         "warm feature_map_forward",
         "compiled attention_step",  # with padding
         "warm attention_step",
+    ]
+
+
+def test_a_warmup_with_a_calls_settings_names_its_kernels():
+    assert run_on_machine(SETTINGS) == [
+        "linear_attention 3",
+        "hybrid_attention 3",
+        "attention_transfer 6",
+        "hybrid_attention_step_ 1",
     ]
 
 
