@@ -1,11 +1,13 @@
 """HybridState as an object: sizes, devices, dtypes, rewinding, saving, transforms."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lolcats_ops as lo
 
@@ -155,6 +157,43 @@ def test_vmap_of_packed_and_of_padded_rows(options):
 
     want = torch.stack([attend(q[i], k[i], v[i]) for i in range(3)])
     torch.testing.assert_close(torch.vmap(attend)(q, k, v), want)
+
+
+@pytest.mark.parametrize("mapped", ["q", "weight"])
+def test_vmap_of_no_samples_has_no_results(mapped):
+    q, weight = torch.randn(1, 2, 6, 16), torch.randn(2, 16, 8)
+
+    def features(x):
+        return lo.feature_map(*((x, lo.Features(weight)) if mapped == "q" else (q, lo.Features(x))))
+
+    none = torch.zeros(0, *{"q": q, "weight": weight}[mapped].shape)
+    assert torch.vmap(features)(none).shape == (0, 1, 2, 6, 16)
+
+
+class FailsLater(TorchDispatchMode):
+    """Raises after an operator of this library has run."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "lolcats_ops" in str(func):
+            raise RuntimeError("not finite")
+        return out
+
+
+def test_a_step_that_raises_after_it_ran_does_not_run_again():
+    def empty():
+        return lo.HybridState.empty(2, 1, 1, 4, 4, 8, window=2)
+
+    state = empty()
+    with pytest.raises(RuntimeError, match="not finite"), FailsLater():
+        small_step(state)
+    assert state.length.tolist() == [3, 3]
+    state = replace(empty(), kv=torch._neg_view(empty().kv))
+    with pytest.raises(RuntimeError):
+        small_step(state)
+    assert state.length.tolist() == [3, 3]
+    with torch.device("cpu"), pytest.raises(ValueError, match="folded"):
+        small_step(replace(empty(), folded=torch.tensor([9, 9])))
 
 
 def test_fake_states_without_maps_have_the_heads_of_keys():

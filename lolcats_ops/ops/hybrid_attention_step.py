@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from .. import reference
 from ..dispatch import select
@@ -92,11 +93,12 @@ def hybrid_attention_step_(
     """
     if backend is None:
         try:
-            out = _by_library(
+            call = _for_library(
                 q, k, v, feature_q, feature_k, gate, state, state_indices, scale, affine
             )
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            out = None  # the checks below name the Python argument that it refused
+            call = None  # the checks below name what is wrong
+        out = None if call is None else _unless_refused(*call)
         if out is not None:
             increment_version(_state_tensors(state))
             return out
@@ -117,7 +119,7 @@ def hybrid_attention_step_(
     return step_(chosen, *inputs, **options)
 
 
-def _by_library(
+def _for_library(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -128,9 +130,9 @@ def _by_library(
     state_indices: Tensor | None,
     scale: float | None,
     affine: bool,
-) -> Tensor | None:
-    """The operator on arguments that it takes as they are; None where something has to be converted
-    or could be wrong in a way that the C library does not see.
+) -> tuple[Any, ...] | None:
+    """The operator and its arguments, where it takes them as they are; None where something has to
+    be converted or could be wrong in a way that the C library does not see.
 
     It makes the other checks in a microsecond, before it writes; in Python they would take as long
     as the step. Triton's kernels have none.
@@ -168,7 +170,29 @@ def _by_library(
     window = (state.window, window_code(state.window_kind))
     settings = (*window, scale_or_default(_OP, scale, q), affine, *codes)
     operator = _on_cuda if on_cuda else _on_cpu
-    return operator(*inputs, *pool, state_indices, None, None, *settings)
+    return operator, *inputs, *pool, state_indices, None, None, *settings
+
+
+def _unless_refused(operator: Any, *arguments: Any) -> Tensor | None:
+    """What the operator returns; None where it refused its arguments, of which it then wrote none.
+
+    Modes and subclasses of tensors may raise after the kernel has run, as torch does where what is
+    written is a negated view: then the state has these tokens, and would get them twice.
+    """
+    try:
+        out: Tensor = operator(*arguments)
+        return out
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        refused = str(error).startswith(f"{_OP.rstrip('_')}: ")
+        intercepted = (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
+            or any(type(x) not in (Tensor, Parameter) or x.is_neg() for x in tensors)
+        )
+        if intercepted and not refused:
+            raise
+        return None
 
 
 def _windows(state: HybridState) -> dict[str, Any]:

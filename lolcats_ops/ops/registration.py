@@ -184,6 +184,8 @@ def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
+        if size == 0:
+            return _of_no_samples(op, in_dims, args)
         mapped = [n for n, dim in zip(names, in_dims, strict=True) if dim is not None]
         packed = any(n == "cu_seqlens" and a is not None for n, a in zip(names, args, strict=True))
         if rows and not packed and set(mapped) <= set(ROWS):
@@ -215,6 +217,15 @@ def _vmap_rule(op: Any, name: str, rows: bool) -> Callable[..., tuple[Any, Any]]
         return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
     return rule
+
+
+def _of_no_samples(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
+    """What of the results of one sample, of zeros, no samples have."""
+    sample = [
+        a if dim is None else a.new_zeros(a.movedim(dim, 0).shape[1:])
+        for a, dim in zip(args, in_dims, strict=True)
+    ]
+    return _structure(op(*sample), lambda y: y.new_empty(0, *y.shape))
 
 
 def _merge(name: str, x: Tensor, dim: int | None, size: int) -> Tensor:
