@@ -112,8 +112,8 @@ def _triton(case: Case) -> str | None:
         return "triton is not installed (pip install triton)"
     if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
-    if device == "cpu" and not _is_interpreted():
-        return "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly"
+    if device == "cpu" and (why := _not_interpreted(case.dtype)):
+        return why
     if device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {device}"
     if _triton_version() < OLDEST_TRITON:
@@ -128,11 +128,19 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(int(number) for number in version.split(".")[:2])
 
 
-def _is_interpreted() -> bool:
-    """Whether Triton's kernels run on CPU tensors, in its interpreter."""
-    if not os.environ.get("TRITON_INTERPRET"):
-        return False
-    return bool(import_module("triton").knobs.runtime.interpret)
+def _not_interpreted(dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels do not run on CPU tensors; None where its interpreter runs them."""
+    triton = import_module("triton") if os.environ.get("TRITON_INTERPRET") else None
+    if triton is None or not triton.knobs.runtime.interpret:
+        return (
+            "it runs on cuda, not on cpu; with TRITON_INTERPRET=1 it is interpreted, slowly, in "
+            "float32 and float16"
+        )
+    interpreter = import_module("triton.runtime.interpreter")
+    stock = type(interpreter.interpreter_builder) is interpreter.InterpreterBuilder
+    if stock and dtype is torch.bfloat16:
+        return "Triton's interpreter computes with the bits of bfloat16 as if they were integers"
+    return None
 
 
 _BACKENDS = {

@@ -417,6 +417,11 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     assert why().backend is None
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert why().backend == "triton"
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    stock = interpreter.InterpreterBuilder()  # which tests/gpu_on_cpu may have replaced
+    monkeypatch.setattr(interpreter, "interpreter_builder", stock)
+    assert "the bits of bfloat16 as if they were integers" in why(dtype=torch.bfloat16).why
+    assert why(dtype=torch.float16).backend == "triton"
     assert "head dims up to 256, not 320" in why(head_dim=320).why
     monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 6))
     assert why().why == "triton: its kernels need triton 3.7 or later, this is 3.6"

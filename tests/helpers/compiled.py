@@ -62,7 +62,7 @@ def compiled_for(target: str, run: Callable[[Launch], None]) -> Iterator[None]:
     triton.runtime.driver.set_active(driver_for(target))
     with (
         mock.patch.object(launch, "_run", hook),
-        mock.patch.object(dispatch, "_is_interpreted", return_value=True),
+        mock.patch.object(dispatch, "_not_interpreted", return_value=None),
     ):
         yield
 
