@@ -254,6 +254,7 @@ def generate(
     loaded.generate(
         **inputs.to(loaded.device),
         max_new_tokens=max_new_tokens,
+        num_beams=1,
         streamer=TextStreamer(tokenizer, skip_prompt=True),
         **sampling,
     )

@@ -26,7 +26,15 @@ Finite = Field(allow_inf_nan=False, strict=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is in YAML 1.2."""
+    """YAML in which 1e-3 is a number and keys are unique, as they are in YAML 1.2."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, whose keys YAML 1.1 may name twice, the last one to hold."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(f"{key!r} is there twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -147,7 +155,7 @@ def checked(caller: str, config: Any, kind: type[Config]) -> Config:
 
 def fields_of(*paths: Path | str, changes: Iterable[str] = ()) -> dict[str, Any]:
     """The fields that YAML files name, and on top of them those of `changes`, whose values are YAML
-    as well. Of a field that is named twice the last one holds.
+    as well. Of a field that several of them name the last one holds.
 
     Raises:
         ValueError: no YAML, no mapping of sections, or a change that is not of this form.
@@ -161,6 +169,7 @@ def fields_of(*paths: Path | str, changes: Iterable[str] = ()) -> dict[str, Any]
         if not isinstance(sections, dict | None):
             raise ValueError(f"{path} is a {type(sections).__name__}, needs a mapping of sections")
         for section, named in (sections or {}).items():
+            named = {} if named is None else named  # all of its fields are commented out
             within = fields.get(section)
             if isinstance(named, dict) and isinstance(within, dict):
                 named = {**within, **named}

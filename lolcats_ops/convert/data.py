@@ -40,7 +40,7 @@ def read_texts(paths: Iterable[Path | str]) -> list[str]:
 
 def _read(path: Path) -> list[str]:
     try:
-        whole = path.read_text(encoding="utf-8")
+        whole = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
     texts = [whole]
@@ -60,7 +60,17 @@ def _text_of(line: str, where: str) -> str:
     text = value.get("text") if isinstance(value, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'read_texts: {where} is no object with a string "text"')
+    _refuse_halves(f"read_texts: {where}", text)
     return text
+
+
+def _refuse_halves(where: str, text: str) -> None:
+    """JSON can write half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"{where} has {half}, half of a character") from error
 
 
 def pack(
@@ -79,7 +89,8 @@ def pack(
         sequences: only the first so many rows; texts beyond them are not tokenized.
 
     Raises:
-        ValueError: fewer tokens than one row, or rows of no token. TypeError: one string for texts.
+        ValueError: fewer tokens than one row, rows of no token, or half of a surrogate pair.
+        TypeError: one string for texts, or what is none among them.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -99,6 +110,10 @@ def pack(
     texts = list(texts)
     if not texts:
         raise ValueError("pack: needs at least one text")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"pack: text {i} is a {type(text).__name__}, needs a str")
+        _refuse_halves(f"pack: text {i}", text)
     ids = array("q")
     with progress("tokenizing", len(texts)) as bar:
         for some in _batches(texts):

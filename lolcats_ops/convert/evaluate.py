@@ -30,6 +30,7 @@ def evaluate(
         TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
         ValueError: it is not [N, T] with N >= 1 and T >= 2, or has ids beyond the vocabulary; a
             `batch_size` below 1.
+        RuntimeError: logits that are not finite.
 
     >>> evaluate(model, pack([text], tokenizer, 1024))  # doctest: +SKIP
     14.2
@@ -49,6 +50,8 @@ def evaluate(
                     logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
                 ).item()
                 seen += rows[:, 1:].numel()
+                if math.isnan(total):
+                    raise RuntimeError("evaluate: the model's logits are not finite")
                 bar.advance(len(rows), perplexity=_perplexity(total / seen))
     finally:
         model.train(training)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import os
+import shutil
 import tempfile
+import time
 import uuid
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,17 +41,46 @@ OF_A_MODEL = (
 )
 
 
+NEW = 5.0  # seconds in which a process has long locked what it made
+
+
+@contextmanager
+def _locked(path: Path | str) -> Iterator[bool]:
+    """A lock that ends with the process at the latest, and whether it was to be had: not where
+    another process has it, or where the file system has none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _delete_abandoned(folder: Path, pattern: str) -> None:
+    """Deletes what killed processes have left half-written."""
+    for path in folder.glob(pattern):
+        with suppress(OSError), _locked(path) as free:  # or another process was faster
+            if free and time.time() - path.stat().st_mtime > NEW:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write, which takes the place of `path` once it is on the disk: whatever interrupts
     that leaves the previous one. Processes that write the same one do not meet."""
+    path = Path(path)
+    _delete_abandoned(path.parent, f"{glob.escape(path.name)}.*.partial")
     partial = Path(f"{path}.{uuid.uuid4().hex}.partial")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb") as file, _locked(partial):
             yield file
             file.flush()
             os.fsync(file.fileno())  # else a power cut may leave the new name without its bytes
-        os.replace(partial, path)
+            os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # of a full disk
@@ -75,7 +108,8 @@ def replacing_files(folder: Path) -> Iterator[Path]:
         OSError: what cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
+    _delete_abandoned(folder, ".new-*")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new, _locked(new):
         try:
             yield Path(new)
         except SafetensorError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from safetensors import SafetensorError  # type: ignore[import-not-found]
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -133,6 +135,8 @@ def finetune(
         raise ValueError("finetune: train_features=True, but the model is not converted")
     refuse_offloaded("finetune", (name for name, p in model.named_parameters() if p.is_meta))
     targets = _targets(model, config)
+    if config.merge:
+        _refuse_tied(model, targets)
     last, (_, count) = None, processes()
     used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
     used["modes"] = [layer.mode for layer in attention_layers(model)]
@@ -211,6 +215,20 @@ def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
     return [path for path in modules if any(path in paths for paths in found.values())]
 
 
+def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
+    for paths in owners.values():
+        if len(paths) > 1 and not set(paths).isdisjoint(targets):
+            raise ValueError(
+                f"finetune: target_modules has one of {', '.join(paths)}, whose weights are the "
+                "same tensor: merging its adapter would change the others as well. Leave it out, "
+                "set merge to False, or untie them (config.tie_word_embeddings=False)"
+            )
+
+
 def _begin(folder: Path, now: dict[str, str], resume: bool, count: int) -> Path | None:
     """The checkpoint to go on from. If there is none, `folder` then says what was begun in it."""
     begun = folder / "origin.json"
@@ -275,5 +293,22 @@ def _train(
         trainer.add_callback(report)
         if last is not None:
             bar.advance(_step(last))
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            _refuse_half(Path(arguments.output_dir), trainer.state.global_step, error)
+            raise
     return report.losses
+
+
+def _refuse_half(folder: Path, step: int, error: Exception) -> None:
+    """Raises OSError, and deletes the checkpoint, where writing it was what failed: torch and
+    safetensors name neither a file nor the reason, such as a full disk."""
+    checkpoint = folder / f"checkpoint-{step}"
+    if not checkpoint.exists() or is_whole(checkpoint / "trainer_state.json"):
+        return
+    free = shutil.disk_usage(folder).free
+    shutil.rmtree(checkpoint, ignore_errors=True)
+    raise OSError(
+        f"finetune: {checkpoint} could not be written, with {free} bytes free there: {error}"
+    ) from error

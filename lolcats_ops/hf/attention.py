@@ -123,6 +123,8 @@ class LolcatsAttention(Fp32Module):
                 raise NotImplementedError(f"lolcats attention has no {name}")
             if value:
                 raise NotImplementedError(f"lolcats attention has no {name} (got {value})")
+        if asked.get("is_causal") is False:
+            raise NotImplementedError("lolcats attention is causal (got is_causal=False)")
 
     def forward(
         self,

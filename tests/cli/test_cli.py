@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 from helpers.command_line import TEXT, lolcats
 from helpers.training import torchrun
 from safetensors.torch import load_file
@@ -74,7 +75,7 @@ def test_two_processes_train_as_one_on_twice_the_batch(folder, tmp_path):
             lolcats(command, model, out, *text, *two, "--resume")
 
 
-def test_sampling_repeats_with_a_seed_and_narrows_with_top_p(folder):
+def test_sampling_repeats_with_a_seed_and_narrows_with_top_p(folder, tmp_path):
     """The tiny model is hardly trained: at this temperature every word is as likely."""
 
     def said(*options):
@@ -83,6 +84,11 @@ def test_sampling_repeats_with_a_seed_and_narrows_with_top_p(folder):
     hot = ("--temperature", 100)
     assert said(*hot, "--seed", 1) == said(*hot, "--seed", 1) != said(*hot, "--seed", 2)
     assert said(*hot, "--top-p", 0, "--seed", 1) == said()
+    beams = tmp_path / "beams"
+    shutil.copytree(folder / "model", beams)
+    settings = transformers.GenerationConfig(num_beams=3, eos_token_id=0)
+    settings.save_pretrained(beams)  # streams have no beams
+    assert lolcats("generate", beams, "the quick", "--max-new-tokens", 12) == said()
     for option in (("--seed", 1), ("--top-p", 0.5)):
         with pytest.raises(ValueError, match="give a --temperature"):
             said(*option)

@@ -6,6 +6,7 @@ import torch
 import transformers
 from helpers import tiny_models
 from helpers.training import NARROW, QUICK, tiny, token_rows
+from safetensors import SafetensorError
 
 import lolcats_ops as lo
 from lolcats_ops.convert import FinetuneConfig
@@ -231,6 +232,35 @@ def test_an_adapter_loads_with_the_model_that_it_is_on(model, tmp_path):
     said.write_text('{"base_model_name_or_path": null}')
     with pytest.raises(ValueError, match="does not say which model the adapter is on"):
         lo.hf.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapters_of_tied_weights_are_not_merged(target):
+    rows = tiny_models.token_ids(2, 40)
+    config = FinetuneConfig(target_modules=("q_proj", target), max_steps=1)
+    tied = lo.hf.convert(tiny_models.tiny(tie_word_embeddings=True), tiny_models.NARROW)
+    with pytest.raises(ValueError, match=r"one of model\.embed_tokens, lm_head, whose weights are"):
+        lo.convert.finetune(tied, rows, config)
+    lo.convert.finetune(tied, rows, config.model_copy(update={"merge": False}))
+    apart = lo.hf.convert(tiny_models.tiny(), tiny_models.NARROW)
+    lo.convert.finetune(apart, rows, config)
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [("torch.save", RuntimeError), ("peft.peft_model.safe_save_file", SafetensorError)],
+)
+def test_a_checkpoint_that_cannot_be_written_is_named_and_deleted(
+    writer, error, model, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise error("unexpected pos 24576 vs 24468")
+
+    config = FinetuneConfig(max_steps=2, gradient_accumulation=1)
+    monkeypatch.setattr(writer, full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be written, with \d+ bytes free"):
+        lo.convert.finetune(model, token_rows(2, 40), config, output_dir=tmp_path)
+    assert not (tmp_path / "checkpoint-2").exists()
 
 
 def test_merged_model_computes_what_the_adapters_computed(model):

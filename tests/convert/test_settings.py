@@ -12,8 +12,8 @@ from helpers.training import tiny, token_rows
 from rich.console import Console
 
 import lolcats_ops as lo
-from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig
-from lolcats_ops.convert.files import replacing
+from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig, files
+from lolcats_ops.convert.files import replacing, replacing_files
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -62,6 +62,8 @@ def test_config_round_trips_through_yaml(tmp_path):
         ("''", " is a str, needs a mapping"),
         ("lolcats: [", " is not YAML"),
         (b"\xff\xfa\x00", " is not YAML"),
+        ("lolcats: {window: 8}\nlolcats: {sink: 2}", " is not YAML: 'lolcats' is there twice"),
+        ("data: {length: 8, length: 9}", " is not YAML: 'length' is there twice"),
     ],
 )
 def test_a_configuration_that_is_wrong_is_named(content, reason, tmp_path):
@@ -129,7 +131,13 @@ def test_token_rows_have_any_integer_dtype(model, dtype):
 
 
 @pytest.mark.parametrize(
-    ("texts", "length", "error"), [("one string", 2, TypeError), (["a b"], 0, ValueError)]
+    ("texts", "length", "error"),
+    [
+        ("one string", 2, TypeError),
+        (["a b"], 0, ValueError),
+        (["a b", None], 2, TypeError),
+        (["a b", "half \ud83d of one"], 2, ValueError),
+    ],
 )
 def test_pack_names_what_is_wrong(texts, length, error):
     with pytest.raises(error, match=r"^pack: "):
@@ -172,7 +180,13 @@ def test_json_lines_are_texts_of_their_own(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "thr\u2028ee"}\n', encoding="utf-8")
     assert lo.convert.read_texts([path]) == ["one\ntwo", "thr\u2028ee"]
-    for wrong, words in (("{", "line 2 is not JSON"), ('["text"]', "line 2 is no object with")):
+    path.write_text('{"text": "one"}', encoding="utf-8-sig")  # as some editors save it
+    assert lo.convert.read_texts([path]) == ["one"]
+    for wrong, words in (
+        ("{", "line 2 is not JSON"),
+        ('["text"]', "line 2 is no object with"),
+        ('{"text": "a \\ud83d b"}', r"line 2 has \\ud83d, half of a character"),
+    ):
         path.write_text('{"text": "one"}\n' + wrong)
         with pytest.raises(ValueError, match=words):
             lo.convert.read_texts([path])
@@ -260,6 +274,12 @@ def test_a_perplexity_beyond_a_float_is_infinite(model):
     assert lo.convert.evaluate(model, token_rows(1, 40)) == math.inf
 
 
+def test_logits_that_are_not_finite_have_no_perplexity(model):
+    model.model.layers[1].mlp.up_proj.weight.data[0] = math.nan
+    with pytest.raises(RuntimeError, match="evaluate: the model's logits are not finite"):
+        lo.convert.evaluate(model, token_rows(1, 40))
+
+
 def test_an_offloaded_model_is_evaluated_and_not_trained(model):
     rows = token_rows(2, 40)
     expected = lo.convert.evaluate(model, rows)
@@ -279,3 +299,27 @@ def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
             second.write(b"second")
         assert (tmp_path / "file").read_bytes() == b"second"
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"first"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_killed_processes_left_half_written_is_deleted(kind, tmp_path, monkeypatch):
+    def write():
+        if kind == "folder":
+            return replacing_files(tmp_path)
+        return replacing(tmp_path / "file")
+
+    left = tmp_path / {"file": "file.1f.partial", "folder": ".new-1f"}[kind]
+    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
+    other = tmp_path / "files.1f.partial"
+    other.write_bytes(b"another's")
+    monkeypatch.setattr(files, "NEW", -1.0)
+    with write():
+        assert not left.exists()
+        being_written = set(tmp_path.iterdir())
+        with write():  # which another process has locked
+            assert being_written < set(tmp_path.iterdir())
+    assert other.exists()
+    monkeypatch.setattr(files, "NEW", 60.0)
+    left.mkdir() if kind == "folder" else left.write_bytes(b"half")
+    with write():
+        assert left.exists()  # it may not be locked yet

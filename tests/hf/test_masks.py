@@ -230,6 +230,12 @@ def test_weights_of_attention_are_refused(model, prompt):
         model(prompt, output_attentions=True)
 
 
+def test_attention_of_later_tokens_is_refused(model, prompt):
+    with pytest.raises(NotImplementedError, match="is causal"):
+        model(prompt, is_causal=False)
+    model(prompt, is_causal=True)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
 def test_transfer_leaves_padding_and_other_documents_out(packed):
