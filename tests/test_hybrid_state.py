@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lolcats_ops as lo
@@ -194,6 +195,16 @@ def test_a_step_that_raises_after_it_ran_does_not_run_again():
     assert state.length.tolist() == [3, 3]
     with torch.device("cpu"), pytest.raises(ValueError, match="folded"):
         small_step(replace(empty(), folded=torch.tensor([9, 9])))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_results_of_a_length_that_depends_on_data_keep_the_memory_order(merged):
+    environment = ShapeEnv()
+    with FakeTensorMode(shape_env=environment):
+        length = environment.create_unbacked_symint()
+        x = torch.empty(1, length, 2, 8).transpose(1, 2) if merged else torch.empty(1, 2, length, 8)
+        y = lo.feature_map(x, lo.Features(torch.empty(2, 8, 8)))
+        assert isinstance(y.stride(1), int) == merged  # of heads that lie together
 
 
 def test_fake_states_without_maps_have_the_heads_of_keys():

@@ -46,6 +46,16 @@ def present(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> lis
     return [None if x is None else g for g, x in zip(gradients, inputs, strict=True)]
 
 
+def holds(condition: bool | torch.SymBool, if_unknown: bool) -> bool:
+    """A condition on sizes, of which a compiler may not know those that depend on data."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental import symbolic_shapes  # loads sympy
+
+    guard = symbolic_shapes.guard_or_true if if_unknown else symbolic_shapes.guard_or_false
+    return guard(condition)
+
+
 def empty_rows(x: Tensor, width: int) -> Tensor:
     """An output [B, H, T, width] for x [B, H, T, X], in x's dtype and memory order.
 
@@ -53,7 +63,8 @@ def empty_rows(x: Tensor, width: int) -> Tensor:
     a copy.
     """
     batch, heads, length, _ = x.shape
-    if heads > 1 and length > 1 and x.stride(1) < x.stride(2):
+    merged = holds(x.stride(1) < x.stride(2), if_unknown=False)
+    if merged and heads > 1 and holds(length > 1, if_unknown=True):
         return x.new_empty(batch, length, heads, width).transpose(1, 2)
     return x.new_empty(batch, heads, length, width)
 
