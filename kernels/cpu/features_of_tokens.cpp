@@ -64,7 +64,7 @@ inline Sums exponentials_of_token(const float* z, float* side, float* upper, int
 
 // Features of some tokens but for a factor of each side and the clamp.
 struct Unscaled {
-  float *terms, *factors;  // [tokens x sides x ld], [tokens x sides]
+  float *terms, *factors;  // [tokens x sides x ld], [tokens x sides] up to a whole four
   float least;
 };
 inline Vec scaled(Vec terms, Vec factor, Vec least) { return max(terms * factor, least); }

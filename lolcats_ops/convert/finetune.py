@@ -216,6 +216,7 @@ def _targets(model: nn.Module, config: FinetuneConfig) -> list[str]:
 
 
 def _refuse_tied(model: nn.Module, targets: list[str]) -> None:
+    """Raises ValueError where a target's weight is another module's as well."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
