@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch._subclasses import FakeTensor
 
 from . import _C
 from ._codes import ACTIVATIONS, WINDOW_KINDS
+from ._sizes import check_size
 from .case import Case
 from .features import Features
 from .launches import launches_of
@@ -209,11 +209,7 @@ def _case(op: str, given: dict[str, Any]) -> Case:
             raise TypeError(f"backend_for: {name} is {value!r}, needs a bool")
     least = {"head_dim": 1, "value_dim": 1, "feature_dim": 0, "tokens": 0, "window": 0, "sink": 0}
     for name, bound in least.items():
-        value = getattr(case, name)
-        if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"backend_for: {name} is {value!r}, needs an integer")
-        if value < bound:
-            raise ValueError(f"backend_for: {name} is {value}, needs at least {bound}")
+        check_size("backend_for", name, getattr(case, name), bound)
     return case
 
 

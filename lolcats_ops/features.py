@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from ._codes import ACTIVATIONS, TWO_SIDED
+from ._sizes import check_size
 
 LARGEST = torch.finfo(torch.float32).max
 INITS = ("identity", "zero", "kaiming", "normal", "orthogonal")
@@ -49,10 +50,7 @@ def init_weight(
             [0., 0., 1., 0.]])
     """
     for name, size in (("heads", heads), ("head_dim", head_dim), ("width", width)):
-        if isinstance(size, bool) or not isinstance(size, Integral):
-            raise TypeError(f"init_weight: {name} is {size!r}, needs an integer")
-        if size < 1:
-            raise ValueError(f"init_weight: {name} is {size}, needs at least 1")
+        check_size("init_weight", name, size, 1)
     weight = torch.zeros(heads, head_dim, width, dtype=dtype, device=device)
     if init == "identity":
         weight.diagonal(dim1=1, dim2=2).fill_(1.0)

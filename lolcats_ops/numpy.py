@@ -14,7 +14,6 @@ Every function raises, naming the argument:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from . import _C
 from ._codes import ACTIVATIONS, DTYPES, NO_MAP, TWO_SIDED, WINDOW_KINDS, window_span
+from ._sizes import check_size
 
 Array = NDArray[Any]
 
@@ -131,10 +131,7 @@ class HybridState:
             )
         batch = sequences if batch is None else batch
         for name, count in (("batch", batch), ("window", window), ("sink", sink), ("slack", slack)):
-            if isinstance(count, bool) or not isinstance(count, Integral):
-                raise TypeError(f"{op}: {name} is {count!r}, needs an integer")
-            if count < 0:
-                raise ValueError(f"{op}: {name} is {count}, needs >= 0")
+            check_size(op, name, count, 0)
         _window_code(op, window_kind)
         window, sink, slack = int(window), int(sink), int(slack)  # they may be of 8 bits
         ring = window_span(window, window_kind) + slack

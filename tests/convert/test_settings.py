@@ -48,6 +48,8 @@ def test_config_round_trips_through_yaml(tmp_path):
     assert ConversionConfig.load(tmp_path / "c.yaml") == config
     ConversionConfig().save(tmp_path / "d.yaml")
     assert ConversionConfig.load(tmp_path / "d.yaml") == ConversionConfig()
+    (tmp_path / "e.yaml").write_text("transfer:\n  # epochs: 2\n")
+    assert ConversionConfig.load(tmp_path / "e.yaml") == ConversionConfig()
 
 
 @pytest.mark.parametrize(
