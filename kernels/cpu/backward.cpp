@@ -11,94 +11,104 @@ struct KeyParts {
   float *dk, *dv;
 };
 
-// One call: its segments, its scratch, and the runs that both ways of sharing it out consist of.
+// One call. A run is a group of sequences and a state head: a thread takes one from its first
+// segment to the last and back. Where the last runs are too few for all threads, these share their
+// segments, once the states at the borders are known, and the states' gradients.
 class Backward {
  public:
   Backward(const BackwardProblem& b, const Batch& batch, const Segments& segments,
-           const ParameterPartials& partials, bool parts_of_thread)
+           const ParameterPartials& partials)
       : b_(b),
         p_(b.p),
         batch_(batch),
         segments_(segments),
         partials_(partials),
-        parts_of_thread_(parts_of_thread),
+        runs_(partials.groups() * p_.state_heads()),
+        alone_(runs_ - runs_by_segments(segments, p_, batch, runs_)),
+        own_parts_(p_.state_heads() == p_.kv_heads()),
         dk_(part_rows() * padded(p_.D())),
         dv_(part_rows() * padded(p_.V())),
-        delta_(has_delta() ? 0 : p_.q.shape[0] * p_.heads() * p_.q.shape[2]) {}
-  bool ok() const { return dk_.ok() && dv_.ok() && delta_.ok(); }
-
-  // Threads take groups of sequences, each from its first segment to the last and back.
-  int by_sequences() {
-    const int64_t rows = parts_of_thread_ && wants_inputs() ? segments_.rows_of_longest() : 0;
-    const int64_t floats =
-        scratch() + StateSums::floats(p_) + rows * (padded(p_.D()) + padded(p_.V()));
-    const auto work = [&](int64_t w, Arena arena) {
-      const int64_t group = w / p_.state_heads(), head = w % p_.state_heads();
-      const StateSums carried = StateSums::take(p_, arena), nothing = {};
-      const KeyParts own = {arena.take(rows * padded(p_.D())), arena.take(rows * padded(p_.V()))};
-      for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
-        const Sequence& s = batch_.sequences[i];
-        const int64_t last = segments_.count(s) - 1;
-        const KeyParts parts = parts_of_thread_ ? own : parts_of(s, head);
-        for (int64_t j = 0; j <= last; j++)
-          backward_of_queries(run_of(s, head, partials_.slot(group, j), j, parts),
-                              j ? carried : initial(s, head), j < last ? carried : nothing, arena);
-        for (int64_t j = last; j >= 0; j--) {
-          backward_of_keys(run_of(s, head, partials_.slot(group, j), j, parts),
-                           j < last ? carried : final_gradient(s, head),
-                           j ? carried : initial_gradient(s, head), arena);
-          // While they are near, and since the next head's come in their place.
-          if (parts_of_thread_) store_keys(s, head, j, parts, 1);
-        }
-      }
-    };
-    return finish(run_workers(partials_.groups() * p_.state_heads(), floats, all_work(), work,
-                              [&] { clear_padded(); }));
+        delta_(has_delta() ? 0 : p_.q.shape[0] * p_.heads() * p_.q.shape[2]),
+        before_(p_, segments, alone_ < runs_),
+        after_(p_, segments, alone_ < runs_),
+        threads_(thread_count(most_workers(), 3 * p_.work(batch.real_tokens))),
+        arenas_(threads_, scratch()) {}
+  bool ok() const {
+    return dk_.ok() && dv_.ok() && delta_.ok() && before_.ok() && after_.ok() && arenas_.ok();
   }
 
-  // Threads take segments, once the states at their borders are known, and the states' gradients:
-  // at the same time, unless these wait for the delta that the queries' pass corrects.
-  int by_segments() {
-    const int64_t Hs = p_.state_heads(), heads = batch_.count * Hs, slots = partials_.slots() * Hs;
-    const int threads = thread_count(at_least(2 * heads, slots), all_work());
-    const SegmentStates before(p_, segments_), after(p_, segments_);
-    const Arenas arenas(threads, scratch());
-    if (!before.ok() || !after.ok() || !arenas.ok()) return LOL_ENOMEM;
-    clear_padded();
-    const auto share = [&](int64_t workers, const auto& work) {
-      run_workers(arenas, (int)at_most(threads, workers), workers, work);
-    };
+  void run() {
+    if (batch_.padded) {
+      clear(b_.dq);
+      clear(b_.dk);
+      clear(b_.dv);
+    }
+    share(alone_, [&](int64_t w, Arena arena) { alone(w, arena); });
+    if (alone_ < runs_) by_segments();
+    if (part_rows() > 0) store_kept();
+  }
+
+ private:
+  void alone(int64_t w, Arena arena) const {
+    const int64_t head = head_of(w), rows = own_rows();
+    const StateSums carried = StateSums::take(p_, arena), nothing = {};
+    const KeyParts own = {arena.take(rows * padded(p_.D())), arena.take(rows * padded(p_.V()))};
+    each_sequence(group_of(w), [&](const Sequence& s) {
+      const int64_t last = segments_.count(s) - 1;
+      const KeyParts parts = own_parts_ ? own : parts_of(s, head);
+      const auto run_at = [&](int64_t j) {
+        return run_of(s, head, partials_.slot(group_of(w), j), j, parts);
+      };
+      for (int64_t j = 0; j <= last; j++)
+        backward_of_queries(run_at(j), j ? carried : initial(s, head), j < last ? carried : nothing,
+                            arena);
+      for (int64_t j = last; j >= 0; j--) {
+        backward_of_keys(run_at(j), j < last ? carried : final_gradient(s, head),
+                         j ? carried : initial_gradient(s, head), arena);
+        // While they are near, and since the next sequence's come in their place.
+        if (own_parts_) store_keys(s, head, j, parts, 1);
+      }
+    });
+  }
+
+  // The states at the borders and their gradients are found at the same time, unless these wait for
+  // the delta that the queries' pass corrects.
+  void by_segments() const {
+    const int64_t runs = runs_ - alone_, slots = partials_.slots() * p_.state_heads();
     const bool waits = b_.corrects_delta();
-    const auto sequence_of = [&](int64_t w) -> const Sequence& { return batch_.sequences[w / Hs]; };
     const auto states = [&](int64_t w, Arena arena) {
-      const Sequence& s = sequence_of(w);
-      states_before(p_, segments_, s, w % Hs, initial(s, w % Hs), before, arena);
+      const int64_t head = head_of(alone_ + w);
+      each_sequence(group_of(alone_ + w), [&](const Sequence& s) {
+        states_before(p_, segments_, s, head, initial(s, head), before_, arena);
+      });
     };
     const auto gradients = [&](int64_t w, Arena arena) {
-      const Sequence& s = sequence_of(w);
-      BackwardRun run = run_of(s, w % Hs, 0, 0, {});
-      if (waits) run.new_delta = nullptr;
-      gradients_after(run, segments_, final_gradient(s, w % Hs), after, arena);
+      const int64_t head = head_of(alone_ + w);
+      each_sequence(group_of(alone_ + w), [&](const Sequence& s) {
+        BackwardRun run = run_of(s, head, 0, 0, {});
+        if (waits) run.new_delta = nullptr;
+        gradients_after(run, segments_, final_gradient(s, head), after_, arena);
+      });
     };
     const auto of_queries = [&](const BackwardRun& run, int64_t j, Arena arena) {
       const int64_t head = run.state_head;
-      backward_of_queries(run, j ? before.at(run.s, j, head) : initial(run.s, head), {}, arena);
+      backward_of_queries(run, j ? before_.at(run.s, j, head) : initial(run.s, head), {}, arena);
     };
     const auto of_keys = [&](const BackwardRun& run, int64_t j, Arena arena) {
       const int64_t head = run.state_head, last = segments_.count(run.s) - 1;
-      backward_of_keys(run, j < last ? after.at(run.s, j, head) : final_gradient(run.s, head),
+      backward_of_keys(run, j < last ? after_.at(run.s, j, head) : final_gradient(run.s, head),
                        j ? StateSums{} : initial_gradient(run.s, head), arena);
     };
     const auto each_segment = [&](const auto& work) {
       share(slots, [&](int64_t w, Arena arena) { segments_of_slot(w, work, arena); });
     };
     if (waits) {
-      share(heads, states);
+      share(runs, states);
       each_segment(of_queries);
-      share(heads, gradients);
+      share(runs, gradients);
       each_segment(of_keys);
     } else {
-      share(2 * heads, [&](int64_t w, Arena arena) {
+      share(2 * runs, [&](int64_t w, Arena arena) {
         w % 2 ? gradients(w / 2, arena) : states(w / 2, arena);
       });
       const auto both = [&](const BackwardRun& run, int64_t j, Arena arena) {
@@ -107,26 +117,57 @@ class Backward {
       };
       each_segment(both);
     }
-    return finish(LOL_OK);
   }
 
- private:
-  // work(run, segment, arena) for the segments of a slot: worker w has one, for a state head.
+  // work(run, segment, arena) for the segments of a slot: worker w has one, for a state head, which
+  // is nothing where a thread had that run alone.
   template <class Work>
   void segments_of_slot(int64_t w, const Work& work, Arena arena) const {
-    const int64_t Hs = p_.state_heads(), slot = w / Hs, group = partials_.group_of(slot);
+    const int64_t slot = w / p_.state_heads(), head = head_of(w), group = partials_.group_of(slot);
     const int64_t j = partials_.segment_of(slot);
-    for (int64_t i = partials_.begin(group); i < partials_.end(group); i++) {
-      const Sequence& s = batch_.sequences[i];
-      if (j < segments_.count(s)) work(run_of(s, w % Hs, slot, j, parts_of(s, w % Hs)), j, arena);
-    }
+    if (group * p_.state_heads() + head < alone_) return;
+    each_sequence(group, [&](const Sequence& s) {
+      if (j < segments_.count(s)) work(run_of(s, head, slot, j, parts_of(s, head)), j, arena);
+    });
+  }
+
+  // dk and dv of the kv heads whose parts were kept.
+  void store_kept() const {
+    const int64_t Hk = p_.kv_heads(), shared = p_.state_heads() / Hk, most = segments_.most();
+    const int64_t first = own_parts_ ? alone_ : 0;  // a run for each kv head then, or for several
+    share((partials_.groups() * Hk - first) * most, [&](int64_t w, Arena) {
+      const int64_t group = (first + w / most) / Hk, kv_head = (first + w / most) % Hk;
+      const int64_t j = w % most;
+      each_sequence(group, [&](const Sequence& s) {
+        if (j < segments_.count(s))
+          store_keys(s, kv_head, j, parts_of(s, kv_head * shared), shared);
+      });
+    });
+  }
+
+  template <class Work>
+  void share(int64_t workers, const Work& work) const {
+    run_workers(arenas_, (int)at_least(at_most(threads_, workers), 1), workers, work);
+  }
+  int64_t most_workers() const {
+    const int64_t by_segments = at_least(2 * (runs_ - alone_), partials_.slots());
+    return at_least(alone_, alone_ < runs_ ? by_segments : 0);
+  }
+
+  int64_t group_of(int64_t run) const { return run / p_.state_heads(); }
+  int64_t head_of(int64_t run) const { return run % p_.state_heads(); }
+  template <class Work>
+  void each_sequence(int64_t group, const Work& work) const {
+    for (int64_t i = partials_.begin(group); i < partials_.end(group); i++)
+      work(batch_.sequences[i]);
   }
 
   bool wants_inputs() const { return b_.dq.data != nullptr; }
   bool has_delta() const { return b_.delta || !p_.normalize; }
-  int64_t all_work() const { return 3 * p_.work(batch_.real_tokens); }
   int64_t scratch() const {
-    return at_least(backward_of_queries_floats(p_), backward_of_keys_floats(p_));
+    const int64_t own = own_rows() * (padded(p_.D()) + padded(p_.V()));
+    return at_least(backward_of_queries_floats(p_), backward_of_keys_floats(p_)) +
+           StateSums::floats(p_) + own;
   }
   StateSums initial(const Sequence& s, int64_t head) const {
     return StateSums::of(p_, b_.kv0, b_.ksum0, s, head);
@@ -137,12 +178,23 @@ class Backward {
   StateSums final_gradient(const Sequence& s, int64_t head) const {
     return StateSums::of(p_, b_.dkv, b_.dksum, s, head);
   }
+
+  // Rows of a thread's own parts.
+  int64_t own_rows() const {
+    return wants_inputs() && own_parts_ && alone_ > 0 ? segments_.rows_of_longest() : 0;
+  }
+  // The state heads whose parts are kept until all are there: these, and all after them.
+  int64_t first_kept() const {
+    if (!own_parts_) return 0;
+    if (alone_ == runs_) return p_.state_heads();
+    return partials_.groups() == 1 ? alone_ : 0;
+  }
   int64_t part_rows() const {
-    return wants_inputs() && !parts_of_thread_ ? segments_.rows() * p_.state_heads() : 0;
+    return wants_inputs() ? segments_.rows() * (p_.state_heads() - first_kept()) : 0;
   }
   KeyParts parts_of(const Sequence& s, int64_t head) const {
-    const int64_t row = head * segments_.rows() + segments_.row(s);
     if (part_rows() == 0) return {};
+    const int64_t row = (head - first_kept()) * segments_.rows() + segments_.row(s);
     return {dk_.data + row * padded(p_.D()), dv_.data + row * padded(p_.V())};
   }
 
@@ -159,23 +211,6 @@ class Backward {
     run.delta = b_.delta ? b_.delta : delta_.data;
     run.new_delta = has_delta() ? nullptr : delta_.data;
     return run;
-  }
-
-  void clear_padded() const {
-    if (!batch_.padded) return;
-    clear(b_.dq);
-    clear(b_.dk);
-    clear(b_.dv);
-  }
-  int finish(int status) const {
-    if (status != LOL_OK || part_rows() == 0) return status;
-    const int64_t Hk = p_.kv_heads(), shared = p_.state_heads() / Hk, most = segments_.most();
-    const int64_t work = batch_.real_tokens * p_.state_heads() * (p_.D() + p_.V());
-    return run_workers(batch_.count * Hk * most, 0, work, [&](int64_t w, Arena) {
-      const Sequence& s = batch_.sequences[w / most / Hk];
-      const int64_t kv_head = w / most % Hk, j = w % most;
-      if (j < segments_.count(s)) store_keys(s, kv_head, j, parts_of(s, kv_head * shared), shared);
-    });
   }
 
   // dk and dv of the keys of which no segment before the j-th has a part: what that, later ones and
@@ -224,22 +259,24 @@ class Backward {
   const Batch& batch_;
   const Segments& segments_;
   const ParameterPartials& partials_;
-  // Whether a thread has the parts of one sequence and state head at a time, which are near, and
-  // few; or all are kept.
-  const bool parts_of_thread_;
+  const int64_t runs_, alone_;  // all, and the first ones, which a thread has alone
+  // Whether such a thread has the parts of one sequence at a time, which are near, and few: no
+  // other run has parts of the same keys.
+  const bool own_parts_;
   const Buffer dk_, dv_, delta_;
+  const SegmentStates before_, after_;
+  const int threads_;
+  const Arenas arenas_;
 };
 
 }  // namespace
 
 int backward(const BackwardProblem& b, const Batch& batch, const Segments& segments,
              const ParameterPartials& partials) {
-  const bool shared = by_segments(segments, b.p, batch, partials.groups() * b.p.state_heads());
-  // Threads that share a sequence, or the state heads of a kv head, have parts of the same keys.
-  const bool parts_of_thread = !shared && b.p.state_heads() == b.p.kv_heads();
-  Backward call(b, batch, segments, partials, parts_of_thread);
+  Backward call(b, batch, segments, partials);
   if (!call.ok() || !partials.ok()) return LOL_ENOMEM;
-  return shared ? call.by_segments() : call.by_sequences();
+  call.run();
+  return LOL_OK;
 }
 
 int backward(const BackwardProblem& b, const Batch& batch) {

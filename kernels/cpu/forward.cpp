@@ -5,7 +5,7 @@ namespace LOL_ISA {
 namespace {
 
 // A team costs a tenth in keys that two stretches load and in states that come from L2: it pays
-// where single threads would leave more of the machine idle,
+// where single threads would leave more of the machine idle while the last of them is at work,
 constexpr double IDLE = 0.15;
 // and where each thread has a stretch of this many blocks of queries. Fewer load more keys twice;
 // more push tiles and states out of L2.
@@ -207,18 +207,21 @@ void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena) 
 }
 
 int Team::threads_for(const Problem& p, const Batch& batch) {
-  const int64_t runs = batch.count * p.state_heads();
-  const int threads = thread_count(batch.real_tokens / BLOCK, p.work(batch.real_tokens));
+  return thread_count(batch.real_tokens / BLOCK, p.work(batch.real_tokens));
+}
+
+int64_t Team::share_of(int64_t runs, const Problem& p, const Batch& batch) {
+  const int threads = threads_for(p, batch);
   if (runs == 0 || batch.real_tokens / batch.count < BLOCKS * BLOCK * threads) return 0;
-  const int64_t rounds = (runs + threads - 1) / threads;
-  return (double)runs / (double)(rounds * threads) < 1.0 - IDLE ? threads : 0;
+  const int64_t rest = runs % threads;
+  return (double)rest < (1.0 - IDLE) * threads ? rest : 0;
 }
 
 Team::Team(const Problem& p, int threads)
     : p_(p),
       threads_(threads),
       member_((Member::floats(p) + 1023) / 1024 * 1024),
-      memory_(threads * member_ + State::floats(p.F(), p.V()) + 32) {}
+      memory_(threads ? threads * member_ + State::floats(p.F(), p.V()) + 32 : 0) {}
 
 void Team::forward(const Run& run, const Outputs& out) {
   const int64_t blocks = (run.total - run.past + BLOCK - 1) / BLOCK;

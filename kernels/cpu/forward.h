@@ -38,9 +38,10 @@ void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena);
 // the bit.
 class Team {
  public:
-  // Threads that would idle if every run had one; 0 where a team would not pay.
   static int threads_for(const Problem& p, const Batch& batch);
-  Team(const Problem& p, int threads);
+  // How many of so many runs, the last ones: as long as every thread has one, none needs a team.
+  static int64_t share_of(int64_t runs, const Problem& p, const Batch& batch);
+  Team(const Problem& p, int threads);  // 0 if there is nothing for it to do
   bool ok() const { return memory_.ok(); }
   void forward(const Run& run, const Outputs& out);
 
@@ -55,20 +56,19 @@ class Team {
 template <class RunOf>
 int forward(const Problem& p, const Batch& batch, const Outputs& out, RunOf run_of) {
   const int64_t runs = batch.count * p.state_heads();
+  const int64_t alone = runs - Team::share_of(runs, p, batch);
   const auto run_at = [&](int64_t w) {
     return run_of(batch.sequences[w / p.state_heads()], w % p.state_heads());
   };
-  const auto prepare = [&] { clear_padding(batch, out.o, out.m, out.den); };
-  if (const int threads = Team::threads_for(p, batch)) {
-    Team team(p, threads);
-    if (!team.ok()) return LOL_ENOMEM;
-    prepare();
-    for (int64_t w = 0; w < runs; w++) team.forward(run_at(w), out);
-    return LOL_OK;
-  }
-  return run_workers(
-      runs, Chunkwise::floats(p), p.work(batch.real_tokens),
-      [&](int64_t w, Arena arena) { forward(p, run_at(w), out, arena); }, prepare);
+  Team team(p, alone < runs ? Team::threads_for(p, batch) : 0);
+  if (!team.ok()) return LOL_ENOMEM;
+  const int status = run_workers(
+      alone, Chunkwise::floats(p), p.work(batch.real_tokens),
+      [&](int64_t w, Arena arena) { forward(p, run_at(w), out, arena); },
+      [&] { clear_padding(batch, out.o, out.m, out.den); });
+  if (status != LOL_OK) return status;
+  for (int64_t w = alone; w < runs; w++) team.forward(run_at(w), out);
+  return LOL_OK;
 }
 
 }  // namespace LOL_ISA

@@ -67,8 +67,10 @@ struct StateSums {
 // Sums for every segment and state head.
 class SegmentStates {
  public:
-  SegmentStates(const Problem& p, const Segments& segments)
-      : p_(p), segments_(segments), memory_(segments.places() * p.state_heads() * size()) {}
+  SegmentStates(const Problem& p, const Segments& segments, bool wanted)
+      : p_(p),
+        segments_(segments),
+        memory_(wanted ? segments.places() * p.state_heads() * size() : 0) {}
   bool ok() const { return memory_.ok(); }
   StateSums at(const Sequence& s, int64_t j, int64_t state_head) const {
     float* kv = memory_.data + (state_head * segments_.places() + segments_.place(s, j)) * size();
@@ -83,9 +85,10 @@ class SegmentStates {
   Buffer memory_;
 };
 
-// Whether threads should take segments because too few sequences and state heads, `runs`, keep
-// them busy. What a segment starts from has to be found first.
-bool by_segments(const Segments& segments, const Problem& p, const Batch& batch, int64_t runs);
+// Of how many of so many runs, the last ones, threads should share the segments, since they are too
+// few for all of them. What a segment starts from has to be found first.
+int64_t runs_by_segments(const Segments& segments, const Problem& p, const Batch& batch,
+                         int64_t runs);
 
 // The state before the queries of every segment but the first.
 void states_before(const Problem& p, const Segments& segments, const Sequence& s,

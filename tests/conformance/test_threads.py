@@ -32,13 +32,22 @@ def same_with_threads(call: Callable[[], list[torch.Tensor]]) -> list[torch.Tens
 @pytest.mark.parametrize(
     ("window", "kind", "sink"), [(64, "sliding", 1), (50, "terrace", 0), (0, "sliding", 3)]
 )
-# Fewer heads than threads, and one more than two threads; states of few rows, and of several groups
-# that go from thread to thread and are folded at a time; a state for every query head.
+# Fewer heads than threads, and one more than two threads, or than four; as many sequences; states
+# of few rows, and of several groups that go from thread to thread and are folded at a time; a state
+# for every query head.
 @pytest.mark.parametrize(
-    ("kv_heads", "f", "shared"), [(1, 12, "k"), (3, 12, "k"), (1, 40, "k"), (1, 12, "neither")]
+    ("batch", "f", "shared"),
+    [
+        ((1, 1), 12, "k"),
+        ((1, 3), 12, "k"),
+        ((1, 5), 12, "k"),
+        ((3, 1), 12, "k"),
+        ((1, 1), 40, "k"),
+        ((1, 1), 12, "neither"),
+    ],
 )
-def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, kv_heads, f, shared):
-    case = Case("2048", D=20, f=f, G=2, batch=(1, kv_heads), window=window, shared=shared)
+def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, batch, f, shared):
+    case = Case("2048", D=20, f=f, G=2, batch=batch, window=window, shared=shared)
     x = make_inputs(case).as_dtype(dtype, "plain")
     q, k, v, gate = (x.leaves[n].detach() for n in ("q", "k", "v", "gate"))
     maps = [lo.Features(x.leaves[n].detach()) for n in ("weight_q", "weight_k")]
