@@ -49,6 +49,10 @@ struct Problem {
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());
   }
+  // Where a sequence's entry has those of a query head in statistics [B, H, T].
+  int64_t statistics_of(const Sequence& s, int64_t h) const {
+    return (s.batch * heads() + h) * q.shape[2];
+  }
   // Multiply-adds of the forward pass over all heads, for sharing it among threads.
   int64_t work(int64_t tokens) const {
     const int64_t span = 2 * (window.size + window.sink);

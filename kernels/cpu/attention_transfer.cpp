@@ -14,6 +14,11 @@ namespace {
 
 Window everything() { return {INT64_MAX / 4, LOL_SLIDING, 0}; }
 
+// How far the student is from the teacher, summed over queries.
+struct Distances {
+  double squares, entropy;
+};
+
 class TransferWorker {
  public:
   static int64_t floats(const Problem& p) {
@@ -31,16 +36,23 @@ class TransferWorker {
     teacher_.y = arena.take(rows_size(p.V()));
   }
 
-  void run(double* squares, double* entropy) {
+  // To a segment that another worker comes before.
+  void load_state(const Segment& segment, StateSums before) {
+    student_.load_state(before.kv, before.ksum, folded_before(p_, segment));
+  }
+  // One segment after the other.
+  Distances run(const Segment& segment) {
     const int64_t h0 = state_head_ * p_.group();
-    for (int64_t first = 0; first < s_.tokens; first += BLOCK) {
+    Distances sums = {};
+    for (int64_t first = segment.begin; first < segment.end; first += BLOCK) {
       student_.fold(p_.window.start(first));
-      for (int64_t h = h0; h < h0 + p_.group(); h++) block(first, h, squares, entropy);
+      for (int64_t h = h0; h < h0 + p_.group(); h++) block(first, h, &sums);
     }
+    return sums;
   }
 
  private:
-  void block(int64_t first, int64_t h, double* squares, double* entropy) {
+  void block(int64_t first, int64_t h, Distances* sums) {
     const int ld = padded(p_.V());
     const Queries block = student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first),
                                                 tokens_of(p_.q, s_, h), p_.lambda(h));
@@ -60,18 +72,17 @@ class TransferWorker {
         store(student.y + at, residual);
       }
       delta[i] = horizontal_sum(dot);
-      *squares += horizontal_sum(square);
+      sums->squares += horizontal_sum(square);
     }
     store_rows(tokens_of(a_.residual, s_, h), first, block.n, student.y);
-    const int64_t row0 = (s_.batch * p_.heads() + h) * p_.q.shape[2];
     for (int64_t i = 0; i < block.n; i++) {
-      const int64_t row = row0 + s_.row(first + i);
+      const int64_t row = p_.statistics_of(s_, h) + s_.row(first + i);
       ((float*)a_.student.m.data)[row] = student.m[i];
       ((float*)a_.student.den.data)[row] = student.den[i];
       ((float*)a_.lse.data)[row] = lse[i];
       ((float*)a_.delta.data)[row] = delta[i];
     }
-    if (a_.with_xent) *entropy += cross_entropy(pairs_, block, h, student.m, student.den, lse);
+    if (a_.with_xent) sums->entropy += cross_entropy(pairs_, block, h, student.m, student.den, lse);
   }
 
   const lol_attention_transfer_args& a_;
@@ -87,34 +98,59 @@ class TransferWorker {
 
 int attention_transfer(const lol_attention_transfer_args& a, const Batch& batch) {
   const Problem p = problem_of(a.student);
-  const int64_t workers = batch.count * p.state_heads();
-  Buffer sums(4 * workers);  // two doubles each, added up in order
-  if (!sums.ok()) return LOL_ENOMEM;
-  double* partial = (double*)sums.data;
-  for (int64_t w = 0; w < 2 * workers; w++) partial[w] = 0.0;
-  const auto prepare = [&] {
-    if (!batch.padded) return;
+  const Segments segments(p, batch);
+  const int64_t Hs = p.state_heads(), runs = batch.count * Hs, most = segments.most();
+  const int64_t alone = runs - runs_by_segments(segments, p, batch, runs);
+  const int threads =
+      thread_count(at_least(alone, (runs - alone) * most), p.work(batch.real_tokens));
+  const SegmentStates before(p, segments, alone < runs);
+  const Arenas arenas(threads, TransferWorker::floats(p));
+  const Buffer sums(Hs * segments.places() * (int64_t)(sizeof(Distances) / sizeof(float)));
+  if (!before.ok() || !arenas.ok() || !sums.ok()) return LOL_ENOMEM;
+  if (batch.padded) {
     const int64_t rows = p.q.shape[0] * p.heads() * p.q.shape[2];
     clear_padding(batch, a.teacher, (float*)a.student.m.data, (float*)a.student.den.data);
     clear(a.residual);
     fill((float*)a.delta.data, rows, 0.0f);
     fill((float*)a.lse.data, rows, 0.0f);
+  }
+  const auto sequence_of = [&](int64_t run) -> const Sequence& {
+    return batch.sequences[run / Hs];
   };
-  const auto work = [&](int64_t w, Arena arena) {
-    TransferWorker worker(a, p, batch.sequences[w / p.state_heads()], w % p.state_heads(), arena);
-    worker.run(partial + 2 * w, partial + 2 * w + 1);
+  const auto partial = [&](int64_t run, int64_t j) -> Distances& {
+    return (
+        (Distances*)sums.data)[run % Hs * segments.places() + segments.place(sequence_of(run), j)];
   };
-  const int status =
-      run_workers(workers, TransferWorker::floats(p), p.work(batch.real_tokens), work, prepare);
-  if (status != LOL_OK) return status;
-  double squares = 0.0, entropy = 0.0;
-  for (int64_t w = 0; w < workers; w++) {
-    squares += partial[2 * w];
-    entropy += partial[2 * w + 1];
+  // A thread takes the first runs, a sequence and a state head, whole; threads share the segments
+  // of the others.
+  run_workers(arenas, threads, alone, [&](int64_t run, Arena arena) {
+    const Sequence& s = sequence_of(run);
+    TransferWorker worker(a, p, s, run % Hs, arena);
+    for (int64_t j = 0; j < segments.count(s); j++) partial(run, j) = worker.run(segments.at(s, j));
+  });
+  run_workers(arenas, threads, runs - alone, [&](int64_t w, Arena arena) {
+    const int64_t run = alone + w;
+    states_before(p, segments, sequence_of(run), run % Hs, {}, before, arena);
+  });
+  run_workers(arenas, threads, (runs - alone) * most, [&](int64_t w, Arena arena) {
+    const int64_t run = alone + w % (runs - alone);
+    const int64_t j = most - 1 - w / (runs - alone);  // the teacher's longest first
+    const Sequence& s = sequence_of(run);
+    if (j >= segments.count(s)) return;
+    TransferWorker worker(a, p, s, run % Hs, arena);
+    if (j > 0) worker.load_state(segments.at(s, j), before.at(s, j, run % Hs));
+    partial(run, j) = worker.run(segments.at(s, j));
+  });
+  Distances total = {};  // whose order does not depend on threads
+  for (int64_t run = 0; run < runs; run++) {
+    for (int64_t j = 0; j < segments.count(sequence_of(run)); j++) {
+      total.squares += partial(run, j).squares;
+      total.entropy += partial(run, j).entropy;
+    }
   }
   const double queries = (double)at_least(batch.real_tokens * p.heads(), 1);
-  *(float*)a.mse.data = (float)(squares / (queries * (double)p.V()));
-  *(float*)a.xent.data = (float)(entropy / queries);
+  *(float*)a.mse.data = (float)(total.squares / (queries * (double)p.V()));
+  *(float*)a.xent.data = (float)(total.entropy / queries);
   return LOL_OK;
 }
 
@@ -133,7 +169,7 @@ int attention_transfer_backward(const lol_attention_transfer_backward_args& a, c
   int status = backward(b, batch, segments, partials);
   if (status == LOL_OK && fwd.with_xent) {
     const float factor = (float)(*(const float*)a.d_xent.data / queries);
-    status = cross_entropy_backward(fwd, p, batch, factor, partials);
+    status = cross_entropy_backward(fwd, p, batch, segments, factor, partials);
   }
   if (status == LOL_OK) partials.reduce(b.parameters);
   return status;

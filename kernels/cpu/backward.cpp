@@ -147,7 +147,7 @@ class Backward {
 
   template <class Work>
   void share(int64_t workers, const Work& work) const {
-    run_workers(arenas_, (int)at_least(at_most(threads_, workers), 1), workers, work);
+    run_workers(arenas_, threads_, workers, work);
   }
   int64_t most_workers() const {
     const int64_t by_segments = at_least(2 * (runs_ - alone_), partials_.slots());

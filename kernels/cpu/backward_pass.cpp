@@ -43,7 +43,7 @@ void QueryBlock::load(int64_t head, int64_t position) {
   fill(den, BLOCK, 1.0f);
   memset(by_den, 0, sizeof(by_den));
   memset(delta, 0, sizeof(delta));
-  const int64_t row0 = (run_.s.batch * p.heads() + h) * p.q.shape[2];
+  const int64_t row0 = p.statistics_of(run_.s, h);
   const Tokens y = new_delta_ ? tokens_of(b.y, run_.s, h) : Tokens{};
   for (int64_t i = 0; i < n; i++) {
     const int64_t row = row0 + run_.s.row(first + i);
@@ -57,7 +57,7 @@ void QueryBlock::load(int64_t head, int64_t position) {
 }
 
 void QueryBlock::store_delta() {
-  const int64_t row0 = (run_.s.batch * run_.p.heads() + h) * run_.p.q.shape[2];
+  const int64_t row0 = run_.p.statistics_of(run_.s, h);
   for (int64_t i = 0; i < n; i++) new_delta_[row0 + run_.s.row(first + i)] = delta[i];
 }
 

@@ -7,10 +7,11 @@ namespace {
 constexpr float LEAST_WEIGHT = 1e-12f;  // the logarithm's floor
 
 // Copies a block's statistics out of [B, H, T]; `fallback` for the padding of a short block.
-void load_statistics(const lol_tensor& from, const Problem& p, const Sequence& s, int64_t h,
+void load_statistics(const void* from, const Problem& p, const Sequence& s, int64_t h,
                      const Queries& block, float fallback, float* to) {
-  const float* row0 = (const float*)from.data + (s.batch * p.heads() + h) * p.q.shape[2];
-  for (int64_t i = 0; i < BLOCK; i++) to[i] = i < block.n ? row0[s.row(block.first + i)] : fallback;
+  const float* of_head = (const float*)from + p.statistics_of(s, h);
+  for (int64_t i = 0; i < BLOCK; i++)
+    to[i] = i < block.n ? of_head[s.row(block.first + i)] : fallback;
 }
 
 // Gradient of the cross-entropy. With a = u / den, u the unnormalised weight: d xent_i / d u_ij =
@@ -19,13 +20,14 @@ void load_statistics(const lol_tensor& from, const Problem& p, const Sequence& s
 // for every pair.
 class EntropyBackwardWorker {
  public:
-  static int64_t floats(const Problem& p, int64_t most_tokens) {
+  static int64_t floats(const Problem& p) {
     return Pairs::floats(p) + Chunkwise::floats(p) + lanes_size(p.F()) + rows_size(p.D()) +
-           scratch_size(p) + p.group() * most_tokens;
+           scratch_size(p);
   }
+  // `above` [B, H, T]: c of every query.
   EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
                         int64_t state_head, float factor, const ParameterPartials& partials,
-                        int64_t slot, Arena& arena)
+                        int64_t slot, float* above, Arena arena)
       : a_(a),
         p_(p),
         s_(s),
@@ -33,37 +35,39 @@ class EntropyBackwardWorker {
         slot_(slot),
         factor_(factor),
         partials_(partials),
+        above_(above),
         pairs_(p, state_head, s, arena),
         queries_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena) {
     dphi_ = arena.take(lanes_size(p.F()));
     x_rows_ = arena.take(rows_size(p.D()));
     scratch_ = arena.take(scratch_size(p));
-    above_ = arena.take(p.group() * s.tokens);
   }
 
-  void run() {
+  void of_queries(const Segment& segment) {
     const int64_t h0 = state_head_ * p_.group(), h1 = h0 + p_.group();
     for (int64_t h = h0; h < h1; h++) {
-      for (int64_t first = 0; first < s_.tokens; first += BLOCK) queries_part(h, first);
+      for (int64_t first = segment.begin; first < segment.end; first += BLOCK)
+        queries_part(h, first);
     }
-    for (int64_t start = 0; start < s_.tokens; start += BLOCK) keys_part(start, h0, h1);
+  }
+  // Once of_queries() has been over all queries.
+  void of_keys(const Segment& segment) {
+    const int64_t h0 = state_head_ * p_.group(), h1 = h0 + p_.group();
+    for (int64_t start = segment.begin; start < segment.end; start += BLOCK)
+      keys_part(start, h0, h1);
   }
 
  private:
   static int64_t scratch_size(const Problem& p) {
     return at_least(MapBackward::scratch_size(p.D(), p.f()), BLOCK * BLOCK);
   }
-  float* above(int64_t h, int64_t first) const {
-    return above_ + (h - state_head_ * p_.group()) * s_.tokens + first;
-  }
-
   void load_block(int64_t h, int64_t first) {
     block_ =
         queries_.load_queries(h, first, at_most(BLOCK, s_.tokens - first), tokens_of(p_.q, s_, h));
-    load_statistics(a_.student.m, p_, s_, h, block_, 0.0f, m_);
-    load_statistics(a_.student.den, p_, s_, h, block_, 1.0f, den_);
-    load_statistics(a_.lse, p_, s_, h, block_, 0.0f, lse_);
+    load_statistics(a_.student.m.data, p_, s_, h, block_, 0.0f, m_);
+    load_statistics(a_.student.den.data, p_, s_, h, block_, 1.0f, den_);
+    load_statistics(a_.lse.data, p_, s_, h, block_, 0.0f, lse_);
     memset(c_, 0, sizeof(c_));
   }
   KeyTile& weigh(int64_t start, int64_t h) {
@@ -119,7 +123,8 @@ class EntropyBackwardWorker {
         store(c_ + c, sum);
       }
     }
-    memcpy(above(h, first), c_, sizeof(float) * block_.n);
+    float* above = above_ + p_.statistics_of(s_, h);
+    for (int64_t i = 0; i < block_.n; i++) above[s_.row(first + i)] = c_[i];
     memset(dphi_, 0, sizeof(float) * F * BLOCK);
     float r[BLOCK] = {};
     for (int64_t start = 0; start < first + block_.n; start += BLOCK) {
@@ -143,7 +148,7 @@ class EntropyBackwardWorker {
         const int64_t last = at_most(first + BLOCK, s_.tokens) - 1;
         if (p_.window.start(last) <= start) continue;
         load_block(h, first);
-        memcpy(c_, above(h, first), sizeof(float) * block_.n);
+        load_statistics(above_, p_, s_, h, block_, 0.0f, c_);
         const KeyTile& tile = weigh(start, h);
         weight_gradients(tile, nullptr);
         keep_linear(tile, h);
@@ -165,11 +170,12 @@ class EntropyBackwardWorker {
   const int64_t state_head_, slot_;
   const float factor_;
   const ParameterPartials& partials_;
+  float* const above_;
   Pairs pairs_;
   Chunkwise queries_;
   Queries block_;
   float m_[BLOCK], den_[BLOCK], lse_[BLOCK], c_[BLOCK];
-  float *dphi_, *x_rows_, *scratch_, *above_;
+  float *dphi_, *x_rows_, *scratch_;
 };
 
 }  // namespace
@@ -194,20 +200,28 @@ double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float*
 }
 
 int cross_entropy_backward(const lol_attention_transfer_args& a, const Problem& p,
-                           const Batch& batch, float factor, const ParameterPartials& partials) {
-  int64_t most = 0;
-  for (int64_t i = 0; i < batch.count; i++) most = at_least(most, batch.sequences[i].tokens);
-  const int64_t Hs = p.state_heads();
-  return run_workers(partials.groups() * Hs, EntropyBackwardWorker::floats(p, most),
-                     3 * p.work(batch.real_tokens), [&](int64_t w, Arena arena) {
-                       const int64_t group = w / Hs, slot = partials.slot(group, 0);
-                       for (int64_t i = partials.begin(group); i < partials.end(group); i++) {
-                         Arena own = arena;
-                         EntropyBackwardWorker(a, p, batch.sequences[i], w % Hs, factor, partials,
-                                               slot, own)
-                             .run();
-                       }
-                     });
+                           const Batch& batch, const Segments& segments, float factor,
+                           const ParameterPartials& partials) {
+  const int64_t Hs = p.state_heads(), slots = partials.slots();
+  const int threads = thread_count(slots * Hs, 3 * p.work(batch.real_tokens));
+  const Buffer above(p.q.shape[0] * p.heads() * p.q.shape[2]);
+  const Arenas arenas(threads, EntropyBackwardWorker::floats(p));
+  if (!above.ok() || !arenas.ok()) return LOL_ENOMEM;
+  // The segments of a slot, for a state head.
+  const auto each_segment = [&](const auto& work) {
+    run_workers(arenas, threads, slots * Hs, [&](int64_t w, Arena arena) {
+      const int64_t slot = w / Hs, group = partials.group_of(slot), j = partials.segment_of(slot);
+      for (int64_t i = partials.begin(group); i < partials.end(group); i++) {
+        const Sequence& s = batch.sequences[i];
+        if (j >= segments.count(s)) continue;
+        EntropyBackwardWorker worker(a, p, s, w % Hs, factor, partials, slot, above.data, arena);
+        work(worker, segments.at(s, j));
+      }
+    });
+  };
+  each_segment([](EntropyBackwardWorker& worker, const Segment& g) { worker.of_queries(g); });
+  each_segment([](EntropyBackwardWorker& worker, const Segment& g) { worker.of_keys(g); });
+  return LOL_OK;
 }
 
 }  // namespace LOL_ISA

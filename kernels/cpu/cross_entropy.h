@@ -70,7 +70,8 @@ double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float*
 
 // Adds the gradients of factor * cross_entropy, summed over all queries, to `partials`.
 int cross_entropy_backward(const lol_attention_transfer_args& a, const Problem& p,
-                           const Batch& batch, float factor, const ParameterPartials& partials);
+                           const Batch& batch, const Segments& segments, float factor,
+                           const ParameterPartials& partials);
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -51,7 +51,7 @@ class Pass {
   }
 
   void attend(int64_t h, int64_t first) {
-    const int64_t n = at_most(BLOCK, run_.total - first), T = out_.o.shape[2];
+    const int64_t n = at_most(BLOCK, run_.total - first);
     const Sequence& s = *run_.sequence;
     Tokens from = tokens_of(p_.q, s, h), to = tokens_of(out_.o, s, h);
     from.past = to.past = run_.past;
@@ -61,7 +61,7 @@ class Pass {
     const Queries block = c.load_queries(h, first, n, from, p_.lambda(h));
     const Sums& sums = c.attend(block, h);
     store_rows(to, first, n, sums.y);
-    const int64_t row0 = (s.batch * p_.heads() + h) * T;
+    const int64_t row0 = p_.statistics_of(s, h);
     const auto store_statistic = [&](float* to, const float* of) {
       if (!to) return;
       if (!s.index) memcpy(to + row0 + s.row(first - run_.past), of, sizeof(float) * (size_t)n);

@@ -98,8 +98,10 @@ class Arenas {
 // body(worker, arena) for each worker, by no more threads than there are arenas.
 template <Threads who = Threads::any, class Body>
 static inline void run_workers(const Arenas& arenas, int threads, int64_t workers, Body body) {
+  if (workers == 0) return;
+  [[maybe_unused]] const int busy = (int)at_most(threads, workers);
 #ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(busy)
 #endif
   {
     [[maybe_unused]] const MatrixUnit unit{};
@@ -117,7 +119,6 @@ static inline void run_workers(const Arenas& arenas, int threads, int64_t worker
       for (int64_t w = 0; w < workers; w++) body(w, Arena{scratch});
     }
   }
-  (void)threads;
 }
 // First prepare(), then that, by as many threads as are worth it.
 template <Threads who = Threads::any, class Body, class Prepare>

@@ -67,6 +67,29 @@ def test_results_do_not_depend_on_threads(backend, dtype, window, kind, sink, ba
     same_with_threads(call)
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [True, False])
+# Two threads share the last one, or four.
+@pytest.mark.parametrize(("kv_heads", "shared"), [(1, "k"), (3, "k"), (1, "neither")])
+def test_distances_to_a_teacher_do_not_depend_on_threads(backend, dtype, packed, kv_heads, shared):
+    case = Case("2048", D=20, f=12, G=2, batch=(1, kv_heads), window=40, shared=shared)
+    x = make_inputs(case).as_dtype(dtype, "plain")
+    leaves = [x.leaves[n].detach() for n in ("q", "k", "v", "weight_q", "weight_k", "gate")]
+    layout = {"cu_seqlens": torch.tensor([0, 0, 1980, 2048], dtype=torch.int32)} if packed else {}
+
+    def call() -> list[torch.Tensor]:
+        trained = [t.clone().requires_grad_() for t in leaves[3:]]
+        maps = map(lo.Features, trained[:2])
+        result = lo.attention_transfer(
+            *leaves[:3], *maps, trained[2], window=40, sink=2, xent=True, backend=backend, **layout
+        )
+        parts = [torch.autograd.grad(part, trained, retain_graph=True) for part in result[1:]]
+        return [*result, *parts[0], *parts[1]]
+
+    same_with_threads(call)
+
+
 def one_head(length: int, dtype: torch.dtype, batch: int = 1) -> tuple:
     rng = torch.Generator().manual_seed(length)
     q, k, v = torch.randn(3, batch, 1, length, 16, generator=rng).to(dtype)
