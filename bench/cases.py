@@ -12,7 +12,6 @@ from fnmatch import fnmatchcase
 
 from .published import MILLISECONDS
 
-PASSES = ("forward", "backward", "forward+backward", "step")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -21,7 +20,9 @@ class Case:
     """One row of the table. ``f`` 0 takes q and k as the features; maps are two-sided softmax."""
 
     op: str
-    pass_: str = "forward"  # backward alone reuses one forward's graph; a step decodes token T
+    # "forward", "backward" (alone it reuses one forward's graph), "forward+backward", or "step",
+    # which decodes token T.
+    pass_: str = "forward"
     B: int = 1
     H: int = 8
     Hk: int = 8

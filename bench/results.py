@@ -6,7 +6,6 @@ import csv
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -88,17 +87,3 @@ class Results:
         rows = [Row(**row) for row in saved["rows"]]
         skips = [Skip(**skip) for skip in saved["skips"]]
         return cls(saved["command"], saved["commit"], rows, skips, saved["device"])
-
-
-def read_csv(path: Path) -> list[Row]:
-    """The rows of a results.csv."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    return [Row(**{f.name: _parse(f.type, line[f.name]) for f in fields(Row)}) for line in lines]
-
-
-def _parse(annotation: Any, text: str) -> Any:
-    kinds = {"int": int, "float": float, "str": str}
-    if annotation == "int | None":
-        return int(text) if text else None
-    return kinds[annotation](text)

@@ -17,6 +17,7 @@ from .calls import Call, WrongResult, bind, check, compare
 from .cases import Case, in_groups
 from .device import CEILINGS, isa, machine
 from .inputs import make_inputs
+from .isolated import summary
 from .measure import LocalTimer, Timer, copy_timer, extra_bytes, mm_timer, sample
 from .peers import Peer, find, peers
 from .remote import Refused, Server
@@ -151,8 +152,8 @@ def prepare(
         call = checked_call(peer, case, device, {} if agreed is None else agreed)
     except WrongResult as error:
         raise Refused(f"computes something else: {error}") from error
-    except (NotImplementedError, RuntimeError) as error:
-        raise Refused(str(error).strip().splitlines()[0]) from error
+    except Exception as error:  # of a peer that is not ours, too: the other rows go on
+        raise Refused(summary(error)) from error
     used = (device == "cpu" and peer.isa) or isa(device)
     return Entry(LocalTimer(call, peer, device), used, lo.__version__, extra_bytes(call, device))
 

@@ -14,7 +14,7 @@ class Call {
  public:
   virtual lol_tensor tensor(const char* name) = 0;
   virtual lol_tensor mutable_tensor(const char* name) = 0;
-  virtual lol_tensor optional_tensor(const char* name) = 0;  // all zeros if not given
+  virtual lol_tensor optional_tensor(const char* name) = 0;  // {0}, absent, if not given
   virtual int64_t integer(const char* name) = 0;
   virtual double number(const char* name) = 0;
   virtual bool boolean(const char* name) = 0;

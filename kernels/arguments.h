@@ -22,4 +22,11 @@ static inline int64_t window_span(int64_t window, int32_t kind) {
   return kind == LOL_TERRACE ? 2 * window : window;
 }
 
+// The first key of query i's softmax window, sinks aside; i + 1 where there is no window.
+static inline int64_t window_start(int64_t window, int32_t kind, int64_t i) {
+  int64_t start = i + 1;
+  if (window > 0) start = kind == LOL_TERRACE ? (i / window - 1) * window : i - window + 1;
+  return start > 0 ? start : 0;
+}
+
 }  // namespace lol

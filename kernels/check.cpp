@@ -152,6 +152,62 @@ int check(const lol_hybrid_attention_backward_args& a) {
   return c.contiguous("dgate", a.dgate, LOL_F32, {f.q.shape[1]});
 }
 
+// The ring is long enough for the window, and for what `lazy` leaves in it.
+static int check_ring(const Checker& c, const lol_hybrid_attention_step_args& a) {
+  const int64_t R = a.state.k_ring.shape[2];
+  const int64_t times = window_span(1, a.window_kind);  // a window may be too long to double
+  if (a.window > R / times) {
+    return fail("%s: state.k_ring has %lld slots, a %s window of %lld needs at least %llu", c.op(),
+                (long long)R, times == 2 ? "terrace" : "sliding", (long long)a.window,
+                (unsigned long long)a.window * times);
+  }
+  const int64_t slack = R - a.window * times;
+  if (a.lazy >= 0 && a.lazy <= slack) return LOL_OK;
+  return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", c.op(), (long long)a.lazy,
+              (long long)slack);
+}
+
+// The counters of a slot say where rows are read and written. A state that holds keys of the next
+// query's window would count them twice.
+static int check_counters(const Checker& c, const lol_hybrid_attention_step_args& a, int64_t slot) {
+  const int64_t R = a.state.k_ring.shape[2];
+  const int64_t length = ((const int64_t*)a.state.length.data)[slot];
+  const int64_t folded = ((const int64_t*)a.state.folded.data)[slot];
+  const auto oldest_kept = [&] {
+    return a.window > 0 ? window_start(a.window, a.window_kind, length) : length;
+  };
+  if (length >= 0 && length < INT64_MAX / 2 && folded >= 0 && folded <= oldest_kept() &&
+      length - folded <= R)
+    return LOL_OK;
+  return fail(
+      "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded, at most "
+      "where the next token's window starts, and the rest in the ring of %lld",
+      c.op(), (long long)slot, (long long)length, (long long)slot, (long long)folded, (long long)R);
+}
+
+// N slots of the pool, each named once, and their counters.
+static int check_slots(const Checker& c, const lol_hybrid_attention_step_args& a, int64_t N) {
+  constexpr int64_t FEW = 64;  // pairs of so many are compared, which takes no memory from the heap
+  const int64_t P = a.state.kv.shape[0];
+  std::vector<bool> taken(N > FEW ? P : 0);
+  const auto slot = [&](int64_t i) { return index_at(a.state_indices, i); };
+  for (int64_t i = 0; i < N; i++) {
+    if (slot(i) < 0 || slot(i) >= P) {
+      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", c.op(), (long long)i,
+                  (long long)slot(i), (long long)P);
+    }
+    bool twice = false;
+    if (N > FEW) {
+      twice = taken[slot(i)];
+      taken[slot(i)] = true;
+    }
+    for (int64_t j = 0; N <= FEW && j < i; j++) twice = twice || slot(j) == slot(i);
+    if (twice) return fail("%s: state_indices names slot %lld twice", c.op(), (long long)slot(i));
+    LOL_TRY(check_counters(c, a, slot(i)));
+  }
+  return LOL_OK;
+}
+
 int check(const lol_hybrid_attention_step_args& a) {
   const Checker c("hybrid_attention_step", a.context);
   LOL_TRY(c.size(a));
@@ -179,63 +235,15 @@ int check(const lol_hybrid_attention_step_args& a) {
   LOL_TRY(c.contiguous("state.v_ring", s.v_ring, a.q.dtype, {P, Hk, R, V}));
   LOL_TRY(c.contiguous("state.k_sink", s.k_sink, a.q.dtype, {P, Hk, sinks, D}));
   LOL_TRY(c.contiguous("state.v_sink", s.v_sink, a.q.dtype, {P, Hk, sinks, V}));
-  const int64_t times =
-      window_span(1, a.window_kind);  // of a window that may be too long to double
-  if (a.window > R / times) {
-    return fail("%s: state.k_ring has %lld slots, a %s window of %lld needs at least %llu", c.op(),
-                (long long)R, times == 2 ? "terrace" : "sliding", (long long)a.window,
-                (unsigned long long)a.window * times);
-  }
-  const int64_t span = a.window * times;
-  if (a.lazy < 0 || a.lazy > R - span) {
-    return fail("%s: lazy is %lld, needs 0 up to the ring's slack of %lld", c.op(),
-                (long long)a.lazy, (long long)(R - span));
-  }
-  // The next query's window starts here; a state that holds keys after it would count them twice.
-  const auto oldest_kept = [&](int64_t length) {
-    if (a.window == 0) return length;
-    const int64_t start =
-        a.window_kind == LOL_TERRACE ? (length / a.window - 1) * a.window : length + 1 - a.window;
-    return std::max<int64_t>(0, start);
-  };
-  // What says where rows are read and written.
-  const auto counters = [&](int64_t slot) {
-    const int64_t length = ((const int64_t*)s.length.data)[slot];
-    const int64_t folded = ((const int64_t*)s.folded.data)[slot];
-    if (length >= 0 && length < INT64_MAX / 2 && folded >= 0 && folded <= oldest_kept(length) &&
-        length - folded <= R)
-      return (int)LOL_OK;
-    return fail(
-        "%s: state.length[%lld] is %lld and state.folded[%lld] %lld, needs 0 <= folded, at most "
-        "where the next token's window starts, and the rest in the ring of %lld",
-        c.op(), (long long)slot, (long long)length, (long long)slot, (long long)folded,
-        (long long)R);
-  };
+  LOL_TRY(check_ring(c, a));
   if (!present(a.state_indices)) {
     if (P != N)
       return fail("%s: state holds %lld sequences, q has %lld", c.op(), (long long)P, (long long)N);
-    for (int64_t i = 0; !c.on_device() && i < N; i++) LOL_TRY(counters(i));
+    for (int64_t i = 0; !c.on_device() && i < N; i++) LOL_TRY(check_counters(c, a, i));
     return LOL_OK;
   }
   LOL_TRY(c.indices("state_indices", a.state_indices, N));
-  constexpr int64_t FEW = 64;  // pairs of so many are compared, which takes no memory from the heap
-  std::vector<bool> taken(!c.on_device() && N > FEW ? P : 0);
-  for (int64_t i = 0; !c.on_device() && i < N; i++) {
-    const auto slot = [&](int64_t j) { return index_at(a.state_indices, j); };
-    if (slot(i) < 0 || slot(i) >= P) {
-      return fail("%s: state_indices[%lld] is %lld, the pool has %lld slots", c.op(), (long long)i,
-                  (long long)slot(i), (long long)P);
-    }
-    bool twice = false;
-    if (N > FEW) {
-      twice = taken[slot(i)];
-      taken[slot(i)] = true;
-    }
-    for (int64_t j = 0; N <= FEW && j < i; j++) twice = twice || slot(j) == slot(i);
-    if (twice) return fail("%s: state_indices names slot %lld twice", c.op(), (long long)slot(i));
-    LOL_TRY(counters(slot(i)));
-  }
-  return LOL_OK;
+  return c.on_device() ? LOL_OK : check_slots(c, a, N);
 }
 
 static int check_transfer(const Checker& c, const lol_attention_transfer_args& a) {

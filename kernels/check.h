@@ -1,6 +1,6 @@
 // Validates what callers of the C ABI pass, so that no kernel reads or writes out of bounds. Each
-// check returns LOL_OK or sets lol_last_error() to "op: argument value need" and returns
-// LOL_EINVAL.
+// check returns LOL_OK, or sets lol_last_error() to "op: argument is value, needs ..." and returns
+// LOL_EINVAL, or LOL_EUNSUPPORTED where no kernel of the device runs the operator.
 #pragma once
 #include "lolcats_ops/lolcats_ops.h"
 

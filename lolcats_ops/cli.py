@@ -306,8 +306,8 @@ def info(
         typer.echo(yaml.safe_dump(defaults, sort_keys=False), nl=False)
         return
     rows: dict[str, object]
-    adapter = Path(model or "") / "adapter_config.json"
-    if adapter.is_file() and not adapter.with_name("config.json").is_file():
+    adapter = Path(model) / "adapter_config.json" if model is not None else None
+    if adapter and adapter.is_file() and not adapter.with_name("config.json").is_file():
         said = json.loads(adapter.read_bytes())
         rows = {"adapter on": said.get("base_model_name_or_path"), "rank": said.get("r")}
     elif model is not None:

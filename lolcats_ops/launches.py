@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from .features import out_features
 
 MOST_SHARED_BYTES = 227 * 1024  # of a block, on the GPU that has most: sm_90 and sm_100
 _EPS = 1e-12
+_LONGEST = 2**40  # longer ones, whose bytes are no int64, are planned or refused alike
 _F32, _I64, _BOOL = (DTYPES.index(name) for name in ("float32", "int64", "bool"))
 
 
@@ -19,6 +21,7 @@ class Launches(NamedTuple):
     """What the kernels of a case need, or why they cannot run it."""
 
     refusal: str | None
+    kernels: tuple[str, ...] = ()  # names in C++
     shared_bytes: int = 0  # the most that a block takes; of a step, enough
 
 
@@ -26,11 +29,14 @@ class Launches(NamedTuple):
 def launches_of(case: Case, most_shared_bytes: int = MOST_SHARED_BYTES) -> Launches:
     """What runs a case where a block may have so much shared memory. Needs neither a GPU nor a
     build with the kernels."""
+    longest = {name: min(getattr(case, name), _LONGEST) for name in ("tokens", "window", "sink")}
+    arguments = _ARGUMENTS[case.op](replace(case, **longest))
     try:
-        launches = _C.cuda_launches(case.op, most_shared_bytes, *_ARGUMENTS[case.op](case))
+        launches = _C.cuda_launches(case.op, most_shared_bytes, *arguments)
     except ValueError as error:  # "hybrid_attention_step: key_padding_mask is not for ..."
         return Launches(str(error).partition(": ")[2])
-    return Launches(None, max((shared for *_, shared in launches), default=0))
+    kernels = tuple(kernel for kernel, *_ in launches)
+    return Launches(None, kernels, max((shared for *_, shared in launches), default=0))
 
 
 # Arguments in the order of the schemas, of one sequence and head; tensors are (dtype, shape).

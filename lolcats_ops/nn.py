@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
+from ._sizes import check_size
 from .features import Features, check_init, init_weight
 from .ops.validation import check_flags, check_window
 from .state import HybridState
-
-
-def _is(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 class Fp32Module(nn.Module):
@@ -126,11 +123,11 @@ class LinearAttention(Fp32Module):
         **features: Any,
     ) -> None:
         super().__init__()
-        if not _is(Integral, kv_heads) or kv_heads < 1 or heads % kv_heads:
-            raise ValueError(
-                f"{type(self).__name__}: heads is {heads} and kv_heads {kv_heads}, "
-                "needs integers, heads a multiple of kv_heads"
-            )
+        name = type(self).__name__
+        check_size(name, "heads", heads, 1)
+        check_size(name, "kv_heads", kv_heads, 1)
+        if heads % kv_heads:
+            raise ValueError(f"{name}: heads is {heads}, needs a multiple of kv_heads, {kv_heads}")
         self.feature_q = FeatureMap(heads, head_dim, **features)
         self.feature_k = FeatureMap(kv_heads if share_kv_features else heads, head_dim, **features)
         if features.get("activation") == "favor":  # an estimate of exp(q . k), by one projection
@@ -185,7 +182,8 @@ class HybridAttention(LinearAttention):
         super().__init__(heads, kv_heads, head_dim, share_kv_features=share_kv_features, **features)
         check_window("HybridAttention", window, window_kind, sink)
         check_flags("HybridAttention", affine=affine)
-        if not _is(Real, gate_init):
+        is_number = isinstance(gate_init, Real) and not isinstance(gate_init, bool)
+        if not is_number:
             raise TypeError(f"HybridAttention: gate_init is {gate_init!r}, needs a number")
         if not math.isfinite(gate_init):
             raise ValueError(f"HybridAttention: gate_init is {gate_init}, needs to be finite")

@@ -15,6 +15,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ._codes import WINDOW_KINDS, window_span
+from ._sizes import check_size
 from .features import Features
 
 
@@ -99,10 +100,8 @@ class HybridState:
         sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
         sizes |= {"value_dim": value_dim, "feature_dim": feature_dim}
         for name, value in {**sizes, "window": window, "sink": sink, "slack": slack}.items():
-            if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
-                raise TypeError(f"HybridState.empty: {name} is {value!r}, needs an integer")
-            if value < 0:
-                raise ValueError(f"HybridState.empty: {name} is {value}, needs >= 0")
+            if not isinstance(value, torch.SymInt):
+                check_size("HybridState.empty", name, value, 0)
         window, sink, slack = map(index, (window, sink, slack))  # of NumPy they may be of 8 bits
         ring = window_span(window, window_kind) + slack
         sums: dict[str, Any] = {

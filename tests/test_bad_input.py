@@ -12,6 +12,7 @@ import torch
 import lolcats_ops as lo
 from lolcats_ops import dispatch
 from lolcats_ops.features import Features, init_weight
+from lolcats_ops.ops import default
 from lolcats_ops.state import HybridState
 
 B, H, HK, T, D, V, f = 2, 8, 4, 6, 16, 12, 8
@@ -75,7 +76,7 @@ HYBRID = [
     ({"window": "16"}, "window is '16', needs an integer"),
     ({"sink": None}, "sink is None, needs an integer"),
     ({"window": True}, "window is True, needs an integer"),
-    ({"window": 1 << 70}, f"window is {1 << 70}, needs >= 0 and an int64"),
+    ({"window": 1 << 70}, f"window is {1 << 70}, needs an int64"),
     ({"scale": "x"}, "scale is 'x', needs a number"),
 ]
 SEQUENCES = [
@@ -393,8 +394,27 @@ def test_backend_for_answers_which_and_why():
         with pytest.raises(TypeError, match=f"{name} is {value!r}, needs a"):
             lo.backend_for("feature_map", **{name: value})
     for name, bound in (("head_dim", 1), ("feature_dim", 0), ("sink", 0)):
-        with pytest.raises(ValueError, match=f"{name} is {bound - 1}, needs at least {bound}"):
+        with pytest.raises(ValueError, match=f"{name} is {bound - 1}, needs >= {bound}"):
             lo.backend_for("feature_map", **{name: bound - 1})
+
+
+@pytest.mark.parametrize("size", ["tokens", "window", "sink"])
+def test_backend_for_answers_for_any_size(size):
+    for value in (1 << 40, 2**63 - 1):
+        settings = {"device": "cuda", "window_kind": "terrace", size: value}
+        for op in lo.dispatch.OPS:
+            assert lo.backend_for(op, backend="cuda", **settings).backend is None
+    with pytest.raises(ValueError, match=f"{size} is {2**63}, needs an int64"):
+        lo.backend_for("feature_map", **{size: 2**63})
+
+
+@pytest.mark.parametrize("name", ["activation", "window_kind"])
+@pytest.mark.parametrize("code", [-1, 6])
+def test_unknown_codes_are_refused_before_a_kernel_is_chosen(name, code):
+    x = torch.zeros(1, 1, 1, 1)
+    arguments = {"q": x, "activation": 0, "two_sided": True, "window_kind": 0, name: code}
+    with pytest.raises(ValueError, match=f"hybrid_attention: {name} is {code}, needs 0 to"):
+        default._case("hybrid_attention", arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])

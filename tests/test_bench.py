@@ -1,5 +1,6 @@
 """The benchmark suite: what it counts, refuses, measures and writes."""
 
+import csv
 import json
 import math
 import os
@@ -152,6 +153,20 @@ def test_wrong_results_get_no_time(wrong):
     assert "computes something else" in skips[0].reason
 
 
+def test_a_peer_that_fails_costs_no_other_row(monkeypatch):
+    def fail(x):
+        raise TypeError("no argument 'g'")
+
+    broken = peers.Peer("another library", {"feature_map": fail})
+    find = peers.find
+    monkeypatch.setattr(run, "find", lambda name: broken if name == "broken" else find(name))
+    rows, skips = run.run_together(
+        {Case("feature_map", T=64): ["broken", "lolcats"]}, budget_s=1e-3
+    )
+    assert [row.implementation for row in rows] == ["lolcats"]
+    assert [skip.reason for skip in skips] == ["TypeError: no argument 'g'"]
+
+
 def test_a_step_that_does_not_write_its_state_is_wrong():
     def prepare(x):
         state = x.state.clone()
@@ -262,7 +277,10 @@ def test_results_survive_json_and_csv(tmp_path):
     run_ = synthetic()
     run_.save(tmp_path)
     assert results.Results.load(tmp_path) == run_
-    assert results.read_csv(tmp_path / "results.csv") == run_.rows
+    with (tmp_path / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    given = [{name: "" if x is None else str(x) for name, x in vars(r).items()} for r in run_.rows]
+    assert lines == given
 
 
 def test_page_shows_bars_rows_skips_and_pictures(tmp_path):

@@ -53,7 +53,10 @@ def test_hybrid_attention_is_its_operators(qkv, affine, share):
     [
         (lambda: lo.nn.FeatureMap(2, 4, activation="foo"), "activation is 'foo'"),
         (lambda: lo.nn.FeatureMap(2, 4, 8, skip=True), "skip needs f == D"),
-        (lambda: lo.nn.LinearAttention(4, 3, 16), "LinearAttention: heads is 4 and kv_heads 3"),
+        (
+            lambda: lo.nn.LinearAttention(4, 3, 16),
+            "LinearAttention: heads is 4, needs a multiple of kv_heads, 3",
+        ),
         (lambda: lo.nn.HybridAttention(4, 2, 16, window=-3), "HybridAttention: window is -3"),
         (lambda: lo.nn.HybridAttention(4, 2, 16, window_kind="round"), "window_kind is 'round'"),
         (lambda: lo.nn.HybridAttention(4, 2, 16, affine=1), "affine is 1, needs a bool"),
@@ -62,9 +65,9 @@ def test_hybrid_attention_is_its_operators(qkv, affine, share):
             "gate_init is 'x', needs a number",
         ),
         (lambda: lo.nn.HybridAttention(4, 2, 16, gate_init=math.nan), "gate_init is nan"),
-        (lambda: lo.nn.LinearAttention(4, 2.0, 16), "kv_heads 2.0, needs integers"),
+        (lambda: lo.nn.LinearAttention(4, 2.0, 16), "kv_heads is 2.0, needs an integer"),
         (lambda: lo.nn.FeatureMap("4", 16), "init_weight: heads is '4', needs an integer"),
-        (lambda: lo.init_weight(2, -8, 64), "head_dim is -8, needs at least 1"),
+        (lambda: lo.init_weight(2, -8, 64), "head_dim is -8, needs >= 1"),
     ],
 )
 def test_what_does_not_fit_is_refused_when_it_is_built(build, message):

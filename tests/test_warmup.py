@@ -172,5 +172,8 @@ def test_the_cpus_kernels_are_only_loaded():
 def test_a_case_that_no_backend_runs_is_refused_with_the_reason():
     with pytest.raises(ValueError, match="warmup: hybrid_attention: cpu: its kernels take float32"):
         lo.warmup("hybrid_attention", dtype=torch.float64)
+    wide = lo.Features(torch.zeros(8, 64, 300))
+    with pytest.raises(ValueError, match="warmup: feature_map: cpu: its kernels take maps up to"):
+        lo.warmup("feature_map", feature_q=wide)
     with pytest.raises(ValueError, match="op is 'attention', needs one of"):
         lo.warmup("attention")

@@ -22,7 +22,7 @@ struct Distances {
 class TransferWorker {
  public:
   static int64_t floats(const Problem& p) {
-    return Chunkwise::floats(p) + Pairs::floats(p) + rows_size(p.V());
+    return Chunkwise::floats(p) + AttentionWeights::floats(p) + rows_size(p.V());
   }
   TransferWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
                  int64_t state_head, Arena& arena)
@@ -32,7 +32,7 @@ class TransferWorker {
         state_head_(state_head),
         student_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena),
-        pairs_(p, state_head, s, arena) {
+        weights_(p, state_head, s, arena) {
     teacher_.y = arena.take(rows_size(p.V()));
   }
 
@@ -57,7 +57,7 @@ class TransferWorker {
     const Queries block = student_.load_queries(h, first, at_most(BLOCK, s_.tokens - first),
                                                 tokens_of(p_.q, s_, h), p_.lambda(h));
     Sums& student = student_.attend(block, h);
-    gather(pairs_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, nullptr, teacher_);
+    gather(weights_.tiles, everything(), block, 0, p_, 1.0f, student_.scores, nullptr, teacher_);
     float lse[BLOCK], delta[BLOCK];
     for (int c = 0; c < BLOCK; c += LANES)
       store(lse + c, load(teacher_.m + c) + log(load(teacher_.den + c)));
@@ -82,7 +82,8 @@ class TransferWorker {
       ((float*)a_.lse.data)[row] = lse[i];
       ((float*)a_.delta.data)[row] = delta[i];
     }
-    if (a_.with_xent) sums->entropy += cross_entropy(pairs_, block, h, student.m, student.den, lse);
+    if (a_.with_xent)
+      sums->entropy += cross_entropy(weights_, block, h, student.m, student.den, lse);
   }
 
   const lol_attention_transfer_args& a_;
@@ -90,7 +91,7 @@ class TransferWorker {
   const Sequence& s_;
   const int64_t state_head_;
   Chunkwise student_;
-  Pairs pairs_;
+  AttentionWeights weights_;
   Sums teacher_;
 };
 

@@ -63,7 +63,7 @@ class QueryGradients {
 
  private:
   // Of each query's window: R = sum u dp, how many keys share the maximum score, and sum u; and
-  // what u times it is still in each dp since delta was corrected.
+  // what each u dp, computed before delta was corrected, has too much, divided by u.
   struct RowSums {
     float r[BLOCK], ties[BLOCK], u[BLOCK], excess[BLOCK];
   };
@@ -82,7 +82,7 @@ class QueryGradients {
   void apply_score_gradients(WeightTile* piece, int count, float g, const RowSums& sums);
   void feature_gradients();
   template <class Weigh>
-  void pairs_of_features(Weigh weigh);
+  void add_linear_keys(Weigh weigh);
   void correct_delta(RowSums& sums);
   void take_from_features(const float* excess);
   void map_part();
@@ -244,7 +244,7 @@ void QueryGradients::feature_gradients() {
       }
     }
   }
-  pairs_of_features([&](const KeyTile& tile, const Band& band, int n, float* dp) {
+  add_linear_keys([&](const KeyTile& tile, const Band& band, int n, float* dp) {
     value_products(tile, band, dp);
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec times = load(factor + c), less = load(shift + c);
@@ -260,7 +260,7 @@ void QueryGradients::feature_gradients() {
 // dphi_q with sum_N w phi_k over the linear keys that are not in the state; `weigh` writes w of a
 // tile [n x BLOCK] within its band.
 template <class Weigh>
-void QueryGradients::pairs_of_features(Weigh weigh) {
+void QueryGradients::add_linear_keys(Weigh weigh) {
   const Starts starts(p_.window, block_.first, block_.n);
   const int64_t linear_end = p_.window.start(block_.first + block_.n - 1);
   for (int64_t start = c_.state.folded; start < linear_end; start += BLOCK) {
@@ -309,7 +309,7 @@ void QueryGradients::take_from_features(const float* excess) {
       store(d, load(d) - c_.state.ksum[i] * less);
     }
   }
-  pairs_of_features([&](const KeyTile&, const Band& band, int n, float* dp) {
+  add_linear_keys([&](const KeyTile&, const Band& band, int n, float* dp) {
     for (int c = 0; c < BLOCK; c += LANES) {
       const Vec less = lambda * load(excess + c);
       clear_outside(dp, band, c, n);

@@ -1,8 +1,9 @@
 // The chunkwise algorithm shared by linear attention, hybrid attention and attention transfer:
 // forward.
 //
-// One worker handles one recurrent state: a sequence and a state head, with the 1 or G query heads
-// that read it. Queries go in blocks of BLOCK. For the block at i0, with e0 = window.start(i0):
+// One worker, or a team of threads (forward.h), handles one recurrent state: a sequence and a state
+// head, with the 1 or G query heads that read it. Queries go in blocks of BLOCK. For the block at
+// i0, with e0 = window.start(i0):
 //   keys j < e0 are in the state (kv, ksum);
 //   keys in [e0, i] and the sinks are weighed pair by pair: softmax from start(i) on, features
 //   before it. Both weights of a tile of keys share one product with the values.
@@ -31,9 +32,8 @@ class Chunkwise {
   void fold(int64_t end, Features part, const State& to);
   void fold(int64_t end) { fold(end, {0, p_.F()}, state); }
   void keep_readable(Features part);  // after these rows of kv have changed
-  // Of kv along values in pairs, what it lacks: kv - ksum (x) center is kept, since gradients are
-  // differences of kv and ksum, and what values have in common would be rounded as a whole. Or
-  // null.
+  // Along values, `readable` holds kv - ksum (x) center: gradients are differences of kv and ksum,
+  // in which rounding would lose what all values have in common. Null where kv is held as it is.
   const float* center() const { return center_; }
   FeatureMap map_q(int64_t h) const;  // in the problem's format
   // q and factor * phi_q.
@@ -52,7 +52,7 @@ class Chunkwise {
   float *q_, *phi_;
   Sums sums_;
   float* weights_q_;  // pairs of the maps of this state's query heads
-  Along along_;       // what its pairs are kept
+  Along along_;       // the dimension that pairs of kv lie along
 
   void find_center();
   float* center_ = nullptr;  // whose product with ksum is nearest to kv: a mean of its values

@@ -21,8 +21,8 @@ void load_statistics(const void* from, const Problem& p, const Sequence& s, int6
 class EntropyBackwardWorker {
  public:
   static int64_t floats(const Problem& p) {
-    return Pairs::floats(p) + Chunkwise::floats(p) + lanes_size(p.F()) + rows_size(p.D()) +
-           scratch_size(p);
+    return AttentionWeights::floats(p) + Chunkwise::floats(p) + lanes_size(p.F()) +
+           rows_size(p.D()) + scratch_size(p);
   }
   // `above` [B, H, T]: c of every query.
   EntropyBackwardWorker(const lol_attention_transfer_args& a, const Problem& p, const Sequence& s,
@@ -36,7 +36,7 @@ class EntropyBackwardWorker {
         factor_(factor),
         partials_(partials),
         above_(above),
-        pairs_(p, state_head, s, arena),
+        weights_(p, state_head, s, arena),
         queries_(p, state_head, s.tokens, tokens_of(p.k, s, p.kv_head_of(state_head)),
                  tokens_of(p.v, s, p.kv_head_of(state_head)), arena) {
     dphi_ = arena.take(lanes_size(p.F()));
@@ -71,7 +71,7 @@ class EntropyBackwardWorker {
     memset(c_, 0, sizeof(c_));
   }
   KeyTile& weigh(int64_t start, int64_t h) {
-    return pairs_.weigh(start, block_, h, p_.lambda(h), m_, den_, lse_);
+    return weights_.weigh(start, block_, h, p_.lambda(h), m_, den_, lse_);
   }
 
   // Replaces the student's weights by factor * den * d xent / d u, and sums u times it over the
@@ -82,11 +82,11 @@ class EntropyBackwardWorker {
       Vec sum = {};
       for (int j = 0; j < tile.n; j++) {
         const int at = j * BLOCK + c;
-        const Vec a = load(pairs_.w.student + at), teacher = load(pairs_.w.teacher + at);
+        const Vec a = load(weights_.w.student + at), teacher = load(weights_.w.teacher + at);
         const Vec ratio = select(a > splat(LEAST_WEIGHT), teacher / a, Vec{});
-        const Vec d = select(in_band(pairs_.w.causal, c, j), factor_ * (above - ratio), Vec{});
-        sum += select(in_band(pairs_.w.linear, c, j), Vec{}, a * d);
-        store(pairs_.w.student + at, d);
+        const Vec d = select(in_band(weights_.w.causal, c, j), factor_ * (above - ratio), Vec{});
+        sum += select(in_band(weights_.w.linear, c, j), Vec{}, a * d);
+        store(weights_.w.student + at, d);
       }
       if (r) store(r + c, load(r + c) + sum);
     }
@@ -97,8 +97,9 @@ class EntropyBackwardWorker {
     const float lambda = p_.lambda(h);
     for (int j = 0; j < tile.n; j++) {
       for (int c = 0; c < BLOCK; c += LANES) {
-        float* d = pairs_.w.student + j * BLOCK + c;
-        store(d, select(in_band(pairs_.w.linear, c, j), lambda * load(d) / load(den_ + c), Vec{}));
+        float* d = weights_.w.student + j * BLOCK + c;
+        store(d,
+              select(in_band(weights_.w.linear, c, j), lambda * load(d) / load(den_ + c), Vec{}));
       }
     }
   }
@@ -117,8 +118,8 @@ class EntropyBackwardWorker {
       for (int c = 0; c < BLOCK; c += LANES) {
         Vec sum = load(c_ + c);
         for (int at = c; at < tile.n * BLOCK; at += BLOCK) {
-          const VecI counts = load(pairs_.w.student + at) > splat(LEAST_WEIGHT);
-          sum += select(counts, load(pairs_.w.teacher + at), Vec{});
+          const VecI counts = load(weights_.w.student + at) > splat(LEAST_WEIGHT);
+          sum += select(counts, load(weights_.w.teacher + at), Vec{});
         }
         store(c_ + c, sum);
       }
@@ -131,8 +132,8 @@ class EntropyBackwardWorker {
       KeyTile& tile = weigh(start, h);
       weight_gradients(tile, r);
       keep_linear(tile, h);
-      gemm(F, BLOCK, (int)tile.n, rows(pairs_.tiles.phi(tile), BLOCK), pairs_.w.student, BLOCK,
-           dphi_, BLOCK, Into::add, Skip::depth_of_column, &pairs_.w.linear);
+      gemm(F, BLOCK, (int)tile.n, rows(weights_.tiles.phi(tile), BLOCK), weights_.w.student, BLOCK,
+           dphi_, BLOCK, Into::add, Skip::depth_of_column, &weights_.w.linear);
     }
     spread(p_.map_q(h), block_.q, block_.phi, partials_.q(slot_, h));
     const float g = p_.g(h);
@@ -152,15 +153,15 @@ class EntropyBackwardWorker {
         const KeyTile& tile = weigh(start, h);
         weight_gradients(tile, nullptr);
         keep_linear(tile, h);
-        memset(pairs_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
-        to_lanes(scratch_, pairs_.w.student, BLOCK);
-        const Band queries = of_rows(pairs_.w.linear);
+        memset(weights_.w.student + tile.n * BLOCK, 0, sizeof(float) * (BLOCK - tile.n) * BLOCK);
+        to_lanes(scratch_, weights_.w.student, BLOCK);
+        const Band queries = of_rows(weights_.w.linear);
         gemm(F, BLOCK, BLOCK, rows(block_.phi, BLOCK), scratch_, BLOCK, dphi_, BLOCK, Into::add,
              Skip::depth_of_column, &queries);
       }
     }
-    KeyTile& tile = pairs_.tiles.at(start);
-    spread(p_.map_k(state_head_), tile.keys, pairs_.tiles.phi(tile),
+    KeyTile& tile = weights_.tiles.at(start);
+    spread(p_.map_k(state_head_), tile.keys, weights_.tiles.phi(tile),
            partials_.k(slot_, state_head_));
   }
 
@@ -171,7 +172,7 @@ class EntropyBackwardWorker {
   const float factor_;
   const ParameterPartials& partials_;
   float* const above_;
-  Pairs pairs_;
+  AttentionWeights weights_;
   Chunkwise queries_;
   Queries block_;
   float m_[BLOCK], den_[BLOCK], lse_[BLOCK], c_[BLOCK];
@@ -180,16 +181,16 @@ class EntropyBackwardWorker {
 
 }  // namespace
 
-double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float* m,
+double cross_entropy(AttentionWeights& weights, const Queries& block, int64_t h, const float* m,
                      const float* den, const float* lse) {
   float sum[BLOCK] = {};
   for (int64_t start = 0; start < block.first + block.n; start += BLOCK) {
-    const KeyTile& tile = pairs.weigh(start, block, h, 1.0f, m, den, lse);
+    const KeyTile& tile = weights.weigh(start, block, h, 1.0f, m, den, lse);
     for (int c = 0; c < BLOCK; c += LANES) {
       Vec total = load(sum + c);
       for (int at = c; at < tile.n * BLOCK; at += BLOCK) {
-        total -=
-            load(pairs.w.teacher + at) * log(max(load(pairs.w.student + at), splat(LEAST_WEIGHT)));
+        total -= load(weights.w.teacher + at) *
+                 log(max(load(weights.w.student + at), splat(LEAST_WEIGHT)));
       }
       store(sum + c, total);
     }

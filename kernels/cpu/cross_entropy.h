@@ -12,17 +12,17 @@ constexpr int TEACHER_TILES = 8;
 
 // Teacher's and student's normalised weights of one tile of keys, and which keys the student sees
 // as linear.
-struct PairWeights {
+struct TileWeights {
   float *teacher, *student;  // [BLOCK x BLOCK], zero above the diagonal
   Band causal, linear;
 };
 
-class Pairs {
+class AttentionWeights {
  public:
   static int64_t floats(const Problem& p) {
     return KeyTiles::floats(p, TEACHER_TILES) + 2 * BLOCK * BLOCK;
   }
-  Pairs(const Problem& p, int64_t state_head, const Sequence& s, Arena& arena)
+  AttentionWeights(const Problem& p, int64_t state_head, const Sequence& s, Arena& arena)
       : tiles(p, TEACHER_TILES, tokens_of(p.k, s, p.kv_head_of(state_head)),
               tokens_of(p.v, s, p.kv_head_of(state_head)), p.map_k(state_head), s.tokens, arena),
         p_(p) {
@@ -57,7 +57,7 @@ class Pairs {
   }
 
   KeyTiles tiles;
-  PairWeights w;
+  TileWeights w;
 
  private:
   const Problem& p_;
@@ -65,7 +65,7 @@ class Pairs {
 
 // - sum_j a*_ij log max(a_ij, 1e-12), summed over the queries of the block, loaded with lambda as
 // their factor.
-double cross_entropy(Pairs& pairs, const Queries& block, int64_t h, const float* m,
+double cross_entropy(AttentionWeights& weights, const Queries& block, int64_t h, const float* m,
                      const float* den, const float* lse);
 
 // Adds the gradients of factor * cross_entropy, summed over all queries, to `partials`.

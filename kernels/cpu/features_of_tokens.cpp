@@ -217,10 +217,6 @@ inline void activate(const FeatureMap& map, const float* const* x, int64_t ahead
 }  // namespace
 
 void features_of_token(const FeatureMap& map, const float* x, float* phi) {
-  if (!map.weight) {
-    memcpy(phi, x, sizeof(float) * map.D);
-    return;
-  }
   const int f = map.f, ld = padded(f);
   alignas(64) float z[MAX_FEATURES + LANES], terms[2 * (MAX_FEATURES + LANES)], factors[4];
   Unscaled features = {terms, factors, 0.0f};

@@ -179,8 +179,8 @@ class Member {
   State& state_;
   const State own_;  // where it starts from
   KeyTile* tiles_;
-  State places_[BLOCKS + 1];  // for where each block has folded, and the end
-  State before_[BLOCKS];      // each block, in the place of the last that folded
+  State places_[BLOCKS + 1];  // [j]: where block j folds the state to; the last: the final state
+  State before_[BLOCKS];      // [j]: what block j reads, in the place of the last block that folded
   int64_t first_, end_, blocks_;
 };
 
@@ -213,8 +213,7 @@ int Team::threads_for(const Problem& p, const Batch& batch) {
 int64_t Team::share_of(int64_t runs, const Problem& p, const Batch& batch) {
   const int threads = threads_for(p, batch);
   if (runs == 0 || batch.real_tokens / batch.count < BLOCKS * BLOCK * threads) return 0;
-  const int64_t rest = runs % threads;
-  return (double)rest < (1.0 - IDLE) * threads ? rest : 0;
+  return left_over(runs, threads, IDLE);
 }
 
 Team::Team(const Problem& p, int threads)

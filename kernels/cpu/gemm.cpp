@@ -403,7 +403,7 @@ void multiply_by_tiles(const Product& all, Into into) {
     rest.b += whole * rest.ldb;
   }
   if (slices > 0) multiply_slices();
-  if (terms_left > 0 || into == Into::set) multiply_left(0, tiled_rows, terms_left, into);
+  if (terms_left > 0) multiply_left(0, tiled_rows, terms_left, into);
 }
 
 #endif

@@ -79,8 +79,8 @@ constexpr int ROW_GROUP = TILE;
 constexpr int ROW_GROUP = 4;
 #endif
 
-// One of the products that add up to C, of which there is one at least, and no other with
-// Skip::outputs. All have the same a.row, and skip along the same of M and N if they skip.
+// One of the products that add up to C, of which there is at least one. A term with Skip::outputs
+// is the only one. All have the same a.row, and skip along the same of M and N if they skip.
 struct Term {
   int K;
   Operand a;

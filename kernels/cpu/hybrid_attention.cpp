@@ -1,6 +1,6 @@
 // hybrid_attention (SPEC 3): y = (g sum_W e^{s - m} v + lambda sum_N phi_q phi_k v) / den,
-// chunkwise, one worker per sequence and state head. Per token and head 2 (2 D f + 2 F V + w (D +
-// V)) useful FLOPs; q, k, v are read and o written once.
+// chunkwise, a thread or a team of them for a sequence and state head. Per token and head 2 (2 D f
+// + 2 F V + w (D + V)) useful FLOPs; q, k, v are read and o written once.
 #include "backward.h"
 #include "forward.h"
 #include "kernels.h"

@@ -24,6 +24,12 @@ static inline int thread_count(int64_t workers, int64_t work) {
   return 1;
 #endif
 }
+// Of so many runs, as many for each thread as there are for all, how many are left over, where more
+// than a part `idle` of the threads would have none of these.
+static inline int64_t left_over(int64_t runs, int threads, double idle) {
+  const int64_t rest = runs % threads;
+  return (double)rest < (1.0 - idle) * threads ? rest : 0;
+}
 static inline int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();

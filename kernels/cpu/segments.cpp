@@ -39,8 +39,7 @@ int64_t runs_by_segments(const Segments& segments, const Problem& p, const Batch
   int64_t count = 0;
   for (int64_t i = 0; i < batch.count; i++) count += segments.count(batch.sequences[i]);
   const int threads = thread_count(count * p.state_heads(), p.work(batch.real_tokens));
-  const int64_t rest = runs % threads;
-  return count > batch.count && (double)rest < (1.0 - IDLE) * threads ? rest : 0;
+  return count > batch.count ? left_over(runs, threads, IDLE) : 0;
 }
 
 void states_before(const Problem& p, const Segments& segments, const Sequence& s,

@@ -1,6 +1,7 @@
 // Which keys a query attends by softmax and which by features (SPEC 2), and the bands this draws on
 // a tile.
 #pragma once
+#include "../arguments.h"
 #include "tokens.h"
 
 namespace lol {
@@ -14,12 +15,9 @@ struct Window {
   // Whether queries have softmax keys at all; every one has, or none has.
   bool any() const { return size > 0 || sink > 0; }
 
-  // First key of query i's softmax window, sinks apart; older keys, the sinks excepted, are linear.
-  int64_t start(int64_t i) const {
-    int64_t e = i + 1;
-    if (size > 0) e = kind == LOL_TERRACE ? (i / size - 1) * size : i - size + 1;
-    return at_least(at_least(e, 0), sink);
-  }
+  // The first key of query i's softmax window behind the sinks; keys between these and it are
+  // linear.
+  int64_t start(int64_t i) const { return at_least(window_start(size, kind, i), sink); }
 };
 
 // A block of queries: where the window of each starts, counted from the first query. All bands of

@@ -93,14 +93,16 @@ _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
 
 # By kernel and by the dtype that it computes in; the first row that fits is taken. What the
 # configurations need on each architecture is in tests/budgets/, renewed by
-# ``python -m helpers.kernel_budget``. Of forward with D up to 128 and of backward with D up to 64,
-# f up to 64, in bf16 on sm_80 and sm_90, those are taken whose busiest pipe is busy for the least
-# time by the static model (docs/gpu_model.md), spilled registers included, but that backward on
-# sm_80 carries tiles: slower by the model by 2 %, for half of the bytes. On sm_90 those of backward
-# with D = 128, before they carried two tiles, and some of wider ones and of those without maps are
-# by measurement (docs/gpu_h100.md). sm_80 has the former, too: by the model faster or slower, by
-# the case, but for a fifth of the bytes. sm_86 has sm_80's where they fit, sm_100 the usual ones.
-# Elsewhere nothing is modelled or measured: those that spill least at the same work.
+# ``python -m helpers.kernel_budget``. Where they are from:
+# - bf16, f up to 64, forward with D up to 128 and backward with D up to 64, on sm_80 and sm_90: the
+#   busiest pipe is busy for the least time by the static model (docs/gpu_model.md), spilled
+#   registers included. But backward on sm_80 carries tiles, which by the model takes 2 % longer:
+#   it moves half of the bytes.
+# - backward with D = 128, some wider kernels and some without maps, on sm_90: measured
+#   (docs/gpu_h100.md), backward before it carried two tiles. sm_80 has the same backward: by the
+#   model faster or slower, by the case, for a fifth of the bytes.
+# - sm_86: sm_80's where they fit. sm_100: the usual ones.
+# - All others, neither modelled nor measured: those that spill least at the same work.
 # Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
 # of bytes of stack: wide maps are projected 32 columns of x at a time.
 TABLE = {

@@ -112,6 +112,7 @@ def finetune(
             another configuration (`merge` aside), or processes that differ in one of these; a
             model with adapters, or with weights that are offloaded.
         RuntimeError: a loss that is not finite; processes that accelerate was not told of.
+        OSError: a checkpoint that cannot be written, such as on a full disk.
 
     Warns:
         UserWarning: a checkpoint that was not written to its end, which is passed over.

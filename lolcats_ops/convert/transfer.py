@@ -156,6 +156,7 @@ def transfer(
             processes that differ in one of these.
         NotImplementedError: a model that applies a layer several times.
         RuntimeError: processes that accelerate was not told of; a loss that is not finite.
+        OSError: a checkpoint that cannot be written, such as in a folder that does not exist.
 
     Warns:
         UserWarning: rows longer than the sliding window that converted layers had: their teacher is

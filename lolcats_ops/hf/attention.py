@@ -100,19 +100,12 @@ class LolcatsAttention(Fp32Module):
 
     def features(self) -> tuple[lo.Features, lo.Features]:
         """The feature maps of queries and keys."""
-        kind: dict[str, Any] = {
-            "activation": self.config.activation,
-            "two_sided": self.config.two_sided,
-        }
+        kind = self.config.kind
         return lo.Features(self.feature_q, **kind), lo.Features(self.feature_k, **kind)
 
     def empty_state(self, key: Tensor, value: Tensor, slack: int) -> lo.HybridState:
         """The state before the first token, for keys [B, Hk, T, D] and values [B, Hk, T, V]."""
-        windows: dict[str, Any] = {
-            "window": self.config.window,
-            "window_kind": self.config.window_kind,
-            "sink": self.config.sink,
-        }
+        windows = self.config.windows
         return lo.HybridState.empty_for(key, value, self.features()[1], **windows, slack=slack)
 
     def refuse(self, asked: Mapping[str, Any]) -> None:
@@ -164,18 +157,12 @@ class LolcatsAttention(Fp32Module):
             lolcats_cache.leave_out(tokens)
         elif lolcats_cache is not None:
             if lolcats_cu_seqlens is not None:
-                raise NotImplementedError(
-                    "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
-                )
+                raise packed_in_cache()
             real = real_tokens(attention_mask, batch, tokens, lolcats_cache.cumulative_length)
             out = lolcats_cache.attend(self, query, key, value, real, **options)
             return out.transpose(1, 2).contiguous()
 
-        options |= {
-            "window": config.window,
-            "window_kind": config.window_kind,
-            "sink": config.sink,
-        }
+        options |= config.windows
         padding = None
         if lolcats_cu_seqlens is None:
             padding = real_tokens(attention_mask, batch, tokens)
@@ -310,6 +297,13 @@ def check_mask(
             "lolcats attention is causal and has padding; this attention_mask asks for more. "
             "Pack sequences by position_ids that restart, without a mask"
         )
+
+
+def packed_in_cache() -> NotImplementedError:
+    """The refusal of packed sequences beside a cache."""
+    return NotImplementedError(
+        "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
+    )
 
 
 def past_differs(held: Tensor) -> ValueError:

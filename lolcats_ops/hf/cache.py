@@ -16,6 +16,7 @@ from transformers.cache_utils import (
 )
 
 import lolcats_ops as lo
+from lolcats_ops._sizes import check_size
 from lolcats_ops.hf.attention import LolcatsAttention, attention_of
 
 
@@ -335,10 +336,7 @@ class LolcatsCache(DynamicCache):
     """
 
     def __init__(self, model: PreTrainedModel, slack: int = 0):
-        if isinstance(slack, bool) or not isinstance(slack, int):
-            raise TypeError(f"LolcatsCache: slack is {slack!r}, needs an integer")
-        if slack < 0:
-            raise ValueError(f"LolcatsCache: slack is {slack}, needs >= 0")
+        check_size("LolcatsCache", "slack", slack, 0)
         converted = [m.layer_idx for m in model.modules() if attention_of(m) is not None]
         if not converted:
             raise ValueError(f"LolcatsCache: {type(model).__name__} is not converted")

@@ -100,6 +100,16 @@ class LolcatsConfig:
                 f"LolcatsConfig: {name} is {value!r}, needs one of {', '.join(allowed)}"
             )
 
+    @property
+    def windows(self) -> dict[str, Any]:
+        """What `lo.hybrid_attention` calls these."""
+        return {"window": self.window, "window_kind": self.window_kind, "sink": self.sink}
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What `lo.Features` calls these, of both maps."""
+        return {"activation": self.activation, "two_sided": self.two_sided}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored under `lolcats` in a model's config.json."""
         return {**asdict(self), "softmax_layers": list(self.softmax_layers)}

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +20,6 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-import lolcats_ops as lo
 from lolcats_ops.hf.attention import (
     NAME,
     LolcatsAttention,
@@ -31,16 +28,15 @@ from lolcats_ops.hf.attention import (
     bounds_of,
     check_mask,
     lolcats_attention,
+    packed_in_cache,
     packed_starts,
     past_differs,
 )
 from lolcats_ops.hf.cache import LolcatsCacheLayer, find_beside
 from lolcats_ops.hf.config import LolcatsConfig
+from lolcats_ops.hf.convertible import convertible_layers, tensors_of
 
 AttentionInterface.register(NAME, lolcats_attention)
-# Of layer_types: attention to all earlier tokens, or to those of a window, beyond which what is
-# linear may go. Chunks, which begin anew, are no windows.
-KNOWN_KIND = re.compile("^(full_)?attention$|^sliding")
 
 
 class Softmax(NamedTuple):
@@ -54,7 +50,7 @@ class Softmax(NamedTuple):
 def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
     """Gives the layers that can be converted their parameters and hooks; `lo.hf.convert` without
     what the model says of itself."""
-    modules = _convertible(model, config)
+    modules = convertible_layers(model, config)
     _own_config(model)
     if dropout := max(_dropout(m) or 0.0 for m in modules):
         warnings.warn(
@@ -68,7 +64,7 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
             heads // module.num_key_value_groups,
             module.head_dim,
             config,
-            next(_tensors(projection)).device,
+            next(tensors_of(projection)).device,
         )
         module.lolcats = attention
         module.lolcats_softmax = Softmax(module.config, _dropout(module))
@@ -80,10 +76,6 @@ def convert_layers(model: PreTrainedModel, config: LolcatsConfig) -> None:
 def _value_dim(module: Any) -> int:
     """V, of which its o_proj takes one for every head."""
     return getattr(module, "v_head_dim", None) or module.head_dim
-
-
-def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    return itertools.chain(module.parameters(), module.buffers())  # quantized weights may be either
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -186,106 +178,6 @@ def _converted(model: nn.Module) -> list[tuple[Any, LolcatsAttention]]:
     if not found:
         raise ValueError(f"{type(model).__name__} is not converted: see lolcats_ops.hf.convert")
     return found
-
-
-def _convertible(model: PreTrainedModel, config: LolcatsConfig) -> list[Any]:
-    """The attention modules to convert, or an error that names the model and the reason."""
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"convert: model is {name}, needs a transformers PreTrainedModel")
-
-    def refuse(reason: str) -> ValueError:
-        return ValueError(f"convert: {name} cannot be converted: {reason}")
-
-    if attention_layers(model):
-        raise refuse("it is converted already; restore it first")
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise refuse("it is an encoder-decoder, which attends to more than the tokens before")
-    if model.config.get_text_config(decoder=True) is not model.config:
-        raise refuse(
-            "it is composite; convert its language model on its own (which will not load "
-            "converted: keep its `lolcats` parameters by state_dict, and convert after loading)"
-        )
-    if getattr(model.config, "is_causal", True) is False:
-        raise refuse("its attention is not causal (is_causal=False)")
-    if getattr(model.config, "attn_logit_softcapping", None):
-        raise refuse("it caps attention scores (attn_logit_softcapping)")
-    needed = ("layer_idx", "head_dim", "num_key_value_groups", "o_proj")
-    modules = [
-        m
-        for m in model.modules()
-        if getattr(m, "is_causal", False) and all(hasattr(m, name) for name in needed)
-    ]
-    if not modules:
-        raise refuse(f"it has no causal attention module with {', '.join(needed)}")
-    if not (model._supports_attention_backend or all(_dispatches(m) for m in modules)):
-        raise refuse("its attention is not dispatched through transformers' AttentionInterface")
-    if any(m.layer_idx is None for m in modules):
-        raise refuse("it applies an attention module as several layers")
-    layers = {m.layer_idx for m in modules}
-    outside = set(config.softmax_layers) - layers
-    if outside:
-        raise refuse(
-            f"softmax_layers names {sorted(outside)}, but it attends in its layers {sorted(layers)}"
-        )
-    kinds = getattr(model.config, "layer_types", None) or []
-    local = {i for i, kind in enumerate(kinds) if "sliding" in kind or "chunked" in kind}
-    keep = set(config.softmax_layers) | (local if len(local) < len(modules) else set())
-    roles = ("is_kv_shared_layer", "store_full_length_kv")
-    sharing = {m.layer_idx for m in modules if any(getattr(m, role, False) for role in roles)}
-    modules = [m for m in modules if m.layer_idx not in keep]
-    if any(m.layer_idx in sharing for m in modules):
-        raise refuse(
-            f"layers {sorted(sharing)} share cached keys and values, which a recurrent state does "
-            "not keep; they can be softmax_layers"
-        )
-    if not modules:
-        raise refuse("softmax_layers leaves no layer to convert")
-    if any(getattr(m, "sinks", None) is not None for m in modules):
-        raise refuse("its attention has learned sink logits")
-    others = {
-        kinds[m.layer_idx]
-        for m in modules
-        if m.layer_idx < len(kinds) and not KNOWN_KIND.search(kinds[m.layer_idx])
-    }
-    if others:
-        raise refuse(
-            f"its layers of type {', '.join(sorted(others))} do not attend all earlier tokens, or "
-            "cache more than keys and values; they can be softmax_layers"
-        )
-    for projection in (m.o_proj for m in modules):
-        if not hasattr(projection, "in_features") or next(_tensors(projection), None) is None:
-            raise refuse(
-                f"its o_proj, a {type(projection).__module__}.{type(projection).__name__}, lacks "
-                "in_features, or tensors that say on which device it is (if by quantize_dynamic: "
-                "convert first)"
-            )
-    offloaded = [
-        m.layer_idx
-        for m in modules
-        if next(_tensors(m.o_proj)).is_meta and hasattr(m.o_proj, "_hf_hook")
-    ]
-    if offloaded:
-        raise refuse(
-            f"its layers {offloaded} are offloaded; load it with a device_map that keeps attention "
-            "in memory, or convert it before it is dispatched"
-        )
-    maps: dict[str, Any] = {"activation": config.activation, "two_sided": config.two_sided}
-    for head_dim in {m.head_dim for m in modules}:
-        choice = lo.backend_for(
-            "hybrid_attention", head_dim=head_dim, feature_dim=config.feature_dim, **maps
-        )
-        if choice.backend is None:
-            reason, _, _ = choice.why.partition("; backend=")  # which is no argument here
-            raise refuse(f"head_dim={head_dim}, feature_dim={config.feature_dim}: {reason}")
-    return modules
-
-
-def _dispatches(module: nn.Module) -> bool:
-    """Whether its forward pass looks attention up in transformers' registry: not all models with
-    layers of other kinds, such as Qwen3-Next, say so themselves."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return "ALL_ATTENTION_FUNCTIONS" in getattr(code, "co_names", ())
 
 
 def local_window(model: nn.Module) -> int | None:
@@ -405,9 +297,7 @@ def _before_attention(
         if mode == "transfer":
             raise ValueError("attention transfer runs without a cache: pass use_cache=False")
         if kwargs.get("cu_seq_lens_q") is not None and not torch.is_grad_enabled():
-            raise NotImplementedError(
-                "packed sequences (cu_seq_lens_q) do not go into a cache: pass use_cache=False"
-            )
+            raise packed_in_cache()
         layer = _cache_layer(cache, module.layer_idx)
     _check_once(module, mask, layer, kwargs.get("position_ids"))
     bounds, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")

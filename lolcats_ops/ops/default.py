@@ -16,6 +16,12 @@ from . import triton
 NAMESPACE = "lolcats_ops"
 
 
+def _name(op: str, argument: str, code: int, names: tuple[str, ...]) -> str:
+    if not 0 <= code < len(names):
+        raise ValueError(f"{op}: {argument} is {code}, needs 0 to {len(names) - 1}")
+    return names[code]
+
+
 def _case(op: str, arguments: dict[str, Any]) -> Case:
     """The case of a call, from its arguments by the names of the schema."""
     q: Tensor = arguments["q"] if "q" in arguments else arguments["x"]
@@ -29,11 +35,11 @@ def _case(op: str, arguments: dict[str, Any]) -> Case:
         q.shape[3],
         v.shape[3],
         0 if weight is None else weight.shape[2],
-        ACTIVATIONS[arguments["activation"]],
+        _name(op, "activation", arguments["activation"], ACTIVATIONS),
         arguments["two_sided"],
         q.shape[2],
         arguments.get("window", 0),
-        WINDOW_KINDS[arguments.get("window_kind", 0)],
+        _name(op, "window_kind", arguments.get("window_kind", 0), WINDOW_KINDS),
         sinks,
         arguments.get("key_padding_mask") is not None,
     )

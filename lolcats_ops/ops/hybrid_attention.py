@@ -58,7 +58,8 @@ def hybrid_attention(
             + lam * sum_{j in N(i)} (phi_q(q_i) . phi_k(k_j)) v_j
 
     s_ij = scale * q_i . k_j. W(i): the keys j <= i from the window start e(i) on, and the first
-    ``sink`` keys; N(i): all earlier keys. lam is 1, or 1 - g where ``affine``.
+    ``sink`` keys; N(i): the other keys j <= i. lam is 1, or 1 - g where ``affine`` and there is a
+    window or a sink.
 
     Args:
         q: [B, H, T, D], fp32, bf16 or fp16; D, V and f are at most 256, but for the reference.

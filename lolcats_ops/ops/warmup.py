@@ -61,7 +61,8 @@ def warmup(
         feature_q, feature_k: the maps; None for two-sided softmax of ``feature_dim`` (None:
             head_dim) columns.
         window, window_kind, sink, affine: as in ``hybrid_attention``.
-        slack: of decoding states; ``LolcatsCache(model, slack=20)`` has others than the default.
+        slack: of decoding states, for whose rings kernels are compiled: that of your
+            ``LolcatsCache``, if you make one.
         padded: calls will have a key_padding_mask.
         transposed: q, k and v will be views of [B, T, H, D], as in Hugging Face's models. Triton
             compiles for the distance between tokens.
@@ -81,11 +82,9 @@ def warmup(
     load_torch_ops()
     value_dim = value_dim or head_dim
     width = feature_dim or head_dim
+    windows: dict[str, Any] = {"window": window, "window_kind": window_kind, "sink": sink}
     case = {"device": device, "dtype": dtype, "head_dim": head_dim, "value_dim": value_dim}
-    case |= {
-        "feature_dim": feature_k.width if feature_k else width,
-        "tokens": max(tokens, default=1),
-    }
+    case |= windows | {"key_padding_mask": padded}
     compiled: set[str] = set()
 
     def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -96,17 +95,19 @@ def warmup(
             return zeros(batch, length, heads, width).transpose(1, 2)
         return zeros(batch, heads, length, width)
 
-    windows = {"window": window, "window_kind": window_kind, "sink": sink}
     for op in ops:
-        choice = backend_for(op, backend=backend, **case)
-        if choice.backend is None:
-            raise ValueError(f"warmup: {op}: {choice.why}")
-        if choice.backend not in ("cuda", "triton"):
-            continue
         weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
         maps = feature_q or Features(weight), feature_k or Features(weight)
+        used = maps[0] if op == "feature_map" else maps[1]
+        case |= {"feature_dim": used.width, "activation": used.activation}
+        case |= {"two_sided": used.two_sided}
         with _compiling() as names:
             for length in tokens:
+                choice = backend_for(op, backend=backend, tokens=length, **case)
+                if choice.backend is None:
+                    raise ValueError(f"warmup: {op}: {choice.why}")
+                if choice.backend not in ("cuda", "triton"):
+                    continue
                 q = rows(heads, length, head_dim)
                 k, v = (rows(kv_heads or heads, length, n) for n in (head_dim, value_dim))
                 gate = zeros(heads, kind=torch.float32)

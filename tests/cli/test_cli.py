@@ -218,6 +218,12 @@ def test_info_says_how_to_get_the_cuda_kernels():
     assert "LOLCATS_CUDA=ON" in said
 
 
+def test_info_is_about_the_installation_wherever_it_runs(tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert "instruction set" in lolcats("info")
+
+
 def test_help_needs_no_torch_and_shows_examples(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "lolcats_ops.hf", None)
     assert "Exit codes" in lolcats("--help")

@@ -66,8 +66,8 @@ typedef enum {
 } lol_activation;
 typedef enum { LOL_SLIDING = 0, LOL_TERRACE = 1 } lol_window_kind;
 
-/* Strides count elements. An absent optional tensor is all zeros; one without elements has its
- * ndim and shape, and needs no data. */
+/* Strides count elements. An optional tensor is absent where its struct is {0}. A tensor without
+ * elements has its ndim and shape, and needs no data. */
 typedef struct lol_tensor {
   void* data;
   int32_t dtype;
@@ -162,7 +162,8 @@ typedef struct lol_hybrid_attention_args {
 
 typedef struct lol_hybrid_attention_backward_args {
   size_t struct_size;
-  lol_hybrid_attention_args forward; /* with its outputs o, m and den as inputs */
+  lol_hybrid_attention_args forward; /* with its outputs o, m and den as inputs; m is not read, but
+                                        found anew with the keys that tie at it */
   lol_tensor do_;
   lol_tensor dq, dk, dv;
   lol_tensor dweight_q, dbias_q, dweight_k, dbias_k, dgate;
