@@ -8,7 +8,7 @@
 
 #include "arguments.h"
 #include "check.h"
-#include "cpu/problem.h"
+#include "cpu/call.h"
 #include "cuda/launch.h"
 #ifdef _OPENMP
 #include <omp.h>

@@ -184,6 +184,10 @@ def test_a_part_of_a_project_installs_nothing_over_what_is_the_projects(tmp_path
     command = {Path(c["file"]).name: c["command"] for c in compiled}
     kernels = [c["command"] for c in compiled if "/kernels/" in c["file"]]
     assert all(c.find("-fno-fast-math") > c.find("-ffast-math") for c in kernels)
+    linked = (build / "lolcats_ops/kernels/CMakeFiles/lolcats_ops.dir/link.txt").read_text()
+    assert (
+        linked.find("-fno-fast-math") > linked.find("-ffast-math") > 0
+    )  # or loading it would flush
     for source in ("api.cpp", "operators.cpp"):  # by its name: not a part of a unity build
         assert command[source].find(" -fexceptions") > command[source].find("-fno-exceptions")
     assert command["gemm.cpp"].rfind("-fno-exceptions") > command["gemm.cpp"].find(" -fexceptions")
@@ -193,6 +197,18 @@ def test_a_part_of_a_project_installs_nothing_over_what_is_the_projects(tmp_path
     assert Path("share/doc/lolcats_ops/LICENSE") in files
     assert any(path.name.startswith("lolcats_opsTargets-") for path in files)  # of no build type
     assert all("lolcats_ops" in str(path) for path in files)
+
+
+@pytest.mark.parametrize("absolute", ["LIBDIR", "INCLUDEDIR"])
+def test_pkg_config_finds_folders_wherever_they_are(tmp_path, absolute):
+    elsewhere, prefix = tmp_path / "elsewhere", tmp_path / "prefix"
+    options = (f"-DCMAKE_INSTALL_PREFIX={prefix}", f"-DCMAKE_INSTALL_{absolute}={elsewhere}")
+    build = tmp_path / "build"
+    run("cmake", "-S", REPOSITORY, "-B", build, "-DLOLCATS_ISAS=scalar", *options)
+    lines = (build / "lolcats_ops.pc").read_text().splitlines()
+    found = {"LIBDIR": prefix / "lib", "INCLUDEDIR": prefix / "include", absolute: elsewhere}
+    assert f"libdir={found['LIBDIR']}" in lines
+    assert f"includedir={found['INCLUDEDIR']}" in lines
 
 
 def test_an_instruction_set_that_there_is_not_is_refused(tmp_path):

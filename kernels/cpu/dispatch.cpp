@@ -17,7 +17,7 @@
 #include <utility>
 
 #include "../check.h"
-#include "problem.h"
+#include "call.h"
 
 namespace lol {
 

@@ -238,10 +238,12 @@ void Team::forward(const Run& run, const Outputs& out) {
   };
   Turns turns[MOST_PARTS];
   int64_t begun = 0;
+  const FloatMode mode = float_mode();
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads_)
 #endif
   {
+    const AsCaller computing(mode);
     [[maybe_unused]] const MatrixUnit unit{};
     Member member(p_, run, out, Arena{memory_.data + thread_index() * member_});
     for (;;) {

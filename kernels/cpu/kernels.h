@@ -1,7 +1,7 @@
 // The entry points of one instruction set, as its table lists them. Arguments have been checked;
 // sequences are laid out.
 #pragma once
-#include "problem.h"
+#include "call.h"
 
 namespace lol {
 namespace LOL_ISA {

@@ -7,8 +7,8 @@
 #pragma once
 #include <stdlib.h>
 
+#include "call.h"
 #include "gemm.h"
-#include "problem.h"
 #include "requests.h"
 
 namespace lol {

@@ -169,6 +169,12 @@ def refuse_offloaded(caller: str, names: Iterable[str]) -> None:
         )
 
 
+def refuse_sharded(caller: str, model: PreTrainedModel) -> None:
+    """Raises ValueError where parameters are distributed tensors, each process with a part."""
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise ValueError(f"{caller}: the model is sharded (DTensor): train it before fully_shard()")
+
+
 def token_rows(caller: str, data: Tensor, model: PreTrainedModel, least: int = 1) -> Tensor:
     """`data` as int64, if it is rows [N, T] of tokens that `model` has, N >= 1 and T >= `least`.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lolcats_ops.convert.config import FinetuneConfig, checked
-from lolcats_ops.convert.data import refuse_offloaded, token_rows
+from lolcats_ops.convert.data import refuse_offloaded, refuse_sharded, token_rows
 from lolcats_ops.convert.files import is_whole, replacing
 from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.processes import on_cpu, processes, refuse_discord
@@ -108,9 +108,10 @@ def finetune(
         TypeError: `data` is no integer tensor; `model` is a wrapper of one.
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
-            converted, an `output_dir` with checkpoints of another model, of other data or of
-            another configuration (`merge` aside), or processes that differ in one of these; a
-            model with adapters, or with weights that are offloaded.
+            converted, an `output_dir` with checkpoints of another model, of other data, of another
+            configuration (`merge` aside) or of another number of processes, or processes that
+            differ in one of these; a model with adapters, or with weights that are offloaded or
+            sharded.
         RuntimeError: a loss that is not finite; processes that accelerate was not told of.
         OSError: a checkpoint that cannot be written, such as on a full disk.
 
@@ -135,14 +136,15 @@ def finetune(
     if config.train_features and not attention_layers(model):
         raise ValueError("finetune: train_features=True, but the model is not converted")
     refuse_offloaded("finetune", (name for name, p in model.named_parameters() if p.is_meta))
+    refuse_sharded("finetune", model)
     targets = _targets(model, config)
     if config.merge:
         _refuse_tied(model, targets)
     last, (_, count) = None, processes()
     used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
-    used["modes"] = [layer.mode for layer in attention_layers(model)]
-    used["processes"] = count
-    begun = origin(model, data, used, features=True)
+    modes = [layer.mode for layer in attention_layers(model)]
+    others = {"number of processes": count, "mode of converted layers": modes}
+    begun = origin(model, data, used, others, features=True)
     if output_dir:
         last = _begin(Path(output_dir), begun, resume, count)
     refuse_discord("finetune", {**begun, "checkpoint": str(last and last.name)}, count)

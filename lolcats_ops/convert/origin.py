@@ -17,9 +17,14 @@ SAMPLE = 4096  # elements of a weight that tell models apart
 
 
 def origin(
-    model: PreTrainedModel, data: Tensor, configuration: Mapping[str, Any], *, features: bool
+    model: PreTrainedModel,
+    data: Tensor,
+    configuration: Mapping[str, Any],
+    others: Mapping[str, Any],
+    *,
+    features: bool,
 ) -> dict[str, str]:
-    """Digests of the three; of large weights it is a sample.
+    """Digests of the three, and of others by their names; of large weights it is a sample.
 
     Args:
         features: whether the model's feature maps and gates decide the result as well. They do not
@@ -44,6 +49,7 @@ def origin(
         "model": digest(*(layer.config for layer in attention_layers(model)), *weights),
         "data": digest(list(data.shape), data),
         "configuration": digest(dict(configuration)),
+        **{name: digest(value) for name, value in others.items()},
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats_ops.convert.config import TransferConfig, checked
-from lolcats_ops.convert.data import input_device, refuse_offloaded, token_rows
+from lolcats_ops.convert.data import input_device, refuse_offloaded, refuse_sharded, token_rows
 from lolcats_ops.convert.files import replacing
 from lolcats_ops.convert.origin import origin, refuse_others
 from lolcats_ops.convert.processes import (
@@ -152,8 +152,8 @@ def transfer(
         TypeError: `data` is no integer tensor; `model` is a wrapper without its methods.
         ValueError: a model that is not converted, or whose parameters are offloaded or sharded,
             `data` of another shape or with ids beyond the vocabulary, or a checkpoint that cannot
-            be read, or that is of another model, of other data or of another configuration; or
-            processes that differ in one of these.
+            be read, or that is of another model, of other data, of another configuration or of
+            another number of processes; or processes that differ in one of these.
         NotImplementedError: a model that applies a layer several times.
         RuntimeError: processes that accelerate was not told of; a loss that is not finite.
         OSError: a checkpoint that cannot be written, such as in a folder that does not exist.
@@ -174,8 +174,7 @@ def transfer(
     refuse_offloaded(
         "transfer", (n for n, p in parameters.items() if p.is_meta and ".lolcats." in n)
     )
-    if any(hasattr(p, "placements") for p in parameters.values()):
-        raise ValueError("transfer: the model is sharded (DTensor): train it before fully_shard()")
+    refuse_sharded("transfer", model)
     window = local_window(model)
     if window is not None and data.shape[1] > window:
         warnings.warn(
@@ -205,8 +204,8 @@ def transfer(
         learners = [
             _LayerLearner(layer, i, config, steps, bar, count) for i, layer in enumerate(layers)
         ]
-        used = {**config.model_dump(), "processes": count}
-        begun = origin(model, data, used, features=False)
+        others = {"number of processes": count}
+        begun = origin(model, data, config.model_dump(), others, features=False)
         done = _resume(checkpoint, begun, layers, learners)
         refuse_discord("transfer", {**begun, "checkpoint": str(done)}, count)
         bar.advance(sum(len(learner.losses) for learner in learners))

@@ -167,14 +167,14 @@ def check_inference(op: str, *tensors: Tensor | None) -> None:
         )
 
 
-def check_no_tangents(op: str, *tensors: Tensor | None) -> None:
-    """No forward-mode derivative is asked of kernels that write a state: torch would make it 0."""
+def check_no_tangents(op: str, *arguments: Any) -> None:
+    """No forward-mode derivative is asked of kernels, which have none: torch would make it 0."""
     if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in arguments
     ):
         raise NotImplementedError(
-            f"{op}: an input has a tangent, but on a recurrent state the kernels have no "
-            f"forward-mode derivative; backend='reference' has one"
+            f"{op}: an input has a tangent, but the kernels have no forward-mode derivative; "
+            "backend='reference' has one"
         )
 
 

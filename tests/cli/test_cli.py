@@ -71,7 +71,7 @@ def test_two_processes_train_as_one_on_twice_the_batch(folder, tmp_path):
         assert not all(x.equal(before.get(name, x + 1)) for name, x in expected.items())
         for name, x in expected.items():
             torch.testing.assert_close(got[name], x, rtol=1e-3, atol=1e-5)
-        with pytest.raises(ValueError, match="was begun with another configuration"):
+        with pytest.raises(ValueError, match="was begun with another number of processes;"):
             lolcats(command, model, out, *text, *two, "--resume")
 
 

@@ -179,6 +179,26 @@ def test_a_team_goes_on_from_a_state(backend, dtype, kind, slack):
     assert all(x.isfinite().all() for x in same_with_threads(call))
 
 
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+def test_threads_flush_denormals_if_the_caller_does(backend):
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 5, 2048, 16, generator=rng)
+    weight = torch.randn(5, 16, 12, generator=rng)
+    maps = lo.Features(weight), lo.Features(weight.flip(2))
+    v *= 1e-38
+
+    def call() -> list[torch.Tensor]:
+        return [lo.hybrid_attention(q, k, v, *maps, torch.zeros(5), backend=backend)]
+
+    (denormal,) = same_with_threads(call)  # by threads that were there before
+    try:
+        assert torch.set_flush_denormal(True)
+        (flushed,) = same_with_threads(call)
+    finally:
+        torch.set_flush_denormal(False)
+    assert not torch.equal(denormal, flushed)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_goes_on_without_the_threads_that_it_lost():
     script = """

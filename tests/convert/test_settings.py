@@ -294,6 +294,13 @@ def test_an_offloaded_model_is_evaluated_and_not_trained(model):
         lo.hf.convert(accelerate.cpu_offload(tiny()))
 
 
+@pytest.mark.parametrize("stage", ["transfer", "finetune"])
+def test_a_sharded_model_is_refused(model, stage):
+    model.lm_head.weight.placements = ()  # as of a DTensor
+    with pytest.raises(ValueError, match=rf"{stage}: the model is sharded \(DTensor\)"):
+        getattr(lo.convert, stage)(model, token_rows(1, 40))
+
+
 def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
     with replacing(tmp_path / "file") as first:
         first.write(b"first")
