@@ -36,11 +36,11 @@ class TransferWorker {
     teacher_.y = arena.take(rows_size(p.V()));
   }
 
-  // To a segment that another worker comes before.
+  // The state before a segment that is the worker's first, but not the sequence's.
   void load_state(const Segment& segment, StateSums before) {
     student_.load_state(before.kv, before.ksum, folded_before(p_, segment));
   }
-  // One segment after the other.
+  // From then on, or from the first segment on, one after the other.
   Distances run(const Segment& segment) {
     const int64_t h0 = state_head_ * p_.group();
     Distances sums = {};
@@ -119,8 +119,8 @@ int attention_transfer(const lol_attention_transfer_args& a, const Batch& batch)
     return batch.sequences[run / Hs];
   };
   const auto partial = [&](int64_t run, int64_t j) -> Distances& {
-    return (
-        (Distances*)sums.data)[run % Hs * segments.places() + segments.place(sequence_of(run), j)];
+    const int64_t place = segments.place(sequence_of(run), j);
+    return ((Distances*)sums.data)[run % Hs * segments.places() + place];
   };
   // A thread takes the first runs, a sequence and a state head, whole; threads share the segments
   // of the others.

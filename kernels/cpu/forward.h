@@ -39,7 +39,8 @@ void forward(const Problem& p, const Run& run, const Outputs& out, Arena arena);
 class Team {
  public:
   static int threads_for(const Problem& p, const Batch& batch);
-  // How many of so many runs, the last ones: as long as every thread has one, none needs a team.
+  // How many of so many runs, the last ones, a team should take: as long as there is one for every
+  // thread, each is a single thread's.
   static int64_t share_of(int64_t runs, const Problem& p, const Batch& batch);
   Team(const Problem& p, int threads);  // 0 if there is nothing for it to do
   bool ok() const { return memory_.ok(); }

@@ -25,8 +25,8 @@ static inline int thread_count(int64_t workers, int64_t work) {
   return 1;
 #endif
 }
-// Of so many runs, as many for each thread as there are for all, how many are left over, where more
-// than a part `idle` of the threads would have none of these.
+// How many runs are left over when every thread has had equally many; 0 if no more than a part
+// `idle` of the threads would have none of them.
 static inline int64_t left_over(int64_t runs, int threads, double idle) {
   const int64_t rest = runs % threads;
   return (double)rest < (1.0 - idle) * threads ? rest : 0;

@@ -6,7 +6,8 @@ schemas and get the same additions.
 
 One pair of functions (setup_context, backward) serves two callers. Direct calls of torch.ops go
 through torch.library.register_autograd; the public functions go through a torch.autograd.Function,
-because torch.func.grad through register_autograd is broken in torch itself (2.13, 2.14).
+because torch.func.grad through register_autograd is broken in torch itself (2.13, 2.14), or past
+autograd where nobody can ask for a gradient.
 """
 
 from __future__ import annotations
