@@ -175,5 +175,10 @@ def test_a_case_that_no_backend_runs_is_refused_with_the_reason():
     wide = lo.Features(torch.zeros(8, 64, 300))
     with pytest.raises(ValueError, match="warmup: feature_map: cpu: its kernels take maps up to"):
         lo.warmup("feature_map", feature_q=wide)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"linear_attention: .*this machine has no GPU"):
+            lo.warmup("linear_attention", device="cuda")
+    with pytest.raises(ValueError, match="tokens is empty, needs lengths"):
+        lo.warmup("feature_map", tokens=())
     with pytest.raises(ValueError, match="op is 'attention', needs one of"):
         lo.warmup("attention")

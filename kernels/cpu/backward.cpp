@@ -123,11 +123,10 @@ class Backward {
   // is nothing where a thread had that run alone.
   template <class Work>
   void segments_of_slot(int64_t w, const Work& work, Arena arena) const {
-    const int64_t slot = w / p_.state_heads(), head = head_of(w), group = partials_.group_of(slot);
-    const int64_t j = partials_.segment_of(slot);
-    if (group * p_.state_heads() + head < alone_) return;
-    each_sequence(group, [&](const Sequence& s) {
-      if (j < segments_.count(s)) work(run_of(s, head, slot, j, parts_of(s, head)), j, arena);
+    const int64_t slot = w / p_.state_heads(), head = head_of(w);
+    if (partials_.group_of(slot) * p_.state_heads() + head < alone_) return;
+    partials_.each_segment(slot, batch_, segments_, [&](const Sequence& s, int64_t j) {
+      work(run_of(s, head, slot, j, parts_of(s, head)), j, arena);
     });
   }
 

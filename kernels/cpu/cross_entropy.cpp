@@ -208,16 +208,13 @@ int cross_entropy_backward(const lol_attention_transfer_args& a, const Problem& 
   const Buffer above(p.q.shape[0] * p.heads() * p.q.shape[2]);
   const Arenas arenas(threads, EntropyBackwardWorker::floats(p));
   if (!above.ok() || !arenas.ok()) return LOL_ENOMEM;
-  // The segments of a slot, for a state head.
   const auto each_segment = [&](const auto& work) {
     run_workers(arenas, threads, slots * Hs, [&](int64_t w, Arena arena) {
-      const int64_t slot = w / Hs, group = partials.group_of(slot), j = partials.segment_of(slot);
-      for (int64_t i = partials.begin(group); i < partials.end(group); i++) {
-        const Sequence& s = batch.sequences[i];
-        if (j >= segments.count(s)) continue;
+      const int64_t slot = w / Hs;
+      partials.each_segment(slot, batch, segments, [&](const Sequence& s, int64_t j) {
         EntropyBackwardWorker worker(a, p, s, w % Hs, factor, partials, slot, above.data, arena);
         work(worker, segments.at(s, j));
-      }
+      });
     });
   };
   each_segment([](EntropyBackwardWorker& worker, const Segment& g) { worker.of_queries(g); });

@@ -23,7 +23,14 @@ class ParameterPartials {
   int64_t slots() const { return first_slot_[groups_]; }
   int64_t slot(int64_t group, int64_t segment) const { return first_slot_[group] + segment; }
   int64_t group_of(int64_t slot) const;
-  int64_t segment_of(int64_t slot) const { return slot - first_slot_[group_of(slot)]; }
+  // work(sequence, j) for the segments that share a slot, the j-th of their sequences.
+  template <class Work>
+  void each_segment(int64_t slot, const Batch& batch, const Segments& segments,
+                    const Work& work) const {
+    const int64_t group = group_of(slot), j = slot - first_slot_[group];
+    for (int64_t i = begin(group); i < end(group); i++)
+      if (j < segments.count(batch.sequences[i])) work(batch.sequences[i], j);
+  }
   WeightGradient q(int64_t slot, int64_t h) const;
   WeightGradient k(int64_t slot, int64_t state_head) const;
   float& gate(int64_t slot, int64_t h) const { return gate_[slot * p_.heads() + h]; }

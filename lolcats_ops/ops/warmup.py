@@ -74,11 +74,13 @@ def warmup(
         The names of the compiled kernels. No other thread may launch kernels meanwhile.
 
     Raises:
-        ValueError: an unknown operator, or none of the backends can run the case.
+        ValueError: an unknown operator, no length, or none of the backends can run the case.
 
     >>> warmup("hybrid_attention", "hybrid_attention_step_", dtype=torch.bfloat16, tokens=(1, 512))
     ()
     """
+    if len(tokens) == 0:
+        raise ValueError("warmup: tokens is empty, needs lengths")
     load_torch_ops()
     value_dim = value_dim or head_dim
     width = feature_dim or head_dim
@@ -96,11 +98,10 @@ def warmup(
         return zeros(batch, heads, length, width)
 
     for op in ops:
-        weight = init_weight(heads, head_dim, width, device=device).requires_grad_(backward)
-        maps = feature_q or Features(weight), feature_k or Features(weight)
-        used = maps[0] if op == "feature_map" else maps[1]
-        case |= {"feature_dim": used.width, "activation": used.activation}
-        case |= {"two_sided": used.two_sided}
+        case |= {"feature_dim": width, "activation": "softmax", "two_sided": True}
+        if (used := feature_q if op == "feature_map" else feature_k) is not None:
+            case |= {"feature_dim": used.width, "activation": used.activation}
+            case |= {"two_sided": used.two_sided}
         with _compiling() as names:
             for length in tokens:
                 choice = backend_for(op, backend=backend, tokens=length, **case)
@@ -108,6 +109,9 @@ def warmup(
                     raise ValueError(f"warmup: {op}: {choice.why}")
                 if choice.backend not in ("cuda", "triton"):
                     continue
+                weight = init_weight(heads, head_dim, width, device=device)
+                weight.requires_grad_(backward)
+                maps = feature_q or Features(weight), feature_k or Features(weight)
                 q = rows(heads, length, head_dim)
                 k, v = (rows(kv_heads or heads, length, n) for n in (head_dim, value_dim))
                 gate = zeros(heads, kind=torch.float32)
