@@ -169,6 +169,9 @@ _CPU = (
     _rate("step, states beyond the caches: bandwidth / copy", STEPS, 0.75),
     Bar("step, one sequence of SmolLM2-135M", (Quantity(SMOLLM2),), at_most=15e-6),
     Bar(
+        "the same without torch, on NumPy arrays", (Quantity(SMOLLM2, "lolcats_c"),), at_most=15e-6
+    ),
+    Bar(
         "hybrid forward: time at T=65536 / at T=4096",
         (Quantity(LONGEST),),
         (Quantity(SHORT[-1]),),

@@ -142,7 +142,7 @@ LINEAR = Case(
 )
 # The states of 1024 sequences are 270 MB: beyond four times the caches of most machines.
 STEPS = Case("hybrid_attention", "step", B=1024)
-SMOLLM2 = Case("hybrid_attention", "step", H=9, Hk=3, peers=("lolcats_op",))
+SMOLLM2 = Case("hybrid_attention", "step", H=9, Hk=3, peers=("lolcats_op", "lolcats_c"))
 DECODE = tuple(
     Case("hybrid_attention", "step", T=T, peers=("sdpa",)) for T in (64, 256, 1024, 4096, 16384)
 )

@@ -61,7 +61,6 @@ def peers() -> dict[str, Peer]:
     """All implementations, our own first. Made once: what is timed changes the instruction set."""
     best = _C.cpu_isa()
     ours = _of(lo)
-    raw = {"step": _raw_step}
     quadratic = {"hybrid_attention": lambda x: partial(eager.quadratic, *_hybrid(x))}
     chunkwise: dict[str, Prepare] = {
         "hybrid_attention": lambda x: partial(eager.chunkwise, *_hybrid(x)),
@@ -81,7 +80,16 @@ def peers() -> dict[str, Peer]:
     }
     named = {
         "lolcats": Peer("this library", ours, isa=best),
-        "lolcats_op": Peer("its torch.ops without the Python function", raw, isa=best),
+        "lolcats_op": Peer(
+            "its torch.ops without the Python function", {"step": _raw_step}, isa=best
+        ),
+        "lolcats_c": Peer(
+            "its C library on NumPy arrays, without torch's dispatcher",
+            {"step": _array_step},
+            why_not=_no_array,
+            device="cpu",
+            isa=best,
+        ),
         "reference": Peer("lolcats_ops.reference", _of(lo.reference), why_not=_stores_pairs),
         "eager": Peer("plain torch", features),
         "quadratic": Peer("as published, eager torch", quadratic, why_not=_stores_pairs),
@@ -217,13 +225,26 @@ def _graphed(peer: Peer) -> Peer:
     )
 
 
-def _raw_step(x: Inputs) -> Callable[[], Any]:
+def _step_arguments(x: Inputs) -> tuple[Any, ...]:
+    """Of the operator, by its schema."""
     assert x.state is not None
     maps = (x.tensors["weight_q"], None, x.tensors["weight_k"], None)
-    state = x.state.tensors.values()
     settings = (x.case.window, 0, x.case.D**-0.5, False, *x.maps[0].codes)
-    op = torch.ops.lolcats_ops.hybrid_attention_step_.default
-    return partial(op, x.q, x.k, x.v, *maps, x.gate, *state, None, None, None, *settings)
+    state = x.state.tensors.values()
+    return (x.q, x.k, x.v, *maps, x.gate, *state, None, None, None, *settings)
+
+
+def _raw_step(x: Inputs) -> Callable[[], Any]:
+    return partial(torch.ops.lolcats_ops.hybrid_attention_step_.default, *_step_arguments(x))
+
+
+def _array_step(x: Inputs) -> Callable[[], Any]:
+    arguments = [a.numpy() if isinstance(a, Tensor) else a for a in _step_arguments(x)]
+    return lambda: torch.from_numpy(_C.hybrid_attention_step_(*arguments))
+
+
+def _no_array(case: Case, device: str) -> str | None:
+    return "NumPy has no bfloat16" if case.dtype == "bfloat16" else None
 
 
 # Plain torch

@@ -31,7 +31,7 @@ OPS = {
 }
 MARKERS = {"forward": "o", "backward": "s", "forward+backward": "D", "step": "^"}
 LINES = {"cpu": (HYBRID, DECODE[0]), "cuda": (FILLING, FILLING_DECODE)}  # drawn over T
-NOT_LINES = ("lolcats:avx2", "lolcats_op")  # as fast as lolcats, or nearly
+NOT_LINES = ("lolcats:avx2", "lolcats_op", "lolcats_c")  # as fast as lolcats, or nearly
 
 
 def draw(results: Results, folder: Path) -> list[Path]:

@@ -27,7 +27,10 @@ int Pieces::next(WeightTile* piece, float* weights, int D) {
     w.weights = weights + count * BLOCK * BLOCK;
     position += sink ? BLOCK : -BLOCK;
     count++;
-    if (w.softmax.empty()) continue;
+    if (w.softmax.empty()) {
+      w.softmax = Band{};
+      continue;
+    }
     gemm(tiles_.format(), (int)w.tile->n, BLOCK, D, transposed(w.tile->keys, BLOCK), block_.q,
          BLOCK, w.weights, BLOCK, Into::set, Skip::outputs, &w.softmax);
   }

@@ -21,7 +21,11 @@ constexpr int BLOCK = 32;
 // column.
 struct Band {
   int32_t lo[BLOCK], hi[BLOCK];
-  bool empty() const { return hi[BLOCK - 1] == 0 || lo[0] >= hi[BLOCK - 1]; }
+  bool empty() const {
+    int any = 0;
+    for (int c = 0; c < BLOCK; c++) any |= lo[c] < hi[c];
+    return !any;
+  }
   bool full(int rows) const { return lo[BLOCK - 1] == 0 && hi[0] >= rows; }
 };
 // The same from the other side: which columns belong to each row.
