@@ -25,7 +25,23 @@ Problem with_softmax(const Args& a, Window window) {
   return p;
 }
 
+// With more, requests wait for line buffers.
+constexpr int64_t MOST_LINES_AT_ONCE = 4;
+
 }  // namespace
+
+// By the forward pass: a backward pass has more rows and, in proportion, more work. One line at a
+// time is enough for hybrid attention; linear attention has as many rows, and half of the work.
+Pace Problem::pace() const {
+  const int64_t maps = 1 + group();  // of the keys, and of the queries that read one state
+  const auto lines_of = [&](int64_t width) { return (width * dtype_size(q.dtype) + 63) / 64; };
+  const int64_t lines = maps * (lines_of(D()) + lines_of(V()));  // of a token's q, k, v and o
+  const int64_t keys = gate ? window_span(window.size, window.kind) + window.sink : 0;
+  // Half of a block's keys are weighed as linear, pair by pair.
+  const int64_t work =
+      maps * (D() * f() + F() * V()) + group() * (keys * (D() + V()) + BLOCK / 2 * (F() + V()));
+  return Pace(at_most(1 + lines * multiply_adds_per_request(format) / work, MOST_LINES_AT_ONCE));
+}
 
 Problem problem_of(const lol_hybrid_attention_args& a) {
   // No more than all tokens, so that sums and multiples of the sizes stay numbers.

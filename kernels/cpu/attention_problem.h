@@ -59,6 +59,8 @@ struct Problem {
     const int64_t keys = gate ? at_most(span, tokens + span / 2) : 0;
     return heads() * tokens * (F() * (D() + 2 * V()) + keys * (D() + V()) / 2);
   }
+  // At which products keep up with the rows of tokens that they ask for.
+  Pace pace() const;
   // Weights of the softmax and of the linear part.
   float g(int64_t h) const {
     return gate ? sigmoid(gate[h] < LEAST_GATE ? LEAST_GATE : gate[h]) : 0.0f;

@@ -18,6 +18,7 @@ class KeyGradients {
   KeyGradients(const BackwardRun& run, float* new_delta, Arena& arena)
       : run_(run),
         p_(run.p),
+        pace_(p_.pace()),
         format_(run.p.format),
         D_((int)run.p.D()),
         V_((int)run.p.V()),
@@ -71,6 +72,7 @@ class KeyGradients {
 
   const BackwardRun& run_;
   const Problem& p_;
+  const Pace pace_;
   const Format format_;
   const int D_, V_, F_;
   QueryBlock block_;  // its phi times lambda / den

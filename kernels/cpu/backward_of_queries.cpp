@@ -14,6 +14,7 @@ class QueryGradients {
   QueryGradients(const BackwardRun& run, Arena& arena)
       : run_(run),
         p_(run.p),
+        pace_(p_.pace()),
         format_(run.p.format),
         D_((int)run.p.D()),
         V_((int)run.p.V()),
@@ -92,6 +93,7 @@ class QueryGradients {
 
   const BackwardRun& run_;
   const Problem& p_;
+  const Pace pace_;
   const Format format_;
   const int D_, V_, F_;
   Chunkwise c_;

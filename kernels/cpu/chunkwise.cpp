@@ -137,7 +137,7 @@ void Chunkwise::find_center() {
 
 FeatureMap Chunkwise::map_q(int64_t h) const {
   FeatureMap map = p_.map_q(h);
-  if (p_.format != Format::f32) {
+  if (map.weight && p_.format != Format::f32) {
     map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.paired_map_size();
     map.format = p_.format;
     map.parts = p_.weight_parts;
@@ -149,7 +149,7 @@ Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Token
                                 float factor) {
   load_lanes(q_, q, first, n, p_.format, row_tile);
   const FeatureMap map = map_q(h);
-  if (!map.weight && factor == 1.0f) return {first, n, q_, q_};
+  if (!map.weight) return {first, n, q_, q_};
   if (p_.format == Format::f32) {
     features_forward(map, q_, phi_);
     for (int i = 0; factor != 1.0f && i < p_.F() * BLOCK; i += LANES)
@@ -166,12 +166,13 @@ Sums& Chunkwise::attend(const Queries& block, int64_t h) {
   gather(tiles, p_.window, block, state.folded, p_, p_.g(h), scores,
          state.empty ? nullptr : &of_state, sums_);
   if (!state.empty) add_products(p_.format, sums_.den, state.ksum, block.phi, F);
+  const float factor = has_map(p_.feature_q) ? 1.0f : p_.lambda(h);
   for (int c = 0; c < BLOCK; c += LANES) {
     const Vec m = load(sums_.m + c);
     store(sums_.m + c, select(m == splat(-INFINITY), Vec{}, m));
-    store(sums_.den + c, p_.normalize ? load(sums_.den + c) + p_.eps : splat(1.0f));
+    store(sums_.den + c, p_.normalize ? factor * load(sums_.den + c) + p_.eps : splat(1.0f));
   }
-  if (p_.normalize) normalize(sums_, block.n, (int)p_.V());
+  if (p_.normalize || factor != 1.0f) normalize(sums_, block.n, (int)p_.V(), factor);
   return sums_;
 }
 

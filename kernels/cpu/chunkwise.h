@@ -36,7 +36,7 @@ class Chunkwise {
   // in which rounding would lose what all values have in common. Null where kv is held as it is.
   const float* center() const { return center_; }
   FeatureMap map_q(int64_t h) const;  // in the problem's format
-  // q and factor * phi_q.
+  // q and factor * phi_q; where q are the features, attend() multiplies.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
   // The outputs y of queries loaded with lambda as their factor, and their m and den.
   Sums& attend(const Queries& block, int64_t h);

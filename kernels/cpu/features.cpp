@@ -182,7 +182,7 @@ struct InPairs {
 
 bool takes_pairs(const lol_features& features) {
 #ifdef LOL_PAIRS
-  return has_map(features) && !features.skip && features.activation != LOL_FAVOR;
+  return !has_map(features) || (!features.skip && features.activation != LOL_FAVOR);
 #else
   (void)features;
   return false;
@@ -190,6 +190,7 @@ bool takes_pairs(const lol_features& features) {
 }
 
 FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts) {
+  if (!map.weight) return map;
 #ifdef LOL_PAIRS
   const int ld = words(Format::bf16_pairs, map.D);
   const auto keep = [&](float* part, int pair_of, int first, Vec word) {

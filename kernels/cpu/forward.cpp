@@ -20,7 +20,11 @@ int parts_for(int threads) { return (int)at_most(at_least(threads / 2, 1), MOST_
 class Pass {
  public:
   Pass(const Problem& p, const Run& run, const Outputs& out, Arena& arena)
-      : p_(p), run_(run), out_(out), c(p, run.state_head, run.total, run.k, run.v, arena) {}
+      : p_(p),
+        run_(run),
+        out_(out),
+        pace_(p.pace()),
+        c(p, run.state_head, run.total, run.k, run.v, arena) {}
 
   void load_state() {
     if (run_.kv) c.load_state(run_.kv, run_.ksum, run_.folded);
@@ -75,6 +79,7 @@ class Pass {
   const Problem& p_;
   const Run& run_;
   const Outputs& out_;
+  const Pace pace_;
   bool stored_ = false;
 
  public:

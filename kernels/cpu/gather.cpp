@@ -167,10 +167,10 @@ void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t
   run(tiles, window, block, from, p, g, weights, state, out);
 }
 
-void normalize(Sums& sums, int64_t n, int V) {
+void normalize(Sums& sums, int64_t n, int V, float factor) {
   const int ld = padded(V);
   float *y = sums.y, factors[BLOCK];
-  for (int c = 0; c < BLOCK; c += LANES) store(factors + c, 1.0f / load(sums.den + c));
+  for (int c = 0; c < BLOCK; c += LANES) store(factors + c, factor / load(sums.den + c));
   for (int64_t i = 0; i < n; i++, y += ld) {
     for (int j = 0; j < ld; j += LANES) store(y + j, factors[i] * load(y + j));
   }

@@ -46,8 +46,8 @@ struct Sums {
 constexpr int WEIGHTS = (MOST_TILES + 1) * BLOCK * BLOCK;
 void gather(KeyTiles& tiles, const Window& window, const Queries& block, int64_t from,
             const Problem& p, float g, float* weights, const Term* state, Sums& out);
-// y / den, rows [0, n).
-void normalize(Sums& sums, int64_t n, int V);
+// factor * y / den, rows [0, n).
+void normalize(Sums& sums, int64_t n, int V, float factor = 1.0f);
 
 }  // namespace LOL_ISA
 }  // namespace lol

@@ -24,13 +24,8 @@ constexpr int BANDED_ROWS = LANES == 16 ? 16 : 8;
 // Strides of A's rows that are known at compile time leave the addressing to the instructions.
 constexpr int ANY = 0;
 
-// Words of the depth for which lines are asked for, and how many lines. With more, the requests
-// wait for line buffers; with fewer, they do not keep up with the work. Linear attention wants two:
-// its blocks of q, k, v and o have as many lines as those of the hybrid with D = 128, and less than
-// half of the products. Shorter vectors take more turns.
+// Words of the depth after which lines are asked for. Shorter vectors take more turns for as much.
 constexpr int DEPTH_PER_REQUEST = 64 / LANES;
-template <Format format>
-constexpr int LINES = LANES == 16 && format == Format::f32 ? 2 : 1;
 
 // Words of the depth for one turn of the loop: what the loop itself takes was a sixth of its
 // instructions on AVX2 with one.
@@ -80,9 +75,7 @@ __attribute__((noinline)) void micro(const Depth* term, int terms, int64_t a_at,
     int64_t depth = term[t].a_stride, ldb = term[t].b_stride;
     int k = 0;
     for (; k + AT_ONCE <= length; k += AT_ONCE) {
-      if (k % DEPTH_PER_REQUEST == 0) {
-        LOL_UNROLL for (int i = 0; i < LINES<format>; i++) wanted.ask();
-      }
+      if (k % DEPTH_PER_REQUEST == 0) wanted.ask();
       LOL_UNROLL for (int pair = 0; pair < AT_ONCE / 2; pair++, ak += 2 * depth, b += 2 * ldb) {
         // Or addresses of all words are kept over the loop, on the stack.
         asm("" : "+r"(ak), "+r"(b), "+r"(depth), "+r"(ldb));
@@ -415,6 +408,10 @@ void multiply_by_tiles(const Product& all, Into into) {
 #endif
 
 }  // namespace
+
+int64_t multiply_adds_per_request(Format format) {
+  return (int64_t)ROWS * PANEL * LANES * DEPTH_PER_REQUEST * (format == Format::f32 ? 1 : 2);
+}
 
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
           Into into, Beside beside) {

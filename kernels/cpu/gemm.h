@@ -22,9 +22,10 @@ constexpr int BLOCK = 32;
 struct Band {
   int32_t lo[BLOCK], hi[BLOCK];
   bool empty() const {
-    int any = 0;
-    for (int c = 0; c < BLOCK; c++) any |= lo[c] < hi[c];
-    return !any;
+    for (int c = 0; c < BLOCK; c++) {
+      if (lo[c] < hi[c]) return false;
+    }
+    return true;
   }
   bool full(int rows) const { return lo[BLOCK - 1] == 0 && hi[0] >= rows; }
 };
@@ -101,6 +102,8 @@ struct Beside {
 };
 void gemm(Format format, int M, int N, const Term* term, int terms, float* c, int64_t ldc,
           Into into, Beside beside = {});
+// Multiply-adds after which products ask for lines (requests.h).
+int64_t multiply_adds_per_request(Format format);
 
 void gemm(Format format, int M, int N, int K, Operand a, const float* b, int64_t ldb, float* c,
           int64_t ldc, Into into, Skip skip = Skip::none, const Band* band = nullptr);

@@ -102,7 +102,10 @@ const float* KeyTiles::phi(KeyTile& tile) {
 Operand KeyTiles::phi_by_keys(KeyTile& tile) {
   const float* of = phi(tile);
   if (format_ == Format::f32) return rows(of, BLOCK);
-  return rows(of + words(format_, map_.F) * BLOCK, BLOCK / 2);
+  if (map_.weight) return rows(of + words(format_, map_.F) * BLOCK, BLOCK / 2);
+  if (!tile.has_phi) columns_of_rows(tile.phi, of, map_.D);
+  tile.has_phi = true;
+  return rows(tile.phi, BLOCK / 2);
 }
 
 Operand KeyTiles::values(const KeyTile& tile) const {

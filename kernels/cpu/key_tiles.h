@@ -13,7 +13,7 @@ struct KeyTile {
   bool sink;
   float* keys;  // [D x BLOCK]
   float* v;     // [BLOCK x padded(V)]
-  float* phi;   // [F x BLOCK], computed on demand
+  float* phi;   // [F x BLOCK], computed on demand; without a map pairs along tokens alone
   bool has_phi;
   int64_t used;    // when, for replacing the tile used longest ago
   float* k_rows;   // [BLOCK x padded(D)] or pairs of keys, for the backward pass; else null

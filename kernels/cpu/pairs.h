@@ -44,6 +44,22 @@ static inline void pair_both_ways(float* by_rows, float* by_columns, const float
   (void)by_rows, (void)by_columns, (void)src, (void)rows, (void)cols;
 #endif
 }
+// Pairs along the columns, dst[rows x cols / 2], of pairs of rows, src[ceil(rows / 2) x cols].
+static inline void columns_of_rows(float* dst, const float* src, int rows, int cols = BLOCK) {
+#ifdef LOL_PAIRS
+  uint16_t* to = (uint16_t*)dst;
+  for (int i = 0; i < rows; i += 2, src += cols, to += 2 * cols) {
+    for (int c = 0; c < cols; c += LANES) {
+      const Vec word = load(src + c);
+      const Halves both = halves(first_of(word), second_of(word));
+      store_first_half(to + c, both);
+      if (i + 1 < rows) store_second_half(to + cols + c, both);
+    }
+  }
+#else
+  (void)dst, (void)src, (void)rows, (void)cols;
+#endif
+}
 
 // Rows as they are, in words: [n x padded(words)], the rest of the BLOCK rows zero.
 static inline void load_words(float* dst, const Tokens& t, int64_t position, int64_t n, bool sink) {

@@ -24,6 +24,7 @@ struct WantedRows {
   // turns left. Asking for what is not there does nothing.
   uintptr_t line, row_end, end;
   int64_t stride, to_next_row;  // between rows; past the last line of one
+  int64_t at_once;              // lines
 
   static WantedRows at(const char* first, int64_t stride, int64_t count, int64_t bytes) {
     if (stride <= bytes) {  // one behind the other; or on top of each other: one has to do
@@ -32,21 +33,33 @@ struct WantedRows {
       count = 1;
     }
     const uintptr_t line = (uintptr_t)first, row_end = line + (uintptr_t)bytes;
-    return {line, row_end, row_end + (uintptr_t)(stride * (count - 1)), stride,
-            stride - (bytes + LINE - 1) / LINE * LINE};
+    return {line,
+            row_end,
+            row_end + (uintptr_t)(stride * (count - 1)),
+            stride,
+            stride - (bytes + LINE - 1) / LINE * LINE,
+            1};
   }
   // The same line again and again.
-  static WantedRows none(const void* line) { return {(uintptr_t)line, 0, UINTPTR_MAX, 0, -LINE}; }
+  static WantedRows none(const void* line) {
+    return {(uintptr_t)line, 0, UINTPTR_MAX, 0, -LINE, 1};
+  }
   bool are_none() const { return end == UINTPTR_MAX; }
 
   void ask() {
+    ask_for_one();
+    for (int64_t i = 1; i < at_once; i++) ask_for_one();
+  }
+  bool asked() const { return line >= end; }
+
+ private:
+  void ask_for_one() {
     __builtin_prefetch((const char*)line, 0, NEAR);
     line += LINE;
     if (line < row_end) return;
     line += (uintptr_t)to_next_row;
     row_end += (uintptr_t)stride;
   }
-  bool asked() const { return line >= end; }
 };
 
 class Requests {
@@ -73,12 +86,14 @@ class Requests {
   }
 
  private:
+  friend class Pace;
   __attribute__((noinline)) void next() {
     if (count_ == 0) {
       at_hand_ = WantedRows::none(this);
       return;
     }
     at_hand_ = waiting_[first_];
+    at_hand_.at_once += more_;
     first_ = (first_ + 1) % MOST;
     count_--;
   }
@@ -86,6 +101,16 @@ class Requests {
   static constexpr int MOST = 8;  // tiles
   WantedRows at_hand_, waiting_[MOST];
   int first_, count_;
+  int64_t more_;  // lines at once than one
+};
+
+// How many lines at once the products of this thread ask for, as long as it lives.
+class Pace {
+ public:
+  explicit Pace(int64_t lines) { Requests::of_thread().more_ = lines - 1; }
+  ~Pace() { Requests::of_thread().more_ = 0; }
+  Pace(const Pace&) = delete;
+  Pace& operator=(const Pace&) = delete;
 };
 
 }  // namespace LOL_ISA
