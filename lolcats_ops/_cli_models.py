@@ -18,6 +18,7 @@ from .convert import ConversionConfig
 from .convert.config import fields_of
 from .convert.files import is_whole, replacing_files
 from .convert.processes import part, processes
+from .convert.progress import console
 from .hf import LolcatsConfig  # whose import registers the model type of converted models
 from .hf.auto import refuse_gaps
 
@@ -62,12 +63,29 @@ def naming(path: str) -> Iterator[None]:
     """Errors about a model that is no folder say so."""
     if Path(path).is_file():
         raise NotADirectoryError(f"{path} is a file; MODEL is a folder or a hub id")
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise FileNotFoundError(f"{path}: no such folder")  # and no hub id, for which one may wait
     try:
         yield
     except OSError as error:
         if Path(path).is_dir():
             raise
         raise FileNotFoundError(f"{path}: no such folder; and as a hub id: {error}") from error
+
+
+def note_length(path: str, tokens: int) -> None:
+    """Says where more tokens are asked of a model than the rows had that it was made with."""
+    made_with = Path(path) / "lolcats.yaml"
+    if made_with.is_file() and tokens > (length := ConversionConfig.load(made_with).data.length):
+        console.print(
+            f"note: {path} was made with rows of {length} tokens (data.length); how well it reads "
+            f"{tokens} is another question, which lolcats eval --length {tokens} answers"
+        )
+
+
+def bytes_of(model: PreTrainedModel) -> int:
+    """What its tensors take, in memory and about as much in files."""
+    return sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
 
 
 @contextmanager
@@ -97,7 +115,7 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
             if Path(path).is_dir():  # of which an adapter says what it is on
                 path = str(Path(path).resolve())
             model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = _tokenizer(path)
     except Exception as error:
         kinds = ("*.safetensors", "*.json", "pytorch_model*.bin")
         files = (file for kind in kinds for file in sorted(Path(path).glob(kind)))
@@ -107,6 +125,18 @@ def load(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedToke
         raise ValueError(f"{broken} is not whole: {error}") from error
     refuse_gaps("MODEL", path, info["missing_keys"])
     return model.to(device), tokenizer
+
+
+def _tokenizer(path: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir() and not any(Path(path).glob("*token*")):  # as of a Trainer
+            raise ValueError(
+                f"{path} has no tokenizer: copy the files of the original model's there"
+            ) from error
+        raise
+    return tokenizer
 
 
 def load_whole(path: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -145,7 +145,7 @@ def transfer(
             lo.hf.convert(loaded, settings.lolcats)
         settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-        make_writable(out)
+        make_writable(out, models.bytes_of(loaded))
         checkpoint = out / "transfer.pt" if resume else None
         report = lo.convert.transfer(loaded, rows, settings.transfer, checkpoint=checkpoint)
         if not reports:
@@ -166,7 +166,8 @@ def finetune(
     config: ConfigFile = None,
     changes: Changes = None,
     resume: Annotated[
-        bool, typer.Option(help="Keep checkpoints in OUT and go on from the last.")
+        bool,
+        typer.Option(help="Keep checkpoints in OUT (finetune.save_steps) and go on from the last."),
     ] = False,
 ) -> None:
     """Stage 2: LoRA on the attention projections, merged into the model at the end.
@@ -191,7 +192,7 @@ def finetune(
             raise ValueError(f"finetune: {model} is not converted; `lolcats transfer` is stage 1")
         settings = models.as_converted(settings, config, changes, loaded)
         rows = lo.convert.pack(texts, tokenizer, settings.data.length)
-        make_writable(out)
+        make_writable(out, models.bytes_of(loaded) if settings.finetune.merge else 0)
         checkpoints = out / "checkpoints" if resume else None
         report = lo.convert.finetune(
             loaded, rows, settings.finetune, output_dir=checkpoints, resume=resume
@@ -249,13 +250,14 @@ def generate(
     if not inputs["input_ids"].numel():  # whether blanks have tokens is the tokenizer's choice
         raise ValueError(f"generate: the prompt {prompt!r} has no tokens")
     token_rows("generate", inputs["input_ids"], loaded)
+    models.note_length(model, inputs["input_ids"].shape[1] + max_new_tokens)
     if seed is not None:
         set_seed(seed)
     loaded.generate(
         **inputs.to(loaded.device),
         max_new_tokens=max_new_tokens,
         num_beams=1,
-        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **sampling,
     )
 
@@ -279,6 +281,7 @@ def evaluate(
     texts = lo.convert.read_texts(text)
     loaded, tokenizer = models.load(model, device)
     rows = lo.convert.pack(texts, tokenizer, length, sequences=sequences)
+    models.note_length(model, length)
     typer.echo(f"{lo.convert.evaluate(loaded, rows):.4f}")
 
 
@@ -314,12 +317,15 @@ def info(
         from transformers import AutoConfig
 
         from . import _cli_models as models
+        from .hf.auto import MODEL_TYPE
 
         with models.naming(model):
             described = AutoConfig.from_pretrained(model)
         layers = getattr(described.get_text_config(), "num_hidden_layers", "unknown")
-        rows = {"model type": described.model_type, "layers": layers}
-        rows |= getattr(described, "lolcats", None) or {"lolcats": "not converted"}
+        converted = described.model_type == MODEL_TYPE
+        rows = {"model type": described.model_type, "layers": layers, "lolcats": "not converted"}
+        if converted:
+            rows |= {"lolcats": f"of {described.base_model_type}", **described.lolcats}
     else:
         import torch
         import transformers

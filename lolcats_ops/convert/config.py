@@ -110,6 +110,7 @@ class FinetuneConfig(_Section):
             of the attention modules, whatever a family calls them (Phi-3 has a fused qkv_proj).
         train_features: also train feature maps and gates.
         merge: fold the LoRA weights into the model.
+        save_steps: optimizer steps between checkpoints, where there are any.
         seed: of the adapters, the order of the data and dropout.
     """
 
@@ -125,6 +126,7 @@ class FinetuneConfig(_Section):
     target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     train_features: StrictBool = False
     merge: StrictBool = True
+    save_steps: Positive = 50
     seed: Seed = 0
 
 

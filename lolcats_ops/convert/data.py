@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats_ops.convert.progress import progress
 
-BATCH = 2**20  # characters that are tokenized at a time, in whole texts
+BATCH = 2**20  # characters that are tokenized at a time: a fast tokenizer takes 180 bytes for each
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:
-    """The texts of UTF-8 files: of JSON lines (.jsonl) the "text" of each, else the whole file.
+    """The texts of UTF-8 files: of JSON lines (.jsonl, .ndjson) the "text" of each, else the whole
+    file.
 
     Raises:
         OSError: a file that cannot be read. ValueError: no files, or one that is no text.
@@ -42,9 +45,14 @@ def _read(path: Path) -> list[str]:
     try:
         whole = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"read_texts: {path} is not UTF-8 text: {error.reason}") from error
-    texts = [whole]
-    if path.suffix.lower() == ".jsonl":
+        raise ValueError(
+            f"read_texts: {path} is not UTF-8 text, by its byte {error.start}: {error.reason}; "
+            "compressed files and other encodings are not read"
+        ) from error
+    texts, kind = [whole], path.suffix.lower()
+    if kind == ".json":
+        raise ValueError(f"read_texts: {path}: JSON is read as lines of objects (.jsonl) alone")
+    if kind in (".jsonl", ".ndjson"):
         lines = enumerate(whole.split("\n"), 1)
         texts = [_text_of(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     if not any(text.strip() for text in texts):
@@ -80,10 +88,12 @@ def pack(
     *,
     sequences: int | None = None,
 ) -> Tensor:
-    """Tokens of all texts, one end-of-sequence token after each, cut into rows [N, length] (int64).
+    """Tokens of all texts, cut into rows [N, length] (int64).
 
-    What does not fill the last row is dropped. A text is tokenized as a whole, for which a fast
-    tokenizer takes some 550 bytes for each of its tokens: many texts take less than a large one.
+    A text begins with the token that the tokenizer begins texts with (Llama's and Gemma's do, by
+    a beginning-of-sequence token), and has an end-of-sequence token behind it, if there is one.
+    What does not fill the last row is dropped. Texts of more than a million characters are
+    tokenized in pieces, which end with a line where that is possible.
 
     Args:
         sequences: only the first so many rows; texts beyond them are not tokenized.
@@ -91,6 +101,9 @@ def pack(
     Raises:
         ValueError: fewer tokens than one row, rows of no token, or half of a surrogate pair.
         TypeError: one string for texts, or what is none among them.
+
+    Warns:
+        UserWarning: nothing ends one text before the next.
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
     >>> from transformers import PreTrainedTokenizerFast
@@ -114,17 +127,26 @@ def pack(
         if not isinstance(text, str):
             raise TypeError(f"pack: text {i} is a {type(text).__name__}, needs a str")
         _refuse_halves(f"pack: text {i}", text)
+    begin = _begin(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not end and len(texts) > 1:
+        warnings.warn(
+            "pack: the tokenizer has no end-of-sequence token, so texts follow each other without",
+            stacklevel=2,
+        )
     ids = array("q")
-    with progress("tokenizing", len(texts)) as bar:
-        for some in _batches(texts):
+    with progress("tokenizing", sum(1 for text in texts for _ in _pieces(text))) as bar:
+        for batch in _batches(texts):
             encoded = tokenizer(
-                some, add_special_tokens=False, return_attention_mask=False, verbose=False
+                [piece.text for piece in batch],
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
             )
-            for text in encoded["input_ids"]:
-                ids.extend(text)
-                if tokenizer.eos_token_id is not None:
-                    ids.append(tokenizer.eos_token_id)
-            bar.advance(len(some))
+            for piece, tokens in zip(batch, encoded["input_ids"], strict=True):
+                ids.extend([*(begin if piece.first else []), *tokens])
+                ids.extend(end if piece.last else [])
+            bar.advance(len(batch))
             if sequences is not None and len(ids) >= sequences * length:
                 break
     rows = len(ids) // length
@@ -136,14 +158,40 @@ def pack(
     return torch.frombuffer(ids, dtype=torch.int64, count=rows * length).view(rows, length)
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Texts one after another, as many as a tokenizer's threads want, of bounded size but for the
-    last of them."""
-    batch: list[str] = []
+def _begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer begins a text with."""
+    bos = tokenizer.bos_token_id
+    return [] if bos is None or tokenizer("")["input_ids"][:1] != [bos] else [bos]
+
+
+class _Piece(NamedTuple):
+    """A part of a text that is tokenized by itself."""
+
+    text: str
+    first: bool
+    last: bool
+
+
+def _pieces(text: str) -> Iterator[_Piece]:
+    """The text in pieces of up to BATCH characters, which end with a line, or before a blank, if
+    there is one."""
+    start = 0
+    while len(text) - start > BATCH:
+        stop = start + BATCH
+        end = text.rfind("\n", start, stop) + 1 or text.rfind(" ", start + 1, stop)
+        end = end if end > start else stop
+        yield _Piece(text[start:end], start == 0, False)
+        start = end
+    yield _Piece(text[start:], start == 0, True)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[_Piece]]:
+    """Pieces one after another, as many as a tokenizer's threads want, of bounded size."""
+    batch: list[_Piece] = []
     characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
+    for piece in (piece for text in texts for piece in _pieces(text)):
+        batch.append(piece)
+        characters += len(piece.text)
         if characters >= BATCH:
             yield batch
             batch, characters = [], 0

@@ -88,15 +88,37 @@ def replacing(path: Path | str) -> Iterator[BinaryIO]:
         raise
 
 
-def make_writable(folder: Path) -> None:
-    """Makes a folder to save to, and asks now, not after hours of training, whether that will work.
+def make_writable(folder: Path, size: int = 0) -> None:
+    """Makes a folder to save a model of ``size`` bytes to, and asks now, not after hours of
+    training, whether that will work.
 
     Raises:
         OSError: it will not.
+        ValueError: it has files of that kind, and no model.
     """
+    _refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-"):
         pass
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise OSError(f"{folder}: {free} bytes are free there, and the model has {size}")
+
+
+def _refuse_others(folder: Path) -> None:
+    """Raises ValueError where a folder has files that a model would replace or be read with, and
+    that are of none."""
+    found = sorted({file for pattern in OF_A_MODEL for file in folder.glob(pattern)})
+    config = folder / "config.json"
+    if config in found and is_whole(config) and "model_type" not in json.loads(config.read_bytes()):
+        found = [config]
+    elif any(file.suffix == ".safetensors" or file.name.endswith("config.json") for file in found):
+        return
+    if found:
+        raise ValueError(
+            f"{found[0]} is of no model, and would be replaced by that of one, or be read as a "
+            "part of it: give another folder"
+        )
 
 
 @contextmanager
@@ -106,7 +128,9 @@ def replacing_files(folder: Path) -> Iterator[Path]:
 
     Raises:
         OSError: what cannot be written.
+        ValueError: it has files of that kind, and no model.
     """
+    _refuse_others(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(folder, ".new-*")
     with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new, _locked(new):

@@ -99,8 +99,9 @@ def finetune(
         model: a causal language model, changed in place.
         data: [N, T] token ids of the model's vocabulary, any integer dtype, N >= 1 and T >= 2.
         config: batch sizes, learning rate, adapters; None for the defaults.
-        output_dir: where the Trainer writes its checkpoints, once per epoch, beside `origin.json`,
-            which says what they were begun with; none are written without it.
+        output_dir: where the Trainer writes its checkpoints, every `config.save_steps` steps and at
+            the end, of which it keeps two, beside `origin.json`, which says what they were begun
+            with; none are written without it.
         resume: go on from the last whole one of those, if there is one, to the same result.
         description: what the progress bar is called.
 
@@ -109,9 +110,9 @@ def finetune(
         ValueError: `data` of another shape or with ids beyond the vocabulary, a name in
             `config.target_modules` that no module has, features to train in a model that is not
             converted, an `output_dir` with checkpoints of another model, of other data, of another
-            configuration (`merge` aside) or of another number of processes, or processes that
-            differ in one of these; a model with adapters, or with weights that are offloaded or
-            sharded.
+            configuration (`merge` and `save_steps` aside) or of another number of processes, or
+            processes that differ in one of these; a model with adapters, or with weights that are
+            offloaded or sharded.
         RuntimeError: a loss that is not finite; processes that accelerate was not told of.
         OSError: a checkpoint that cannot be written, such as on a full disk.
 
@@ -141,7 +142,7 @@ def finetune(
     if config.merge:
         _refuse_tied(model, targets)
     last, (_, count) = None, processes()
-    used = {**config.model_dump(exclude={"merge"}), "target_modules": targets}
+    used = {**config.model_dump(exclude={"merge", "save_steps"}), "target_modules": targets}
     modes = [layer.mode for layer in attention_layers(model)]
     others = {"number of processes": count, "mode of converted layers": modes}
     begun = origin(model, data, used, others, features=True)
@@ -168,7 +169,9 @@ def finetune(
         arguments = transformers.TrainingArguments(
             output_dir=str(output_dir or scratch),
             use_cpu=count > 1 and on_cpu(),
-            save_strategy="epoch" if output_dir else "no",
+            save_strategy="steps" if output_dir else "no",
+            save_steps=config.save_steps,
+            save_total_limit=2,
             per_device_train_batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation,
             num_train_epochs=config.epochs,

@@ -134,8 +134,9 @@ def convert(model: PreTrainedModel, config: LolcatsConfig | None = None) -> PreT
     converted. Local (sliding window) layers beside global ones, as in Gemma, are linear already and
     stay.
 
-    The model then takes masks of padding [B, past + T], or of causality and padding [B, H | 1, T,
-    Tk] (bool, or additive with 0 and -inf). A call with another raises NotImplementedError; with
+    The model then takes masks of padding [B, past + T], beside which positions that are not given
+    count real tokens, or of causality and padding [B, H | 1, T, Tk] (bool, or additive with 0 and
+    -inf). A call with another raises NotImplementedError; with
     one that hides tokens which its cache holds, or shows padding of before, ValueError. Compiled
     calls check neither. Positions that restart mean packed sequences without a cache alone, as in
     transformers; programs of torch.export know these by `cu_seq_lens_q` only.
@@ -243,6 +244,11 @@ def from_pretrained(path: str, **kwargs: Any) -> PreTrainedModel:
     if getattr(config, "lolcats", None) is None:
         raise ValueError(
             f"from_pretrained: {path} holds a {config.model_type} model, not a converted one"
+        )
+    if config.model_type != MODEL_TYPE:
+        raise ValueError(
+            f"from_pretrained: {path} has the settings of a converted model, but was saved as a "
+            f"{config.model_type} model, without its features"
         )
     kinds = config.architectures or []
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING

@@ -192,11 +192,42 @@ def _window(module: Any) -> int | None:
     return getattr(holder, "sliding_window", None)
 
 
-def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Checks masks that the caller made, before any layer changes its cache."""
+def _before_layers(
+    module: Any, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Checks masks that the caller made, before any layer changes its cache, and counts positions
+    beside a padding mask as `generate` does: softmax does not depend on where a rotation begins,
+    features do."""
     given = kwargs
     if args:
         given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    _check_masks(module, given)
+    mask, new = given.get("attention_mask"), _new(given)
+    if (
+        not isinstance(mask, torch.Tensor)
+        or mask.dim() != 2
+        or new is None
+        or given.get("position_ids") is not None
+        or not _takes_positions(type(module))
+    ):
+        return None
+    positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+    return args, {**kwargs, "position_ids": positions[:, -new.shape[1] :]}
+
+
+def _new(given: Mapping[str, Any]) -> torch.Tensor | None:
+    """The tokens of a call, [B, T, ...]."""
+    return next(
+        (x for n in ("input_ids", "inputs_embeds") if (x := given.get(n)) is not None), None
+    )
+
+
+@torch.compiler.assume_constant_result
+def _takes_positions(kind: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
+
+
+def _check_masks(module: Any, given: Mapping[str, Any]) -> None:
     cache, mask = given.get("past_key_values"), given.get("attention_mask")
     layers = getattr(cache, "layers", [])
     find_beside(layers)
@@ -211,10 +242,8 @@ def _before_layers(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if mask is None:
         return
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        new = [
-            given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None
-        ]
-        _check_past(mask, layers, new[0].shape[1] if new else 0)
+        new = _new(given)
+        _check_past(mask, layers, 0 if new is None else new.shape[1])
         return
     by_kind = mask if isinstance(mask, Mapping) else None
     kinds = getattr(module.config, "layer_types", None) or {}

@@ -1,5 +1,6 @@
 """The command line and the demo, end to end on a tiny model with a tokenizer made on the fly."""
 
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ import torch
 import transformers
 from helpers.command_line import TEXT, lolcats
 from helpers.training import torchrun
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -134,6 +136,17 @@ def test_info_describes_a_converted_model_in_a_process_of_its_own(folder, tmp_pa
     assert "window" in said
 
 
+def test_more_tokens_than_a_model_was_made_with_are_noted(folder, tmp_path, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr("lolcats_ops._cli_models.console", Console(file=said, width=200))
+    lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
+    options = ("--text", folder / "text.txt", "--length")
+    lolcats("eval", tmp_path, *options, 32)
+    assert not said.getvalue()
+    lolcats("eval", tmp_path, *options, 33)
+    assert "made with rows of 32 tokens" in said.getvalue()
+
+
 def test_interrupted_commands_go_on(folder, tmp_path):
     options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml", "--resume")
     for _ in range(2):  # the second finds all work done
@@ -157,6 +170,7 @@ def test_convert_saves_a_swapped_model(folder, tmp_path):
 
 
 def test_convert_leaves_no_template_of_another_tokenizer_behind(folder, tmp_path, failure):
+    shutil.copytree(folder / "model", tmp_path, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     lolcats("convert", folder / "model", tmp_path, "--config", folder / "lolcats.yaml")
     code, said = failure("generate", tmp_path, "the quick", "--chat")

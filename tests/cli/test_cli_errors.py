@@ -55,6 +55,34 @@ def test_what_cannot_be_written_to_is_found_before_anything_is_trained(
     assert "/proc/self" in said
 
 
+def test_a_disk_without_room_for_the_model_is_found_before_training(folder, failure, monkeypatch):
+    monkeypatch.setattr(lo.convert, "transfer", pytest.fail)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9000, 8000, 1000))
+    options = ("--text", folder / "text.txt", "--config", folder / "lolcats.yaml")
+    code, said = failure("transfer", folder / "model", folder / "out", *options)
+    assert code == 1
+    assert "1000 bytes are free there, and the model has" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("vocab.txt", "mine"), ("config.json", '{"theme": "dark"}')]
+)
+def test_a_folder_of_something_else_keeps_its_files(folder, failure, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    code, said = failure("convert", folder / "model", tmp_path)
+    assert code == 1
+    assert f"{name} is of no model" in said
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
+def test_a_model_without_a_tokenizer_is_named(folder, failure, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / "model" / name, tmp_path)
+    code, said = failure("generate", tmp_path, "the quick")
+    assert code == 1
+    assert f"{tmp_path} has no tokenizer" in said
+
+
 def test_a_job_that_is_told_to_end_leaves_no_half_of_a_model(failure, monkeypatch, tmp_path):
     def save():
         with replacing_files(tmp_path), replacing(tmp_path / "transfer.pt"):

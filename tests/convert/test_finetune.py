@@ -42,12 +42,12 @@ def test_finetune_can_train_features(model):
 def test_trained_features_are_in_checkpoints_and_adapters(tmp_path):
     rows = token_rows(4, 40)
     whole, half = (lo.hf.convert(tiny(), NARROW) for _ in range(2))
-    config = FinetuneConfig(**QUICK, train_features=True, merge=False)
+    config = FinetuneConfig(**QUICK, train_features=True, merge=False, save_steps=3)
     expected = lo.convert.finetune(whole, rows, config, output_dir=tmp_path / "run").model
     (tmp_path / "run" / "checkpoint-8").rename(tmp_path / "run" / "checkpoint-8.bak")
     output = {"output_dir": tmp_path / "run", "resume": True}
     report = lo.convert.finetune(half, rows, config, **output)
-    assert len(report.losses) == 4
+    assert len(report.losses) == 2  # from the midst of an epoch on
     expected.save_pretrained(tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(lo.hf.convert(tiny(), NARROW), tmp_path / "adapter")
     start = lo.hf.attention_layers(lo.hf.convert(tiny(), NARROW))
@@ -161,7 +161,7 @@ def test_what_decides_nothing_does_not_keep_finetune_from_resuming(tmp_path):
     ["trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "optimizer.pt"],
 )
 def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(name, tmp_path):
-    rows, config = token_rows(2, 40), FinetuneConfig(**QUICK, epochs=3)
+    rows, config = token_rows(2, 40), FinetuneConfig(**QUICK, epochs=3, save_steps=2)
 
     def run(**options):
         model = lo.hf.convert(tiny(), NARROW)
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(name, tmp_p
     with pytest.warns(UserWarning, match="passed over") as warned:
         assert run(resume=True).losses == pytest.approx(expected)
     passed = "".join(str(warning.message) for warning in warned)
-    assert all(f"checkpoint-{step} is incomplete" in passed for step in (2, 4, 6))
+    assert all(f"checkpoint-{step} is incomplete" in passed for step in (4, 6))  # the last two
 
 
 @pytest.mark.parametrize("train_features", [True, False])

@@ -10,6 +10,7 @@ import torch
 from helpers import tiny_models
 from helpers.training import tiny, token_rows
 from rich.console import Console
+from tokenizers import processors
 
 import lolcats_ops as lo
 from lolcats_ops.convert import ConversionConfig, FinetuneConfig, TransferConfig, files
@@ -154,11 +155,41 @@ def test_pack_tokenizes_as_many_texts_as_it_needs(monkeypatch):
     assert lo.convert.pack(texts, tokenizer, 2).tolist() == whole.tolist()
     seen = []
     count = lambda some, **options: seen.extend(some) or tokenizer(some, **options)  # noqa: E731
-    count.eos_token_id = tokenizer.eos_token_id
+    count.eos_token_id, count.bos_token_id = tokenizer.eos_token_id, None
     assert lo.convert.pack(texts, count, 2, sequences=1).tolist() == whole[:1].tolist()
     assert seen == texts[:2]
     with pytest.raises(ValueError, match="sequences is 0"):
         lo.convert.pack(texts, tokenizer, 2, sequences=0)
+
+
+def test_pack_tokenizes_a_long_text_in_pieces(monkeypatch):
+    tokenizer = tiny_models.word_tokenizer("a b c d")
+    text = "a b\nc d a\n\nb " + "c" * 30 + " d a b c d"
+    whole = lo.convert.pack([text, "a b"], tokenizer, 1)
+    seen = []
+    monkeypatch.setattr(lo.convert.data, "BATCH", 7)
+    count = lambda some, **options: seen.extend(some) or tokenizer(some, **options)  # noqa: E731
+    count.eos_token_id, count.bos_token_id = tokenizer.eos_token_id, None
+    pieces = lo.convert.pack([text, "a b"], count, 1)
+    assert "".join(seen) == text + "a b"
+    assert max(map(len, seen)) == 7
+    assert seen[:2] == ["a b\n", "c d a\n\n"]
+    # A word of 30 characters is not one in pieces of 7; all else is, and so are the ends of texts.
+    known = [row for row in whole.tolist() if row != [tokenizer.unk_token_id]]
+    assert [row for row in pieces.tolist() if row != [tokenizer.unk_token_id]] == known
+
+
+def test_pack_begins_texts_as_the_tokenizer_does():
+    tokenizer = tiny_models.word_tokenizer("a b c")
+    assert lo.convert.pack(["a b", "c"], tokenizer, 5).tolist() == [[2, 3, 0, 4, 0]]
+    tokenizer.bos_token = "<unk>"  # which is not asked for
+    assert lo.convert.pack(["a b", "c"], tokenizer, 5).tolist() == [[2, 3, 0, 4, 0]]
+    template = processors.TemplateProcessing("<unk> $A", special_tokens=[("<unk>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    assert lo.convert.pack(["a b", "c"], tokenizer, 7).tolist() == [[1, 2, 3, 0, 1, 4, 0]]
+    tokenizer.eos_token = None
+    with pytest.warns(UserWarning, match="no end-of-sequence token"):
+        assert lo.convert.pack(["a b", "c"], tokenizer, 5).tolist() == [[1, 2, 3, 1, 4]]
 
 
 def test_numbers_of_a_bar_stay_whole_in_80_columns(monkeypatch):
@@ -172,14 +203,32 @@ def test_numbers_of_a_bar_stay_whole_in_80_columns(monkeypatch):
     assert "left -:--:-- loss 0.3343" in line
 
 
+def test_a_log_gets_a_line_now_and_then(monkeypatch):
+    console = Console(file=io.StringIO(), width=80)
+    monkeypatch.setattr(lo.convert.progress, "console", console)
+    monkeypatch.setattr(lo.convert.progress, "LINES_S", 0.0)
+    with lo.convert.progress.progress("LoRA", 3) as bar:
+        bar.advance(loss=2.5)
+        assert "1/3" in console.file.getvalue()
+        monkeypatch.setattr(lo.convert.progress, "LINES_S", 60.0)
+        bar.advance(loss=2.25)
+        bar.advance(loss=2.125)
+    lines = console.file.getvalue().splitlines()
+    assert [line.split()[-1] for line in lines] == ["2.5", "2.25", "2.125"]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ValueError, match="bytes is not UTF-8 text"):
+    with pytest.raises(ValueError, match="bytes is not UTF-8 text, by its byte 0"):
         lo.convert.read_texts([tmp_path / "bytes"])
+    (tmp_path / "texts.json").write_text('[{"text": "one"}]')
+    with pytest.raises(ValueError, match=r"texts.json: JSON is read as lines"):
+        lo.convert.read_texts([tmp_path / "texts.json"])
 
 
-def test_json_lines_are_texts_of_their_own(tmp_path):
-    path = tmp_path / "texts.jsonl"
+@pytest.mark.parametrize("suffix", ["jsonl", "ndjson"])
+def test_json_lines_are_texts_of_their_own(tmp_path, suffix):
+    path = tmp_path / f"texts.{suffix}"
     path.write_text('{"text": "one\\ntwo", "id": 1}\n\n{"text": "thr\u2028ee"}\n', encoding="utf-8")
     assert lo.convert.read_texts([path]) == ["one\ntwo", "thr\u2028ee"]
     path.write_text('{"text": "one"}', encoding="utf-8-sig")  # as some editors save it

@@ -97,10 +97,29 @@ def test_a_mask_of_causality_and_padding_may_be_given_whole(model):
     torch.testing.assert_close(model(ids, attention_mask=causal).logits, expected)
     padded = causal[:1] & (torch.arange(20) >= 5)  # for all sequences of the batch
     expected_padded = model(ids, attention_mask=(torch.arange(20) >= 5).expand(2, 20)).logits
-    got = model(ids, attention_mask=padded).logits
+    positions = (torch.arange(20) - 5).clamp(min=0)[None]  # counted beside masks [B, T] alone
+    got = model(ids, attention_mask=padded, position_ids=positions).logits
     torch.testing.assert_close(got[:, 5:], expected_padded[:, 5:])
     additive = torch.zeros(causal.shape).masked_fill(~causal, -1e30)
     torch.testing.assert_close(model(ids, attention_mask=additive).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
+def test_padding_changes_nothing_where_positions_are_not_given(model, embedded):
+    ids, mask = token_ids(1, 25), (torch.arange(25) >= 5).long()[None]
+    alone = model(ids[:, 5:]).logits
+
+    def logits(tokens, **given):
+        name = "inputs_embeds" if embedded else "input_ids"
+        new = model.get_input_embeddings()(tokens) if embedded else tokens
+        return model(**{name: new}, **given)
+
+    torch.testing.assert_close(logits(ids, attention_mask=mask).logits[:, 5:], alone)
+    filled = logits(ids[:, :15], attention_mask=mask[:, :15])
+    cache = filled.past_key_values
+    rest = logits(ids[:, 15:], attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(rest, alone[:, 10:])
 
 
 @torch.no_grad()
@@ -214,9 +233,13 @@ def test_the_past_that_a_mask_shows_is_what_the_cache_holds(softmax_layers, whol
     model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
 
     def ask(shown):
+        given = {"past_key_values": cache, "attention_mask": shown}
         if whole:
-            shown = shown.bool()[:, None, None] & torch.ones(30, 30).tril().bool()[20:]
-        return model(ids[:, 20:], attention_mask=shown, past_key_values=cache).logits
+            given["position_ids"] = (mask.cumsum(1) - 1)[:, 20:]
+            given["attention_mask"] = (
+                shown.bool()[:, None, None] & torch.ones(30, 30).tril().bool()[20:]
+            )
+        return model(ids[:, 20:], **given).logits
 
     other = mask.clone()
     other[:, wrong] = 1 - other[:, wrong]

@@ -215,6 +215,14 @@ def test_use_mode_gives_every_layer_its_own_mode_back(model):
     assert [layer.mode for layer in (first, *others)] == ["softmax", *["hybrid"] * len(others)]
 
 
+def test_from_pretrained_refuses_what_was_saved_without_its_features(model, tmp_path):
+    model.save_pretrained(tmp_path / "converted")
+    softmax = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "converted")
+    softmax.save_pretrained(tmp_path / "softmax")
+    with pytest.raises(ValueError, match="saved as a llama model, without its features"):
+        lo.hf.from_pretrained(tmp_path / "softmax")
+
+
 def test_from_pretrained_refuses_a_softmax_model(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="llama model, not a converted one"):
