@@ -52,7 +52,8 @@ class DataConfig(_Section):
     """How text becomes training sequences.
 
     Args:
-        length: tokens of a packed sequence, at least 2: of one alone, none is predicted.
+        length: tokens of a packed sequence, as many as the model is to read in the end; at least 2:
+            of one alone, none is predicted.
     """
 
     length: Annotated[int, Field(ge=2, strict=True)] = 1024
