@@ -330,18 +330,19 @@ def info(
         import torch
         import transformers
 
-        from . import _C, dispatch
+        from . import _C
 
-        choice = lo.backend_for("hybrid_attention")
+        on = {d: lo.backend_for("hybrid_attention", device=d) for d in ("cpu", "cuda")}
         rows = {
             "lolcats_ops": lo.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "backends": ", ".join(lo.backends()),
-            "on this CPU": choice.backend or choice.why,
+            "on this CPU": on["cpu"].backend or on["cpu"].why,
+            "on a GPU": on["cuda"].backend or on["cuda"].why,
             "instruction set": f"{_C.cpu_isa()}, of {', '.join(_C.cpu_isas())}",
             "threads": torch.get_num_threads(),
-            "CUDA kernels": "built in" if _C.has_cuda() else dispatch.NO_CUDA_KERNELS,
+            "CUDA kernels": "built in" if _C.has_cuda() else "not built in",
         }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():
