@@ -25,7 +25,7 @@ struct BackwardProblem {
   explicit BackwardProblem(const Problem& problem) : p(problem) {
     p.both_ways = true;
     p.weight_parts = weight_parts_for(p.feature_k.activation, true);
-    if (!has_map(p.feature_k)) p.format = Format::f32;  // features_forward() takes x for fp32
+    if (!has_map(p.feature_k)) p.format = Format::f32;  // which features_forward() copies
   }
   Problem p;
   lol_tensor dy = {};            // [B, H, T, V]
