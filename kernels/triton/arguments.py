@@ -156,7 +156,7 @@ def window_of(size: int, kind: int, sink: int, chunk: int, most: int) -> Window:
 def arithmetic_of(dtype: torch.dtype) -> Arithmetic:
     """bf16 is computed in bf16; fp16 in fp32, since sums of features outgrow its range."""
     if dtype == torch.bfloat16:
-        return Arithmetic(constant(tl.bfloat16), constant("tf32"))
+        return Arithmetic(constant(tl.bfloat16), constant(launch.precision(dtype)))
     return Arithmetic(constant(tl.float32), constant(launch.precision()))
 
 

@@ -114,7 +114,7 @@ def forward(
 
     def statistic(of_padding: float) -> Tensor:
         if plan.padded:
-            return torch.full(q.shape[:3], of_padding, device=q.device)
+            return q.new_full(q.shape[:3], of_padding, dtype=torch.float32)
         return fp32(q, *q.shape[:3])
 
     m = None if plan.problem.gate is None else statistic(0.0)

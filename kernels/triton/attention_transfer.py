@@ -133,7 +133,7 @@ def compare(
 def values_arithmetic(dtype: torch.dtype) -> Arithmetic:
     """Of the teacher's weights times values. Weights are at most 1, so fp16 holds them."""
     if dtype == torch.float16:
-        return Arithmetic(constant(tl.float16), constant("tf32"))
+        return Arithmetic(constant(tl.float16), constant(launch.precision(torch.bfloat16)))
     return arithmetic_of(dtype)
 
 
@@ -197,11 +197,11 @@ def attention_transfer(
     )  # fmt: skip
     new = torch.zeros if student.padded else torch.empty
     shape = q.shape[:3]
-    residual = new(*shape, v.shape[3], device=q.device)
+    residual = new(*shape, v.shape[3], dtype=torch.float32, device=q.device)
     y = attention.forward(student, q, v, out=residual)
     teacher = empty_like_rows(q, v.shape[3], zero=student.padded)
-    lse = new(shape, device=q.device)
-    delta = new(pairs.slices, *shape, device=q.device)
+    lse = new(shape, dtype=torch.float32, device=q.device)
+    delta = new(pairs.slices, *shape, dtype=torch.float32, device=q.device)
     squares = attention.fp32(q, pairs.programs)
     entropy = attention.fp32(q, pairs.programs) if with_xent else None
     pairs.run(

@@ -54,7 +54,8 @@ def _architecture(driver: Any, device: Any) -> str:
 
 def precision(dtype: torch.dtype = torch.float32) -> str:
     """The precision of fp32 products: three TF32 products keep fp32's digits on tensor cores, one
-    keeps more than those of bf16 activations."""
+    keeps more than those of bf16 activations. Products of 16 bits have none, but AMD's GPUs other
+    than gfx942 do not compile with "tf32" in them."""
     if architecture() == "gfx942":
         return "ieee"
     return "tf32" if dtype == torch.bfloat16 else "tf32x3"
@@ -186,7 +187,14 @@ TABLE = {
     # Of many tokens.
     ("prompt", "bf16"): (
         Row(SMALL, usual=Tiles(32, 64, 4, 1)),
-        Row(*MIDDLE, usual=Tiles(32, 64, 8, 1), gfx942=_AMD_FORWARD),
+        Row((128, 64), usual=Tiles(32, 64, 8, 1), gfx942=_AMD_FORWARD),
+        # Resident weights would want 104 KB there.
+        Row(
+            (64, 128),
+            usual=Tiles(32, 64, 8, 1),
+            sm_86=Tiles(32, 64, 8, 1, resident=False),
+            gfx942=_AMD_FORWARD,
+        ),
         Row(LARGE, usual=Tiles(32, 64, 8, 1, resident=False)),
         Row(ANY, usual=Tiles(16, 64, 8, 1, resident=False)),
     ),
@@ -238,16 +246,19 @@ TABLE = {
 }
 
 
-# Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before.
+# Segments make work for idle multiprocessors, but each is begun with a pass over the tokens before,
+# and has a state and shares of gradients in memory. Of packed sequences each has as many segments
+# as the tokens of all, of which most have nothing to do.
 SEGMENT_CHUNKS = 16
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
+MOST_PROGRAMS = 8 * ENOUGH_PROGRAMS
 
 
 def segment_chunks(chunks: int, programs: int) -> int:
     """The chunks of a segment: all, where there are programs enough without dividing sequences."""
     if programs >= ENOUGH_PROGRAMS or chunks <= SEGMENT_CHUNKS:
         return max(chunks, 1)
-    return SEGMENT_CHUNKS
+    return max(SEGMENT_CHUNKS, -(-chunks // (MOST_PROGRAMS // max(programs, 1))))
 
 
 def tiles_for(kernel: str, q: Tensor, weight: Tensor | None, v: Tensor) -> Tiles:

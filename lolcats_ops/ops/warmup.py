@@ -54,8 +54,9 @@ def warmup(
 
     Args:
         ops: names of public operators; none to load alone.
-        tokens: lengths T. Triton compiles anew for T = 1, for multiples of 16 and for others, and
-            where few heads are cut into segments: give one length of each kind that will come.
+        tokens: lengths T. Triton compiles anew for T = 1, for multiples of 16 and for others, for
+            numbers of chunks likewise, and where few heads are cut into segments: give lengths as
+            will come. Of a step the number of states counts as well.
         batch, heads, kv_heads, head_dim, value_dim: of q, k and v. kv_heads None is heads,
             value_dim None is head_dim.
         feature_q, feature_k: the maps; None for two-sided softmax of ``feature_dim`` (None:

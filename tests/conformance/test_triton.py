@@ -14,7 +14,7 @@ if not INTERPRETED:
     pytest.skip("TRITON_INTERPRET=0: nothing is interpreted", allow_module_level=True)
 
 from gpu_on_cpu import sanitizer
-from helpers.cases import FACTORS, Case, cases
+from helpers.cases import FACTORS, Case, cases, make_inputs
 from helpers.compare import assert_close, assert_same_state
 from helpers.operators import (
     BOUNDLESS,
@@ -137,6 +137,40 @@ SEGMENTED = [
 @pytest.mark.parametrize("case", SEGMENTED, ids=str)
 def test_sequences_cut_into_segments_equal_the_reference(case):
     check(hybrid_attention, case, "triton")
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("call", [hybrid_attention, attention_transfer])
+@pytest.mark.parametrize("packing", [None, "left"])
+def test_results_do_not_depend_on_the_default_dtype(default, call, packing):
+    case = Case("3w+7", window=16, packing=packing)
+    inputs = make_inputs(case).as_dtype(case.dtype, case.layout)
+
+    def results():
+        outputs = call(lo, inputs, backend="triton")
+        total = sum(y.sum() for y in outputs.values() if y.requires_grad)
+        leaves = list(inputs.leaves.values())
+        return *outputs.values(), *torch.autograd.grad(total, leaves, allow_unused=True)
+
+    want = results()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("programs", [1, 8, 32, 263, 264, 5000])
+@pytest.mark.parametrize("chunks", [0, 1, 16, 17, 1000, 10**6])
+def test_segments_are_as_many_as_make_work_and_no_more(programs, chunks):
+    length = launch.segment_chunks(chunks, programs)
+    count = max(1, -(-chunks // length))
+    assert count * programs <= max(launch.MOST_PROGRAMS, programs)
+    assert count == 1 or length >= launch.SEGMENT_CHUNKS
+    if programs < launch.ENOUGH_PROGRAMS and chunks >= launch.SEGMENT_CHUNKS * launch.MOST_PROGRAMS:
+        assert count * programs >= launch.ENOUGH_PROGRAMS
 
 
 @pytest.mark.parametrize(("window", "kind"), [(96, "sliding"), (65, "sliding"), (64, "terrace")])
