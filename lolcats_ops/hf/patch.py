@@ -211,7 +211,7 @@ def _before_layers(
         or not _takes_positions(type(module))
     ):
         return None
-    positions = mask.long().cumsum(1).sub(1).clamp(min=0)
+    positions = mask.to(new.device).long().cumsum(1).sub(1).clamp(min=0)
     return args, {**kwargs, "position_ids": positions[:, -new.shape[1] :]}
 
 
