@@ -251,7 +251,7 @@ TABLE = {
 # as the tokens of all, of which most have nothing to do.
 SEGMENT_CHUNKS = 16
 ENOUGH_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100
-MOST_PROGRAMS = 8 * ENOUGH_PROGRAMS
+MOST_PROGRAMS = 8 * ENOUGH_PROGRAMS  # enough where one in eight has work
 
 
 def segment_chunks(chunks: int, programs: int) -> int:

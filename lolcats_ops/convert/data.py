@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lolcats_ops.convert.progress import progress
 
-BATCH = 2**20  # characters that are tokenized at a time: a fast tokenizer takes 180 bytes for each
+BATCH = 2**20  # characters that are tokenized at a time: some 180 bytes of memory for each
 
 
 def read_texts(paths: Iterable[Path | str]) -> list[str]:
