@@ -12,6 +12,9 @@ import pytest
 import lolcats_ops as lo
 
 ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page for place in ("*.md", "docs/*.md", "tests/**/*.md") for page in ROOT.glob(place)
+)
 README = (ROOT / "README.md").read_text()
 FILES = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "lolcats_ops").rglob("*.py")]
 NOT_IMPORTED = {"lolcats_ops.__main__", "lolcats_ops.cupy"}  # a command, and what wants a GPU
@@ -67,3 +70,18 @@ def test_c_of_the_readme_compiles(tmp_path):
     (tmp_path / "example.c").write_text(block)
     command = ["cc", "-std=c99", "-Wall", "-Werror", "-fsyntax-only", "-I", lo.get_include()]
     subprocess.run([*command, "example.c"], cwd=tmp_path, check=True)
+
+
+def headings(page):
+    """The anchors of a page, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_pages_lead_somewhere(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", prose):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor in headings(target), f"{path}#{anchor}"

@@ -19,19 +19,14 @@ from lolcats_ops.features import Features
 
 WINDOWS = (0, 1, 16, 64, 256)
 LENGTHS: Mapping[str, Callable[[int], int]] = {
-    "0": lambda w: 0,
-    "1": lambda w: 1,
     "w-1": lambda w: max(w - 1, 0),
     "w": lambda w: w,
     "w+1": lambda w: w + 1,
     "2w": lambda w: 2 * w,
     "3w+7": lambda w: 3 * w + 7,
-    "500": lambda w: 500,
-    "1000": lambda w: 1000,
-    "2048": lambda w: 2048,
 }
 FACTORS: Mapping[str, Sequence[Any]] = {
-    "length": tuple(LENGTHS),
+    "length": ("0", "1", *LENGTHS, "500", "1000", "2048"),
     "D": (16, 32, 60, 64, 80, 96, 128, 256),
     "V": ("D", 20, 72),
     "f": ("D", 24, 64),
@@ -59,7 +54,7 @@ FACTORS: Mapping[str, Sequence[Any]] = {
 class Case:
     """One point of the matrix."""
 
-    length: str = "3w+7"
+    length: str = "3w+7"  # one of LENGTHS, or tokens
     D: int = 16
     V: int | str = "D"
     f: int | str = "D"
@@ -93,7 +88,8 @@ class Case:
 
     @property
     def T(self) -> int:
-        return LENGTHS[self.length](self.window)
+        of_window = LENGTHS.get(self.length)
+        return of_window(self.window) if of_window else int(self.length)
 
     @property
     def windows(self) -> dict[str, Any]:
