@@ -92,7 +92,8 @@ def _launch(
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream):
         function = _compiled(kernel)
         if shared_bytes > 48 * 1024:  # more has to be asked for
-            function.max_dynamic_shared_size_bytes = shared_bytes
+            # The same number from all threads, since it is one for all.
+            function.max_dynamic_shared_size_bytes = most
         # A NumPy array of one element goes by value.
         struct = np.frombuffer(params, np.dtype((np.void, len(params))))
         function((blocks,), (threads,), (struct,), shared_mem=shared_bytes)

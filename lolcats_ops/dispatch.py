@@ -106,26 +106,33 @@ def _properties(index: int) -> Any:
     return torch.cuda.get_device_properties(index)
 
 
-def _triton(case: Case) -> str | None:
-    device = case.device.type
+def why_no_triton() -> str | None:
+    """Why Triton's kernels cannot be compiled, whatever the case, or None."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if device == "cuda" and not torch.cuda.is_available():
-        return "this machine has no GPU"
-    if device == "cpu" and (why := _not_interpreted(case.dtype)):
-        return why
-    if device not in ("cuda", "cpu"):
-        return f"it runs on cuda, not on {device}"
     if _triton_version() < OLDEST_TRITON:
         oldest, found = (".".join(map(str, n)) for n in (OLDEST_TRITON, _triton_version()))
         return f"its kernels need triton {oldest} or later, this is {found}"
-    return _kernel_limits(case)
+    return None
 
 
 @cache
 def _triton_version() -> tuple[int, ...]:
     version = import_module("triton").__version__
     return tuple(int(number) for number in version.split(".")[:2])
+
+
+def _triton(case: Case) -> str | None:
+    device = case.device.type
+    if reason := why_no_triton():
+        return reason
+    if device == "cuda" and not torch.cuda.is_available():
+        return "this machine has no GPU"
+    if device == "cpu" and (why := _not_interpreted(case.dtype)):
+        return why
+    if device not in ("cuda", "cpu"):
+        return f"it runs on cuda, not on {device}"
+    return _kernel_limits(case)
 
 
 def _not_interpreted(dtype: torch.dtype) -> str | None:
@@ -273,24 +280,11 @@ def _check_backend(op: str, name: str | None) -> None:
 
 
 def _best_first(case: Case) -> list[Backend]:
-    """The backends of the case's device."""
+    """The backends of the case's device. Steps are faster in CUDA C++, all else in Triton, as
+    measured on an H100 (docs/gpu_h100.md)."""
     found = [b for b in _BACKENDS.values() if b.device == case.device.type]
-    return sorted(found, key=lambda b: b.name == "cuda" and not _cuda_is_best(case))
-
-
-def _cuda_is_best(case: Case) -> bool:
-    """Where CUDA C++ is faster than Triton: steps as measured on an H100 (docs/gpu_h100.md), the
-    forward passes on compute capability 8 by a model, for none has been measured there."""
-    if case.op == "hybrid_attention_step_":
-        return case.tokens <= FEW_TOKENS
-    tuned = case.head_dim <= 128 and (case.feature_dim or case.head_dim) <= 64
-    if case.op not in ("hybrid_attention", "linear_attention") or not tuned:
-        return False
-    if not torch.cuda.is_available() or (gpu := _gpu(case.device)).major != 8:
-        return False
-    # Where it is the kernel of a GPU with more shared memory, too, not one that merely fits.
-    most = gpu.shared_memory_per_block_optin
-    return launches_of(case, most).kernels == launches_of(case).kernels
+    is_step = case.op == "hybrid_attention_step_" and case.tokens <= FEW_TOKENS
+    return sorted(found, key=lambda b: b.name == "cuda" and not is_step)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """The two versions of what the CUDA kernels use of the GPU: inline PTX, and the emulator's C++."""
 
 import re
+import subprocess
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -32,3 +33,12 @@ def test_inline_ptx_is_in_one_file():
     assert [path.name for path in sources if re.search(r"\basm\b", path.read_text())] == [
         DEVICE.name
     ]
+
+
+def test_launches_of_one_thread_leave_those_of_another_their_shared_memory(tmp_path):
+    """The launcher that is built in, on a stand-in for the CUDA runtime."""
+    root = TESTS.parent
+    include = [root, root / "kernels" / "include", TESTS / "cuda" / "runtime"]
+    command = ["c++", "-std=c++17", *(f"-I{path}" for path in include), "-o", tmp_path / "built_in"]
+    subprocess.run([*command, "-xc++", TESTS / "cuda" / "built_in.cpp"], check=True)
+    subprocess.run([tmp_path / "built_in"], check=True)

@@ -11,7 +11,7 @@ import torch
 
 import lolcats_ops as lo
 from lolcats_ops import dispatch
-from lolcats_ops.ops import default
+from lolcats_ops.ops import default, triton
 
 
 def test_backend_for_answers_which_and_why():
@@ -91,6 +91,15 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     assert why().why == "triton: its kernels need triton 3.7 or later, this is 3.6"
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
     assert why().why == "triton: triton is not installed (pip install triton)"
+
+
+def test_an_old_triton_is_named_where_nobody_asked_for_it(monkeypatch):
+    """As by the gradients of CUDA C++, which are Triton's."""
+    monkeypatch.setattr(dispatch, "_triton_version", lambda: (3, 6))
+    triton._kernels.cache_clear()
+    x, weight = torch.zeros(1, 1, 2, 16), torch.zeros(1, 16, 16)
+    with pytest.raises(RuntimeError, match=r"of all gradients on a GPU: .* this is 3\.6"):
+        torch.ops.lolcats_ops_triton.feature_map(x, weight, None, 0, True, False, 1e-12)
 
 
 def test_without_kernels_for_a_device_every_backend_says_why():

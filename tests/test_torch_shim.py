@@ -93,3 +93,9 @@ def test_arguments_are_released_after_success_and_failure(change):
 def test_wrong_arguments_are_named(change, words):
     with pytest.raises(RuntimeError, match=words):
         hybrid(hybrid_arguments(**change))
+
+
+def test_a_result_that_memory_cannot_hold_is_refused_in_torchs_words():
+    x = torch.zeros(1, 1, 1, 64).expand(1, 1, 2**42, 64)
+    with pytest.raises(RuntimeError, match="allocate" if torch.__version__ >= "2.13" else "failed"):
+        raw.feature_map(x, torch.zeros(1, 64, 64), None, *SOFTMAX)

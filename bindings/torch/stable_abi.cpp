@@ -31,6 +31,13 @@ Loaded load() {
   return Loaded::kYes;
 }
 
+const char* last_exception() {
+  using Function = const char* (*)();
+  static const auto function = reinterpret_cast<Function>(
+      dlsym(loaded(LOL_LIBRARY("torch_cpu")), "torch_exception_get_what_without_backtrace"));
+  return function ? function() : "";
+}
+
 Error get_current_cuda_stream(int32_t device, void** stream) {
   using Function = Error (*)(int32_t, void**);
   static const auto function = [] {

@@ -53,4 +53,7 @@ Loaded load();
 // is first needed, and an error where it is missing.
 Error get_current_cuda_stream(int32_t device, void** stream);
 
+// What torch says of the error that it has just returned in this thread; empty before torch 2.13.
+const char* last_exception();
+
 }  // namespace lolcats::torch_abi

@@ -8,8 +8,12 @@ namespace {
 
 constexpr int32_t kUnknownDtype = -1;
 
+// torch's own words tell callers who retry with less that memory was short.
 void check(Error error, const char* what) {
-  if (error) throw std::runtime_error(std::string("lolcats_ops: torch failed in ") + what);
+  if (!error) return;
+  const std::string failed = std::string("lolcats_ops: torch failed in ") + what;
+  const char* why = last_exception();
+  throw std::runtime_error(*why ? failed + ": " + why : failed);
 }
 #define LOL_TORCH(function, ...) check(function(__VA_ARGS__), #function)
 

@@ -22,13 +22,16 @@ int failed(const char* what, cudaError_t error) {
 
 // Makes a device current, and the one before when it goes.
 struct OnDevice {
-  int before = -1;
+  const int device;
+  int before = device;
   cudaError_t error;
-  explicit OnDevice(int device) {
+  explicit OnDevice(int wanted) : device(wanted) {
     error = cudaGetDevice(&before);
     if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
   }
-  ~OnDevice() { cudaSetDevice(before); }
+  ~OnDevice() {
+    if (before != device) cudaSetDevice(before);
+  }
 };
 
 }  // namespace
@@ -63,8 +66,10 @@ int launch_built_in(const lol_cuda_launch* launch, void*) {
           launch->kernel, shared, launch->context.device, most);
       return LOL_EUNSUPPORTED;
     }
-    LOL_CUDA(cudaFuncSetAttribute(built_in->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared));
+    // The same number from all threads, since it is one for all: what a step's kernel needs depends
+    // on the call. Kernels have no shared memory but this.
+    LOL_CUDA(
+        cudaFuncSetAttribute(built_in->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   }
   void* arguments[] = {const_cast<void*>(launch->params)};
   LOL_CUDA(cudaLaunchKernel(built_in->kernel, launch->blocks, launch->threads, arguments, shared,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .._libraries import load_torch_ops
+from ..dispatch import why_no_triton
 
 NAMESPACE = "lolcats_ops_triton"
 OPERATORS = (
@@ -29,6 +30,9 @@ OPERATORS = (
 
 @cache
 def _kernels() -> ModuleType:
+    """Raises RuntimeError: they cannot be compiled, as gradients of CUDA C++ kernels find late."""
+    if reason := why_no_triton():
+        raise RuntimeError(f"lolcats_ops: Triton's kernels, of all gradients on a GPU: {reason}")
     return import_module("lolcats_ops.kernels.triton")
 
 
