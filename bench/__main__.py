@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from tempfile import TemporaryFile
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .base import BaseError, base_server, describe
+import lolcats_ops as lo
+
+from . import CHECKOUT
+from .base import BaseError, base_server, commit_of, describe
 from .cases import Case
 from .device import why_absent
 from .measure import keep_freed_memory
-from .options import make_parser, parse, positive_count
+from .options import make_folder, make_parser, parse, positive_count
 from .peers import peers
 from .plots import draw
 from .report import (
@@ -34,7 +38,8 @@ from .report import (
 from .results import Results, Row, Skip
 from .run import BUDGET_S, run_cases
 
-NOTHING, INTERRUPTED = 1, 130  # exit codes: nothing could be measured; Ctrl-C
+# Exit codes: nothing could be measured; this library failed, or was wrong; Ctrl-C.
+NOTHING, WRONG, INTERRUPTED = 1, 3, 130
 
 EXAMPLES = """\
 examples:
@@ -55,12 +60,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         _list(cases)
         return
     if reason := why_absent(options.device):
-        parser.exit(2, f"{prog}: no {options.device} here: {reason}\n")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=options.out).close()
-    except OSError as error:
-        parser.error(f"--out {options.out}: {error.strerror}")
+        parser.exit(2, f"{prog}: nothing runs on {options.device} here: {reason}\n")
+    if (library := Path(lo.__file__).resolve().parents[1]) != CHECKOUT:
+        parser.exit(
+            2,
+            f"{prog}: lolcats_ops is that of {library}, of which this checkout does not know the "
+            "commit: `make build` here, or pip install --editable '.[bench]'\n",
+        )
+    make_folder(parser, options.out)
     keep_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -71,7 +78,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     )
     rows: list[Row] = []
     skips: list[Skip] = []
-    ended = 0
+    interrupted = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as schedulers end a job
     try:
         with (
             ExitStack() as stack,
@@ -80,10 +88,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         ):
             task = progress.add_task("", total=len(cases))
             bases = {}
-            for ref in options.base:
+            for commit, ref in {commit_of(ref): ref for ref in options.base}.items():
                 progress.update(task, description=f"building {ref}")
                 progress.refresh()
-                bases[f"lolcats@{ref}"] = stack.enter_context(base_server(ref))
+                bases[f"lolcats@{commit}"] = stack.enter_context(base_server(ref))
             started: list[Case] = []
 
             def on_cases(group: Sequence[Case]) -> None:
@@ -106,10 +114,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
         parser.exit(1, f"{prog}: {error}\n")
     except KeyboardInterrupt:
         if not rows:
-            sys.exit(INTERRUPTED)
-        ended = INTERRUPTED
+            parser.exit(INTERRUPTED, f"{prog}: interrupted before anything was measured\n")
+        interrupted = True
     command = shlex.join([*prog.split(), *arguments])
-    results = Results(command, describe("--dirty"), rows, skips, options.device)
+    results = Results(command, describe("--dirty"), rows, skips, options.device, interrupted)
     results.save(options.out)
     draw(results, options.out)
     page = write_page(results, options.out)
@@ -117,8 +125,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m bench") 
     if rows and (warning := unsteady(results)):
         console.print(warning, style="yellow")
     console.print(f"wrote {page}, results.csv, results.json and plots")
-    if ended or not rows:
-        sys.exit(ended or NOTHING)
+    wrong = any(skip.implementation == "lolcats" for skip in skips)  # it refuses no case
+    if interrupted or wrong or not rows:
+        sys.exit(INTERRUPTED if interrupted else WRONG if wrong else NOTHING)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -64,15 +64,14 @@ def main() -> None:
 
     keep_freed_memory()
     device, budget_s = channel.settings["device"], channel.settings["budget_s"]
-    agreed: Agreed = {}
+    agreed = Agreed()
     current: Case | None = None
 
     def measure(item: dict[str, Any]) -> dict[str, Any]:
-        nonlocal current
+        nonlocal agreed, current
         case = Case(**{**item["case"], "peers": ()})
         if case != current:
-            agreed.clear()
-            current = case
+            agreed, current = Agreed(), case
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()  # of the implementation before, for the extra bytes of this

@@ -55,6 +55,7 @@ class Bar:
     at_most: float | None = None
     isas: tuple[str, ...] = ()  # the instruction sets it is about; none: all
     machine: str | None = None  # part of the name of the machine it is about
+    threads: int = 1  # what it is about takes as many
 
     def show(self, value: float) -> str:
         """A value of this bar as people read it."""
@@ -76,6 +77,7 @@ class Verdict:
     bar: Bar
     value: float | None = None
     why_not: str = ""
+    steady: bool = True  # all of its rows
 
     @property
     def met(self) -> bool:
@@ -91,11 +93,14 @@ class Verdict:
         """met, missed, or not measured and why; nothing where there is no limit."""
         if self.why_not:
             return f"not measured: {self.why_not}"
-        return ("met" if self.met else "missed") if self.bar.limit else ""
+        if not self.bar.limit:
+            return ""
+        return ("met" if self.met else "missed") + ("" if self.steady else ", unsteady")
 
 
 def judge(bar: Bar, results: Results) -> Verdict:
     """Measures a bar by the rows of a run."""
+    steady = True
     for quantity in bar.over + bar.under:
         case, name = str(quantity.case), quantity.implementation
         row = results.find(case, name)
@@ -110,15 +115,18 @@ def judge(bar: Bar, results: Results) -> Verdict:
             return Verdict(bar, why_not=f"{row.isa} ran, the bar is of {' or '.join(bar.isas)}")
         if bar.machine is not None and bar.machine not in row.machine:
             return Verdict(bar, why_not=f"{row.machine} ran, the bar is of an {bar.machine}")
+        if quantity.implementation == "lolcats" and row.threads < bar.threads:
+            return Verdict(bar, why_not=f"{row.threads} thread ran, it takes {bar.threads}")
+        steady = steady and row.steady
     over, under = (
         sum(getattr(results.find(str(q.case), q.implementation), q.column) for q in quantities)
         for quantities in (bar.over, bar.under)
     )
-    return Verdict(bar, over / (under if bar.under else 1))
+    return Verdict(bar, over / (under if bar.under else 1), steady=steady)
 
 
-def _faster(claim: str, case: Case, peer: str, ratio: float) -> Bar:
-    return Bar(claim, (Quantity(case, peer),), (Quantity(case),), at_least=ratio)
+def _faster(claim: str, case: Case, peer: str, ratio: float, **others: int) -> Bar:
+    return Bar(claim, (Quantity(case, peer),), (Quantity(case),), at_least=ratio, **others)
 
 
 def _rate(claim: str, case: Case, limit: float, implementation: str = "lolcats") -> Bar:
@@ -178,12 +186,17 @@ _CPU = (
         at_most=1.05 * 16,
     ),
     _faster(
-        "hybrid forward, one head: all threads faster than one", ONE_HEAD, "lolcats:one_thread", 1.8
+        "hybrid forward, one head: all threads faster than one",
+        ONE_HEAD,
+        "lolcats:one_thread",
+        1.8,
+        threads=2,
     ),
     Bar(  # where two threads do not have two whole cores, neither case has
         "four heads of a quarter of its length: all threads faster than one",
         (Quantity(FOUR_HEADS, "lolcats:one_thread"),),
         (Quantity(FOUR_HEADS),),
+        threads=2,
     ),
     Bar(
         "hybrid forward: extra memory / q, k, v, o",

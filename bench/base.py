@@ -28,7 +28,7 @@ def base_server(ref: str) -> Iterator[Server]:
     with TemporaryDirectory(prefix="lolcats-base-") as folder:
         source, site = Path(folder, "source"), Path(folder, "site")
         try:
-            _git("worktree", "add", "--detach", str(source), f"{ref}^{{commit}}")
+            _git("worktree", "add", "--detach", str(source), commit_of(ref))
         except subprocess.CalledProcessError as error:
             raise BaseError(f"--base {ref}: {_last_lines(error.stderr)}") from error
         try:
@@ -41,6 +41,18 @@ def base_server(ref: str) -> Iterator[Server]:
                 yield server
         finally:
             _git("worktree", "remove", "--force", str(source))
+
+
+def commit_of(ref: str) -> str:
+    """The name of a commit that stays with it.
+
+    Raises:
+        BaseError: there is no such commit.
+    """
+    try:
+        return _git("rev-parse", "--short", "--verify", f"{ref}^{{commit}}").strip()
+    except subprocess.CalledProcessError as error:
+        raise BaseError(f"--base {ref}: {_last_lines(error.stderr)}") from error
 
 
 def describe(*options: str) -> str:

@@ -103,8 +103,8 @@ class Case:
             maps = 2 * self.H * self.D * self.f * 4
             output = self.tokens * self.V * size
         forward, backward = inputs + maps + output, 2 * (inputs + maps + output)
-        if self.op == "attention_transfer":  # two numbers come out, gradients of parameters alone
-            forward, backward = inputs + maps, inputs + 2 * maps
+        if self.op == "attention_transfer":  # gradients of parameters alone
+            forward, backward = inputs + maps + output, inputs + 2 * maps
         if self.pass_ == "step":
             kv = self.B * self.H * self.F * (self.V + 1) * 4
             return forward + 2 * kv + self.B * self.Hk * self.window * (self.D + self.V) * size
@@ -132,7 +132,7 @@ TRAINING = replace(HYBRID, pass_="forward+backward", peers=("sdpa",))
 ONE_HEAD = replace(HYBRID, T=16384, H=1, Hk=1, peers=("lolcats:one_thread",))
 FOUR_HEADS = replace(ONE_HEAD, T=4096, H=4, Hk=4)
 TRANSFER = Case("attention_transfer", "forward+backward")
-FEATURES = Case("feature_map", T=8192, peers=("eager",))
+FEATURES = Case("feature_map", T=8192, peers=("eager", "compiled:eager"))
 LINEAR = Case(
     "linear_attention",
     D=128,

@@ -160,7 +160,10 @@ def main() -> None:
     with ports.tracer() as trace, driver("-DTRACED") as program:
         for case in cases:
             addresses = block(trace, program, options.isa, case)
-            shares, use = simulate(addresses, of, options.core)
+            try:
+                shares, use = simulate(addresses, of, options.core)
+            except RuntimeError as error:  # of a core that LLVM does not know
+                parser.exit(1, f"{parser.prog}: {error}\n")
             print(f"\n{case}, {options.isa} on {options.core}, per token and head")
             print(f"{'':44}{'cycles':>15}{'multiply adds':>15}{'instructions':>15}")
             total = Share(*map(sum, zip(*(vars(s).values() for s in shares.values()), strict=True)))

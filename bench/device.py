@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+import lolcats_ops as lo
+
 DEVICES = ("cpu", "cuda")
 
 
@@ -15,7 +17,6 @@ DEVICES = ("cpu", "cuda")
 class Ceilings:
     """The matrix product and the copy that a device's roofline is made of."""
 
-    dtype: str
     mm_size: int
     copy_bytes: int  # beyond the caches of all but the largest machines
 
@@ -33,14 +34,17 @@ class Ceilings:
 # Sizes at which both are at their rate: a GPU's product has to fill it, and its copy to outlast the
 # start of a kernel.
 CEILINGS = {
-    "cpu": Ceilings("float32", 2048, 256 << 20),
-    "cuda": Ceilings("bfloat16", 8192, 1 << 30),
+    "cpu": Ceilings(2048, 256 << 20),
+    "cuda": Ceilings(8192, 1 << 30),
 }
 
 
 def why_absent(device: str) -> str | None:
     """Why this machine cannot run anything on the device, or None."""
-    if device == "cpu" or torch.cuda.is_available():
+    if device == "cpu":
+        ours = lo.backend_for("feature_map")
+        return None if ours.backend else ours.why
+    if torch.cuda.is_available():
         return None
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is built for CPUs alone"

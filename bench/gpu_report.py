@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +27,7 @@ from .base import describe
 from .cases import Case
 from .conformance import Result, run_tests
 from .device import machine, why_absent
-from .options import make_parser, parse, positive_count, positive_seconds
+from .options import make_folder, make_parser, parse, positive_count, positive_seconds
 from .plots import draw
 from .report import MODEL_HEAD, model_rows, sections, table
 from .results import Results, Row
@@ -51,12 +51,11 @@ class Report:
     machine: str
     results: Results
     tests: list[Result] = field(default_factory=list)
-    interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
         """130, 1 or 0, as the module says."""
-        if self.interrupted:
+        if self.results.interrupted:
             return 130
         counts = conformance.counts(self.tests)
         return 0 if counts["passed"] and not counts["failed"] else 1
@@ -64,7 +63,7 @@ class Report:
     def save(self, folder: Path) -> None:
         """report.json, report.md and the plots."""
         tests = conformance.as_json(self.tests)
-        saved = {"machine": self.machine, "interrupted": self.interrupted, "conformance": tests}
+        saved = {"machine": self.machine, "conformance": tests}
         saved |= asdict(self.results)
         (folder / "report.json").write_text(json.dumps(saved, indent=1) + "\n")
         draw(self.results, folder)
@@ -72,7 +71,7 @@ class Report:
 
     def _page(self, folder: Path) -> list[str]:
         parts = [f"# GPU report: {self.machine}"]
-        if self.interrupted:
+        if self.results.interrupted:
             parts.append("**The run was interrupted; what follows is what it had found.**")
         counts = conformance.counts(self.tests)
         parts += ["## Conformance", ", ".join(f"{n} {outcome}" for outcome, n in counts.items())]
@@ -100,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"conformance tests on it, time {number} implementations of {len(cases)} cases, and "
             f"write report.json, report.md and plots to {options.out}.\n",
         )
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(parser, options.out)
     command = shlex.join(["python", "-m", "bench.gpu_report", *arguments])
     results = Results(command, describe("--dirty"), [], [], options.device)
     report = Report(machine(options.device), results)
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(report, cases, options)
     except KeyboardInterrupt:
-        report.interrupted = True
+        report.results = replace(report.results, interrupted=True)
     report.save(options.out)
     _show(report, options.out)
     sys.exit(report.exit_code)

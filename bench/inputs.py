@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Inputs:
             state = HybridState(**wide, window=self.state.window)
         tensors = {n: t.detach().double() for n, t in self.tensors.items()}
         return Inputs(self.case, tensors, state)
+
+    def head(self, b: int, h: int) -> Inputs:
+        """One head of a sequence, as a case of its own; not of a step."""
+        case = replace(self.case, B=1, H=1, Hk=1)
+        key = h * self.case.Hk // self.case.H
+        tensors = {
+            name: t[b : b + 1, i : i + 1] if t.ndim == 4 else t[i : i + 1]
+            for name, t in self.tensors.items()
+            for i in [key if name in ("k", "v") else h]
+        }
+        return Inputs(case, tensors, None)
 
     def cache(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hk, T, D], [B, Hk, T, V] that softmax attention would remember.

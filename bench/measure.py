@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Protocol, TypeVar
 
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from .calls import Call, use_isa
 from .device import CEILINGS, synchronize
-from .peers import Peer
 
 SAMPLE_S = 2e-3  # calls shorter than this are timed several at once
-SAMPLES = 160  # of a call at most
+CALLS = 160  # that are timed of one kind at most
 # Of every call. CPUs that are shared change within seconds, GPUs with their temperature.
 TURNS = {"cpu": 16, "cuda": 4}
 
@@ -39,8 +39,10 @@ class Timer(Protocol):
 class LocalTimer:
     """A call in this process."""
 
-    def __init__(self, call: Call, peer: Peer | None = None, device: str = "cpu") -> None:
-        self.call, self.peer, self.device = call, peer, device
+    def __init__(
+        self, call: Call, *, isa: str | None = None, threads: int = 0, device: str = "cpu"
+    ) -> None:
+        self.call, self.isa, self.threads, self.device = call, isa, threads, device
 
     def seconds(self, number: int) -> float:
         """Seconds of so many calls, until the device has done them.
@@ -49,9 +51,8 @@ class LocalTimer:
         as they leave them, not as whatever ran in between did.
         """
         threads = torch.get_num_threads()
-        if self.peer is not None:
-            use_isa(self.peer)
-            torch.set_num_threads(self.peer.threads or threads)
+        use_isa(self.isa)
+        torch.set_num_threads(self.threads or threads)
         try:
             if number > 1:
                 self.call()
@@ -86,9 +87,10 @@ def cold_turns(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[f
 
 
 def turns_of_calls(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, list[float]]:
-    """Seconds per call, in turns of a call at least, which share out ``budget_s``.
+    """Seconds per call, a median of each turn; turns of a call at least share out ``budget_s``.
 
-    So the samples of slow and of fast calls are of the same time, whatever the machine does then.
+    So the samples of slow and of fast calls are of the same time, whatever the machine does then,
+    and a turn counts for one, however many calls it had: of fast calls a busy machine does fewer.
     Every turn has another order: what runs behind the copy of memory would always find the caches
     full of that.
     """
@@ -97,18 +99,18 @@ def turns_of_calls(timers: Mapping[Key, Timer], budget_s: float) -> dict[Key, li
         timer.seconds(1)  # pages and caches are touched
         number[name] = max(1, ceil(SAMPLE_S / timer.seconds(1)))
     samples: dict[Key, list[float]] = {name: [] for name in timers}
-    spent = dict.fromkeys(timers, 0.0)
+    spent, calls = dict.fromkeys(timers, 0.0), dict.fromkeys(timers, 0)
     shuffled = random.Random(0)
     for turn in range(1, TURNS["cpu"] + 1):
         share = turn / TURNS["cpu"]
         for name in shuffled.sample(list(timers), len(timers)):
-            timer = timers[name]
-            enough = False
-            while not enough:
-                seconds = timer.seconds(number[name])
-                samples[name].append(seconds / number[name])
+            timed = []
+            while not timed or (spent[name] < share * budget_s and calls[name] < share * CALLS):
+                seconds = timers[name].seconds(number[name])
+                timed.append(seconds / number[name])
                 spent[name] += seconds
-                enough = spent[name] >= share * budget_s or len(samples[name]) >= share * SAMPLES
+                calls[name] += 1
+            samples[name].append(median(timed))
     return samples
 
 
@@ -125,19 +127,19 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def mm_timer(device: str) -> Timer:
+def mm_timer(device: str, dtype: str = "float32", threads: int = 0) -> Timer:
     """torch.mm of two square matrices."""
-    size, dtype = CEILINGS[device].mm_size, getattr(torch, CEILINGS[device].dtype)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    size = CEILINGS[device].mm_size
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
-    return LocalTimer(lambda: (torch.mm(a, b, out=out),), device=device)
+    return LocalTimer(lambda: (torch.mm(a, b, out=out),), threads=threads, device=device)
 
 
-def copy_timer(device: str) -> Timer:
+def copy_timer(device: str, threads: int = 0) -> Timer:
     """A copy of memory."""
     source = torch.ones(CEILINGS[device].copy_bytes, dtype=torch.uint8, device=device)
     out = torch.empty_like(source)
-    return LocalTimer(lambda: (out.copy_(source),), device=device)
+    return LocalTimer(lambda: (out.copy_(source),), threads=threads, device=device)
 
 
 def extra_bytes(call: Call, device: str) -> int | None:

@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from .cases import CASES, Case, select
 from .device import DEVICES
@@ -69,6 +70,15 @@ def make_parser(
         "--device", choices=DEVICES, default=device, help="what to measure (default %(default)s)"
     )
     return parser
+
+
+def make_folder(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Makes the folder to write to; ends the process where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        parser.error(f"--out {folder}: {error.strerror}")
 
 
 def parse(

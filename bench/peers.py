@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Peer:
     why_not: Callable[[Case, str], str | None] = lambda case, device: None
     device: str | None = None  # the only one it runs on
     isa: str | None = None  # ours alone: the instruction set of CPUs to use
+    built_for: str = ""  # what its own code is compiled for, if neither ours nor torch's
     threads: int = 0  # 0: as many as the run has
     compiled: bool = False  # for every shape anew: too slow to check on small shapes
 
@@ -96,7 +98,11 @@ def peers() -> dict[str, Peer]:
         "chunkwise": Peer("in chunks, eager torch", chunkwise, why_not=_whole_chunks),
         "loop": Peer("one chunk after another, eager torch", loop, why_not=_forward_chunks),
         "sequential": Peer(
-            "fast-transformers' algorithm in C", product, why_not=_sequential, device="cpu"
+            "fast-transformers' algorithm in C",
+            product,
+            why_not=_sequential,
+            device="cpu",
+            built_for=platform.machine(),
         ),
         "sdpa": Peer("torch's softmax attention", softmax, computes="softmax"),
         "flex": Peer(

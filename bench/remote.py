@@ -51,6 +51,7 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, **(environment or {})},
+            start_new_session=True,  # Ctrl-C is this process's affair
         )
         self._reply()
 
@@ -63,6 +64,8 @@ class Server:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:  # it may be in the midst of something long
+            self._process.kill()
         self.close()
 
     def close(self) -> None:

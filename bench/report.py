@@ -9,7 +9,7 @@ from .bars import BARS, Verdict, judge
 from .cases import PUBLISHED, PUBLISHED_HYBRID, Case
 from .device import CEILINGS
 from .gpu_model import interval
-from .results import Results, Row
+from .results import UNSTEADY, Results, Row
 
 PLOTS = {
     "time.png": "Time against T",
@@ -35,21 +35,24 @@ BASE_HEAD = ("case", "commit", "its time", "this one's", "times faster")
 STEADY = 1.25  # torch.mm of an idle machine varies by a tenth
 METHOD = """\
 {turns} Times are medians. Before any timing, each implementation is compared with the fp64
-reference on a short version of the case, and with the others at full size. GFLOP/s counts useful
-FLOPs: what the formula needs, the same for all, nothing for masked tiles. The ceiling of a case is
-what the roofline of torch.mm ({dtype}, {size}^3) and a copy ({copy} MB, bytes read and written)
-allows. {more} Extra memory is the peak of one call beyond its inputs and outputs."""
+reference on a short version of the case; at full size forward passes with it in two heads, all
+tokens, gradients and steps with one another. GFLOP/s counts useful FLOPs: what the formula needs,
+the same for all, nothing for masked tiles. The ceiling of a row is what the roofline of torch.mm
+({size}^3) and a copy ({copy} MB, bytes read and written) allows, on as many threads. {more} Extra
+memory is the peak of one call beyond its inputs and outputs."""
 TURNS = {
     "cpu": "The implementations of a case, and of cases that a bar compares, run in turns "
-    "that are spread over the same time, with torch.mm and a copy among them.",
+    "that are spread over the same time, with torch.mm and a copy among them; a turn counts for "
+    "one sample, the median of its calls.",
     "cuda": "Calls are timed by the GPU's own clock and begin with an empty L2 "
     "(triton.testing.do_bench), in turns with torch.mm and a copy.",
 }
 MORE = {
-    "cpu": "For rows on AVX2 it has the torch.mm of a process with ATEN_CPU_CAPABILITY=avx2 and "
-    "MKL_ENABLE_INSTRUCTIONS=AVX2. Freed memory stays with the process, so that calls do not begin "
-    "with page faults.",
-    "cuda": "sdpa is what torch chooses: FlashAttention where that takes the case.",
+    "cpu": "torch.mm is of bf16 for bf16 where the CPU multiplies that, else of fp32; for rows on "
+    "AVX2 that of a process with ATEN_CPU_CAPABILITY=avx2 and MKL_ENABLE_INSTRUCTIONS=AVX2. Freed "
+    "memory stays with the process, so that calls do not begin with page faults.",
+    "cuda": "torch.mm is of the case's number type. sdpa is what torch chooses: FlashAttention "
+    "where that takes the case.",
 }
 
 
@@ -70,7 +73,8 @@ def base_rows(results: Results) -> list[tuple[str, str, str, str, str]]:
         ours = results.find(base.case, "lolcats")
         if base.implementation.startswith("lolcats@") and ours is not None:
             times = duration(base.median_s), duration(ours.median_s)
-            ratio = f"{base.median_s / ours.median_s:.2f}"
+            steady = base.steady and ours.steady
+            ratio = f"{base.median_s / ours.median_s:.2f}{'' if steady else ', unsteady'}"
             rows.append((base.case, base.implementation, *times, ratio))
     return rows
 
@@ -121,17 +125,28 @@ def model_rows(results: Results) -> list[tuple[str, ...]]:
 
 
 def unsteady(results: Results) -> str | None:
-    """A warning if torch.mm was not equally fast in all cases: something else used the machine."""
-    by_isa: dict[str, list[float]] = {}
+    """A warning if rows took longer in some turns than in others, or torch.mm in some cases:
+    something else used the machine."""
+    alike: dict[tuple[object, ...], list[float]] = {}
     for row in results.rows:
-        by_isa.setdefault(row.isa, []).append(row.mm_gflops_per_s)
-    slow, fast = max(((min(x), max(x)) for x in by_isa.values()), key=lambda x: x[1] / x[0])
-    if fast < STEADY * slow:
+        key = row.isa == "avx2", row.dtype, row.threads
+        alike.setdefault(key, []).append(row.mm_gflops_per_s)
+    slow, fast = max(((min(x), max(x)) for x in alike.values()), key=lambda x: x[1] / x[0])
+    restless = sum(not row.steady for row in results.rows)
+    seen = []
+    if fast >= STEADY * slow:
+        seen.append(
+            f"torch.mm ran at {slow:.0f} to {fast:.0f} GFLOP/s, so numbers of different cases do "
+            "not compare"
+        )
+    if restless:
+        seen.append(
+            f"{restless} of {len(results.rows)} rows took {UNSTEADY} times as long or longer in a "
+            "fifth of their turns as in another fifth"
+        )
+    if not seen:
         return None
-    return (
-        f"The machine was not steady: torch.mm ran at {slow:.0f} to {fast:.0f} GFLOP/s. Numbers of "
-        "different cases do not compare; run this again while nothing else runs."
-    )
+    return f"The machine was not steady: {'; '.join(seen)}. Run this again while nothing else runs."
 
 
 def write_page(results: Results, folder: Path) -> Path:
@@ -177,16 +192,17 @@ def _about(results: Results) -> list[str]:
         f"`{results.command}` on {row.machine}, {threads} threads, {row.device}: "
         f"lolcats_ops {row.lolcats_ops} ({results.commit}), torch {row.torch}, Python {row.python}."
     )
-    warning = unsteady(results)
+    warnings = [unsteady(results)]
+    if results.interrupted:
+        warnings.append("The run was interrupted: cases are missing that were asked for.")
     ceilings = CEILINGS[results.device]
     method = METHOD.format(
         turns=TURNS[results.device],
-        dtype=ceilings.dtype,
         size=ceilings.mm_size,
         copy=ceilings.copy_bytes >> 20,
         more=MORE[results.device],
     )
-    return [run, method, *([f"**{warning}**"] if warning else [])]
+    return [run, method, *(f"**{warning}**" for warning in warnings if warning)]
 
 
 def _rows(rows: list[Row]) -> str:

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+UNSTEADY = 1.5  # of a row, p80 / p20; up to 1.4 where nothing else ran
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,14 +32,16 @@ class Row:
     threads: int
     flops: int  # useful ones, see cases.py; the same for every implementation
     bytes: int
-    samples: int
+    samples: int  # CPU: turns, each the median of its calls; GPU: calls
     min_s: float
     p20_s: float
     median_s: float
     p80_s: float
     gflops_per_s: float
     gbytes_per_s: float
-    mm_gflops_per_s: float  # torch.mm of CEILINGS (device.py), between the samples of this case
+    # torch.mm of CEILINGS (device.py) between the samples of this case, on as many threads; of bf16
+    # where the case and the CPU are, else of fp32
+    mm_gflops_per_s: float
     copy_gbytes_per_s: float  # bytes read and written by a copy beyond the caches, likewise
     ceiling_fraction: float  # of what the roofline of these two allows
     extra_bytes: int | None  # peak memory beyond inputs and outputs, where the system tells
@@ -45,6 +49,11 @@ class Row:
     torch: str
     python: str
     machine: str
+
+    @property
+    def steady(self) -> bool:
+        """Whether it took about as long in all of its turns."""
+        return self.p80_s < UNSTEADY * self.p20_s
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Results:
     rows: list[Row]
     skips: list[Skip]
     device: str = "cpu"
+    interrupted: bool = False  # cases are missing that were asked for
 
     def find(self, case: str, implementation: str) -> Row | None:
         """The row of an implementation in a case."""
@@ -86,4 +96,4 @@ class Results:
         saved = json.loads((folder / "results.json").read_text())
         rows = [Row(**row) for row in saved["rows"]]
         skips = [Skip(**skip) for skip in saved["skips"]]
-        return cls(saved["command"], saved["commit"], rows, skips, saved["device"])
+        return cls(**{**saved, "rows": rows, "skips": skips})

@@ -5,15 +5,16 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import median, quantiles
+from typing import NamedTuple
 
 import torch
 
 import lolcats_ops as lo
 from lolcats_ops import _C
 
-from .calls import Call, WrongResult, bind, check, compare
+from .calls import Call, WrongResult, bind, check, check_whole, compare
 from .cases import Case, in_groups
 from .device import CEILINGS, isa, machine
 from .inputs import make_inputs
@@ -24,12 +25,28 @@ from .remote import Refused, Server
 from .results import Row, Skip
 
 BUDGET_S = 1.0  # of samples, for each implementation of a case
-MM, MM_AVX2, COPY = "torch.mm", "torch.mm, AVX2", "copy"
+MM, COPY = "torch.mm", "copy"
 # torch reads the first once per process; its matrix product asks the second, on Intel CPUs.
 ONLY_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 
-# Results at full size, by case and what they compute.
-Agreed = dict[tuple[str, str], tuple[torch.Tensor, ...]]
+OF_PAIRS = ("amx", "avx512_bf16")  # instruction sets with products of bf16
+
+
+@dataclass
+class Agreed:
+    """What implementations of a case should return at full size, by what they compute: some heads
+    of a forward pass in fp64; of other passes what the first one returned."""
+
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
+    results: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+
+class Ceiling(NamedTuple):
+    """The torch.mm and the copy that a row is measured against."""
+
+    dtype: str
+    threads: int
+    avx2: bool
 
 
 @dataclass(frozen=True)
@@ -96,12 +113,12 @@ def run_together(
     What cannot run a case, or computes something else, is skipped with the reason. ``bases`` are
     other commits of this library, by the name of their rows; ``avx2`` times the ceiling of rows
     that use AVX2; ``elsewhere`` run what does not run in this process, such as what torch.compile
-    makes, by the name of the implementation;
-    ``agreed`` are results of earlier calls, and gets those of these.
+    makes, by the name of the implementation; ``agreed`` are results of earlier calls for the only
+    case, and gets those of these.
     """
     entries: dict[tuple[Case, str], Entry] = {}
     skips: list[Skip] = []
-    agreed = {} if agreed is None else agreed
+    agreed_of = {case: agreed or Agreed() for case in selected}
     servers = {name: (server, "lolcats") for name, server in (bases or {}).items()}
     servers |= {name: (server, name) for name, server in (elsewhere or {}).items()}
     for server, _ in servers.values():
@@ -114,24 +131,42 @@ def run_together(
                     server, there = servers[name]
                     entries[case, name] = Entry(*server.prepare(there, case, device))
                 else:
-                    entries[case, name] = prepare(name, case, device, agreed)
+                    entries[case, name] = prepare(name, case, device, agreed_of[case])
             except Refused as refused:
                 skips.append(Skip(str(case), name, str(refused)))
         if not entries:
             return [], skips
         timers: dict[object, Timer] = {key: entry.timer for key, entry in entries.items()}
-        timers |= {MM: mm_timer(device), COPY: copy_timer(device)}
-        if avx2 is not None and any(entry.isa == "avx2" for entry in entries.values()):
+        ceilings = {
+            (case, name): _ceiling(case, name, device, avx2 is not None and entry.isa == "avx2")
+            for (case, name), entry in entries.items()
+        }
+        if avx2 is not None:
             avx2.forget()
-            timers[MM_AVX2] = avx2.prepare(MM, next(iter(selected)), device)[0]
+        for ceiling in set(ceilings.values()):
+            product = mm_timer(device, ceiling.dtype, ceiling.threads)
+            if avx2 is not None and ceiling.avx2:
+                product = avx2.prepare(MM, next(iter(selected)), device)[0]
+            timers[MM, ceiling] = product
+            timers[COPY, ceiling.threads] = copy_timer(device, ceiling.threads)
         samples = sample(timers, budget_s, device)
-        copy = 1e-9 * CEILINGS[device].bytes / median(samples[COPY])
         rows = []
         for (case, name), entry in entries.items():
-            ceiling = MM_AVX2 if entry.isa == "avx2" and MM_AVX2 in samples else MM
-            mm = 1e-9 * CEILINGS[device].flops / median(samples[ceiling])
-            rows.append(_row(case, name, entry, samples[case, name], device, mm, copy))
+            ceiling = ceilings[case, name]
+            mm = 1e-9 * CEILINGS[device].flops / median(samples[MM, ceiling])
+            copy = 1e-9 * CEILINGS[device].bytes / median(samples[COPY, ceiling.threads])
+            seconds = samples[case, name]
+            rows.append(_row(case, name, entry, seconds, device, ceiling.threads, mm, copy))
     return rows, skips
+
+
+def _ceiling(case: Case, name: str, device: str, avx2: bool) -> Ceiling:
+    """Of a row: by its threads, and in the number type that its products could be in."""
+    peer = peers().get(name)  # None: this library at another commit
+    threads = (peer and peer.threads) or torch.get_num_threads()
+    of_pairs = case.dtype == "bfloat16" and find("lolcats").isa in OF_PAIRS and not avx2
+    dtype = case.dtype if device == "cuda" or of_pairs else "float32"
+    return Ceiling(dtype, threads, avx2)
 
 
 def prepare(
@@ -149,13 +184,14 @@ def prepare(
     if (reason := peer.refusal(case, device)) is not None:
         raise Refused(reason)
     try:
-        call = checked_call(peer, case, device, {} if agreed is None else agreed)
+        call = checked_call(peer, case, device, agreed or Agreed())
     except WrongResult as error:
         raise Refused(f"computes something else: {error}") from error
     except Exception as error:  # of a peer that is not ours, too: the other rows go on
         raise Refused(summary(error)) from error
-    used = (device == "cpu" and peer.isa) or isa(device)
-    return Entry(LocalTimer(call, peer, device), used, lo.__version__, extra_bytes(call, device))
+    used = (device == "cpu" and (peer.isa or peer.built_for)) or isa(device)
+    timer = LocalTimer(call, isa=peer.isa, threads=peer.threads, device=device)
+    return Entry(timer, used, lo.__version__, extra_bytes(call, device))
 
 
 def checked_call(peer: Peer, case: Case, device: str, agreed: Agreed) -> Call:
@@ -165,17 +201,19 @@ def checked_call(peer: Peer, case: Case, device: str, agreed: Agreed) -> Call:
         WrongResult: it computes something else.
     """
     check(peer, case, device)
-    computed = (str(case), peer.computes)
-    if peer.compiled and computed not in agreed:
+    inputs = make_inputs(case, device)
+    call = bind(peer, inputs)
+    result = call()
+    if case.pass_ == "forward" and case.op != "attention_transfer":
+        check_whole(result[0], peer, inputs, agreed.heads)
+    elif peer.computes in agreed.results:
+        compare(result, agreed.results[peer.computes], case)
+    elif peer.compiled:
         trusted = find("sdpa" if peer.computes == "softmax" else "lolcats")
         checked_call(trusted, case, device, agreed)
-    call = bind(peer, make_inputs(case, device))
-    result = call()
-    # At full size there is no reference, but all must agree.
-    if computed in agreed:
-        compare(result, agreed[computed], case)
+        compare(result, agreed.results[peer.computes], case)
     else:
-        agreed[computed] = tuple(x.clone() for x in result)  # a graph writes its own again
+        agreed.results[peer.computes] = tuple(x.clone() for x in result)  # a graph writes its own
     return call
 
 
@@ -185,6 +223,7 @@ def _row(
     entry: Entry,
     seconds: list[float],
     device: str,
+    threads: int,
     mm: float,
     copy: float,
 ) -> Row:
@@ -192,12 +231,11 @@ def _row(
     middle = median(seconds)
     gflops, gbytes = (1e-9 * work / middle for work in (case.flops, case.bytes))
     shape = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "peers"}
-    peer = peers().get(name)  # None: this library at another commit
-    shape["threads"] = (peer and peer.threads) or torch.get_num_threads()
     return Row(
         case=str(case),
         implementation=name,
         **shape,
+        threads=threads,
         device=device,
         isa=entry.isa,
         flops=case.flops,

@@ -30,5 +30,5 @@ def test_time(case, name, benchmark) -> None:
         benchmark.group = str(case)
         benchmark.extra_info |= {"isa": entry.isa, "flops": case.flops, "bytes": case.bytes}
         torch.set_num_threads(find(name).threads or torch.get_num_threads())
-        use_isa(find(name))
+        use_isa(find(name).isa)
         benchmark(entry.timer.call)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 import lolcats_ops as lo
 from bench import bars, calls, cases, measure, peers, plots, report, results, run
 from bench.__main__ import main
-from bench.base import BaseError, base_server
+from bench.base import BaseError, base_server, commit_of, describe
 from bench.cases import HYBRID, SMOLLM2, STANDARD, Case, select
 from bench.remote import Refused, Server
 from lolcats_ops.cli import app
@@ -106,6 +107,7 @@ def test_attention_transfer_adds_the_pairs_of_the_causal_teacher():
 
 def test_bytes_by_hand():
     case = replace(TINY, Hk=1)
+    assert replace(case, op="attention_transfer").bytes == case.bytes  # the teacher comes out
     q, k, v, maps, o = 2 * 3 * 2, 3 * 2, 3 * 5, 2 * 2 * 2 * 3, 2 * 3 * 5
     assert case.bytes == 4 * (q + k + v + maps + o)
     assert replace(case, dtype="bfloat16").bytes == 2 * (q + k + v + o) + 4 * maps
@@ -177,6 +179,46 @@ def test_a_step_that_does_not_write_its_state_is_wrong():
         calls.check(forgetful, SMOLLM2)
 
 
+@pytest.mark.parametrize(("name", "first"), [("late", 320), ("last", 399)])
+def test_what_is_wrong_at_full_size_alone_gets_no_time(monkeypatch, name, first):
+    """Beyond the short version, or the last token of one head, and nobody to compare it with."""
+
+    def prepare(x):
+        call = peers.peers()["lolcats"].prepare["hybrid_attention"](x)
+
+        def wrong():
+            y = call().clone()
+            y[:, -1, first:] = 0
+            return y
+
+        return wrong
+
+    broken = peers.Peer(name, {"hybrid_attention": prepare})
+    monkeypatch.setitem(peers.peers(), name, broken)
+    case = replace(HYBRID, T=400, dtype="bfloat16", peers=())
+    calls.check(broken, case)
+    rows, skips = run.run_together({case: [name, "lolcats"]}, budget_s=1e-3)
+    assert [row.implementation for row in rows] == ["lolcats"]
+    assert "off by" in skips[0].reason
+
+
+@pytest.mark.parametrize("written", ["k_ring", "folded"])
+def test_a_step_that_leaves_a_part_of_its_state_is_wrong(written):
+    def prepare(x):
+        step = peers.peers()["lolcats"].prepare["step"](x)
+
+        def forgetful():
+            before = x.state.tensors[written].clone()
+            y = step()
+            x.state.tensors[written].copy_(before)
+            return y
+
+        return forgetful
+
+    with pytest.raises(calls.WrongResult, match="off by"):
+        calls.check(peers.Peer("forgetful", {"step": prepare}), SMOLLM2)
+
+
 def test_nan_is_a_wrong_result():
     nan, one = torch.tensor([math.nan]), torch.ones(1)
     with pytest.raises(calls.WrongResult):
@@ -203,6 +245,11 @@ def test_what_does_not_exist_is_wrong_usage(arguments, message, capsys):
 def test_a_commit_that_is_none_is_named():
     with pytest.raises(BaseError, match="nonsense"), base_server("nonsense"):
         pass
+
+
+def test_a_commit_is_called_by_the_name_that_stays_with_it():
+    assert commit_of("HEAD") == commit_of("HEAD~0")
+    assert describe().startswith(commit_of("HEAD"))
 
 
 def test_a_library_of_another_interface_is_named(tmp_path):
@@ -234,9 +281,31 @@ def test_timers_take_turns_until_their_budgets_are_spent():
     assert [sorted(calls_) for calls_ in rounds] == [turn] * 16
     assert len({calls_[0] for calls_ in rounds}) == 3  # whoever comes first
     assert samples["slow"] == [1.0] * 16
-    assert samples["fast"] == pytest.approx([1e-3] * 80)
-    assert samples["tiny"] == pytest.approx([1e-5] * 80)
-    assert len(measure.sample(clocks, 60, "cpu")["tiny"]) == measure.SAMPLES
+    assert samples["fast"] == pytest.approx([1e-3] * 16)
+    assert samples["tiny"] == pytest.approx([1e-5] * 16)
+    turns.clear()
+    measure.sample(clocks, 60, "cpu")
+    assert turns.count(("tiny", 200)) == measure.CALLS
+
+
+def test_a_turn_counts_for_one_however_many_calls_it_had():
+    """While the machine is busy fast calls are fewer: among all calls they would count for less."""
+
+    class Clock:
+        turn = 0.0
+
+        def __init__(self, cost):
+            self.cost, self.now = cost, 0.0
+
+        def seconds(self, number):
+            busy = int(self.now / (self.cost * 10)) % 3 > 0  # two thirds of the time
+            took = number * self.cost * (3 if busy else 1)
+            self.now += took
+            return took
+
+    samples = measure.turns_of_calls({"a": Clock(7e-3)}, 16 * 10 * 7e-3)["a"]
+    assert len(samples) == 16
+    assert statistics.median(samples) == pytest.approx(3 * 7e-3)
 
 
 def test_cases_that_bars_compare_take_turns(monkeypatch):
@@ -318,7 +387,43 @@ def test_what_was_measured_before_an_interrupt_is_kept(monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as exit_:
         main(["--out", str(tmp_path)])
     assert exit_.value.code == 130
-    assert results.Results.load(tmp_path).rows == synthetic().rows
+    found = results.Results.load(tmp_path)
+    assert found.interrupted
+    assert found.rows == synthetic().rows
+    assert "was interrupted" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_wrong_result_of_this_library_fails_the_run(monkeypatch, tmp_path):
+    def refused(*_, **__):
+        yield synthetic().rows, [results.Skip(str(HYBRID), "lolcats", "computes something else")]
+
+    monkeypatch.setattr("bench.__main__.run_cases", refused)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--out", str(tmp_path)])
+    assert exit_.value.code == 3
+
+
+def test_a_library_of_another_checkout_is_not_timed_as_this_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("bench.__main__.CHECKOUT", tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--out", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert "of which this checkout does not know the commit" in capsys.readouterr().err
+
+
+def test_an_instruction_set_that_there_is_not_is_named(tmp_path):
+    command = [sys.executable, "-m", "bench", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "LOLCATS_ISA": "bogus"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "LOLCATS_ISA is 'bogus', needs one of" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_run_that_measures_nothing_fails_and_says_why(tmp_path, capsys):
@@ -338,6 +443,34 @@ def test_a_machine_that_was_busy_is_said_to_be():
     assert report.unsteady(run_) is None
     run_.rows[7] = replace(run_.rows[7], mm_gflops_per_s=100.0)
     assert "100 to 200 GFLOP/s" in report.unsteady(run_)
+
+
+def test_a_row_that_was_slow_for_a_while_is_said_to_be():
+    run_ = synthetic()
+    at = next(i for i, r in enumerate(run_.rows) if r.case == str(HYBRID))
+    run_.rows[at] = replace(run_.rows[at], p80_s=1.6 * run_.rows[at].p20_s)
+    assert "1 of " in report.unsteady(run_)
+    bar = bars.Bar("2x", (bars.Quantity(HYBRID, "sdpa"),), (bars.Quantity(HYBRID),), at_least=2)
+    assert bars.judge(bar, run_).result == "met, unsteady"
+    run_.rows.append(replace(run_.rows[at], implementation="lolcats@abc"))
+    assert report.base_rows(run_)[0][-1] == "1.00, unsteady"
+
+
+def test_one_thread_says_nothing_of_two():
+    run_ = synthetic()
+    one = [replace(row, threads=1) for row in run_.rows]
+    (bar,) = (bar for bar in bars.BARS["cpu"] if "one head" in bar.claim)
+    assert bars.judge(bar, run_).value is not None
+    assert "1 thread ran" in bars.judge(bar, replace(run_, rows=one)).result
+
+
+def test_rows_are_measured_against_products_of_their_own_kind():
+    bf16 = Case("feature_map", T=64, dtype="bfloat16")
+    names = ["lolcats", "lolcats:one_thread"]
+    rows, _ = run.run_together({bf16: names, replace(bf16, dtype="float32"): names}, budget_s=1e-3)
+    of_pairs = peers.find("lolcats").isa in run.OF_PAIRS
+    kinds = {(row.dtype if of_pairs else "", row.threads): row.mm_gflops_per_s for row in rows}
+    assert len({*kinds.values()}) == len(kinds) == len({row.mm_gflops_per_s for row in rows})
 
 
 def test_bars_are_ratios_of_medians():
