@@ -133,7 +133,9 @@ def _tokenizer(path: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         if Path(path).is_dir() and not any(Path(path).glob("*token*")):  # as of a Trainer
             raise ValueError(
-                f"{path} has no tokenizer: copy the files of the original model's there"
+                f"{path} has no tokenizer: save the original model's there, as "
+                f"AutoTokenizer.from_pretrained(ORIGINAL).save_pretrained({path!r}); transformers "
+                "might read files that are only copied as another class"
             ) from error
         raise
     return tokenizer

@@ -54,7 +54,7 @@ class AttentionBlock {
     found.lambda = 1.f;
     if (hybrid) {
       const float g = p.gate[found.head];
-      found.log2_gate = -log2f(1.f + exp2f(-kLog2e * fmaxf(g, kLeastGate)));
+      found.log2_gate = -log2f(1.f + exp2f(-kLog2e * bounded_gate(g)));
       if (p.affine) found.lambda = affine_lambda(g);
     }
     found.bias_q = bias_of(p.map_q, found.head);

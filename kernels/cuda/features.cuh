@@ -12,8 +12,11 @@ constexpr float kLog2e = 1.4426950408889634f;
 // Gates count as this at least, and for lambda as its opposite at most, lest a query with one kind
 // of keys alone divide zero by zero. -80 would do, but its 1 / den times a gradient overflows.
 constexpr float kLeastGate = -60.f;
+__device__ __forceinline__ float bounded_gate(float gate) {
+  return gate < kLeastGate ? kLeastGate : gate;  // NaN stays NaN
+}
 __device__ __forceinline__ float affine_lambda(float gate) {
-  return 1.f / (1.f + exp2f(kLog2e * fminf(gate, -kLeastGate)));
+  return 1.f / (1.f + exp2f(-kLog2e * bounded_gate(-gate)));
 }
 constexpr float kLowest = -3.4e38f;  // below any score; not infinite, since inf - inf is no number
 

@@ -327,7 +327,7 @@ class Step : StepKeys<T, kLanes, kQueries, kWide> {
       own.den = 0.f;
       const T* row = row_of<T>(p.q, s().batch, own.head, s().first_row + own.token);
       load_row(q() + r * p.map.ld, p.map.ld, row, p.map.D);
-      own.gate = 1.f / (1.f + exp2f(-kLog2e * fmaxf(p.gate[own.head], kLeastGate)));
+      own.gate = 1.f / (1.f + exp2f(-kLog2e * bounded_gate(p.gate[own.head])));
       if (me.lane() == 0) queries()[r] = own;
     }
     l = 0.f;

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from .carried import carried_on, packed_keys, packed_keys_before, unpacked_anew, unpacked_tiles
-from .features import inner_product, load_weight, product
+from .features import at_least, inner_product, load_weight, product
 from .problem import INF, LEAST_GATE, LN2, LOG2E, LOWEST, Sums
 from .state import (
     absorb,
@@ -75,7 +75,7 @@ def log2_gate(p, at):
     if p.gate is None:
         return 0.0
     else:
-        gate = tl.maximum(tl.load(p.gate + at.head), LEAST_GATE)
+        gate = at_least(tl.load(p.gate + at.head), LEAST_GATE)
         return -tl.log2(1.0 + tl.exp2(-gate * LOG2E))
 
 
@@ -94,8 +94,8 @@ def linear_factor(p, at):
     if p.gate is None:
         return p.scale
     elif p.affine:
-        gate = tl.minimum(tl.load(p.gate + at.head), -LEAST_GATE)
-        return 1.0 / (1.0 + tl.exp2(gate * LOG2E))
+        against = at_least(-tl.load(p.gate + at.head), LEAST_GATE)
+        return 1.0 / (1.0 + tl.exp2(-against * LOG2E))
     else:
         return None
 

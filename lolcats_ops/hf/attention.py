@@ -240,7 +240,8 @@ def real_tokens(mask: Tensor | None, batch: int, tokens: int, past: int = 0) -> 
     columns = mask[..., first : first + tokens]
     of_queries = mask.dim() == 4
     real = _attended(columns[:, 0].diagonal(dim1=1, dim2=2)) if of_queries else columns.bool()
-    if not torch.compiler.is_exporting() and bool(real.all()):
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    if not traced and bool(real.all()):
         return None
     return real.expand(batch, tokens).contiguous()
 

@@ -215,7 +215,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         try:
             self.state.rewind(self._real_among(n))
         except ValueError as error:
-            if self.slack > 0:
+            if self.slack > 0 or n > int(self.state.length.min()):
                 raise
             raise ValueError(
                 f"{error}; lo.hf.LolcatsCache(model, slack=...), as past_key_values of generate, "
@@ -246,7 +246,8 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | list[int]) -> None:
+        indices = torch.as_tensor(indices)
         self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

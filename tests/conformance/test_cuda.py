@@ -123,6 +123,19 @@ def test_tokens_after_the_last_sequence_get_zero(bounds):
     assert (out[:, :, bounds[-1] :] == 0).all()
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_gate_that_is_nan_makes_nan(affine):
+    x = prepare(
+        Case(D=16, V=24, f=16, G=2, window=4, batch=(1, 2), affine=affine), 20, torch.float32
+    )
+    x.leaves["gate"][0] = float("nan")
+    out = emulated.hybrid_attention_step_(
+        *arguments(x), empty_state(x), cuts=[0, 19, 20], affine=affine
+    )
+    assert out[:, 0].isnan().all()
+    assert out[:, 1:].isfinite().all()
+
+
 def _tokens(case: Case, length: int, seed: int) -> Inputs:
     inputs = make_inputs(replace(case, length="w", window=length), seed)
     leaves = inputs.as_dtype(torch.bfloat16, "transposed").leaves

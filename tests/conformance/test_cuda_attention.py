@@ -143,6 +143,16 @@ def test_small_gates_leave_a_query_its_softmax_part_in_fp16():
     compare(operators.hybrid_attention(kernels, x.as_dtype(FP16, "plain")), want, FP16)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_gate_that_is_nan_makes_nan(affine):
+    x = make_inputs(Case(D=16, G=2, window=4, affine=affine)).as_dtype(FP32, "plain")
+    with torch.no_grad():
+        x.leaves["gate"][0] = float("nan")
+        out = operators.hybrid_attention(Kernels(program(NARROW)), x)["out"]
+    assert out[:, 0].isnan().all()
+    assert out[:, 1:].isfinite().all()
+
+
 def test_small_features_are_kept_in_fp16():
     """phi_q . phi_k of trained maps goes far below what fp16 holds."""
     case = Case("w+1", D=64, f=64, window=60, batch=(1, 4), initial=False, dtype=FP16)

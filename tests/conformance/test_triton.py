@@ -293,6 +293,20 @@ def test_nan_stays_nan():
     assert phi.isnan().sum() == phi.shape[-1]
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_gate_that_is_nan_makes_nan(affine, monkeypatch):
+    """As the values of a GPU's tensors are not looked at."""
+    monkeypatch.setattr("lolcats_ops.ops.validation.is_readable", lambda x: False)
+    x = prepare(case_of(4, "sliding", 0, affine=affine), 20, torch.float32)
+    x.leaves["gate"][0] = float("nan")
+    options = {"affine": affine, "backend": "triton"}
+    out = lo.hybrid_attention(*arguments(x), **x.case.windows, **options)
+    stepped = feed(x, empty_state(x), [0, 19, 20], **options)
+    for y in (out, stepped):
+        assert y[:, 0].isnan().all()
+        assert y[:, 1:].isfinite().all()
+
+
 def test_feature_map_takes_any_number_of_heads():
     from lolcats_ops.kernels.triton.feature_map import maps_of
 

@@ -322,3 +322,25 @@ def test_a_converted_model_can_be_exported(model):
     ).module()
     got = exported(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(got, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+class Logits(torch.nn.Module):
+    """What torch.jit.trace takes: parameters of its own, and a tensor that comes out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, mask):
+        return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of the tracer, and that torch deprecates it
+def test_a_trace_without_padding_takes_padding(model):
+    logits, ids, mask = Logits(model), token_ids(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    traced = torch.jit.trace(logits, (ids, mask))
+    padded = mask.clone()
+    padded[1, :9] = 0
+    difference = traced(ids, padded) - logits(ids, padded)
+    assert (difference * padded[..., None]).abs().max() < 1e-4
