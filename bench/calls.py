@@ -122,7 +122,7 @@ def _softmax_in_pieces(x: Inputs) -> Tensor:
 
 def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> None:
     """||got - want|| <= tolerance * ||want|| for every tensor, and no row of one, such as the
-    output of a token, is off by ten times as much of what rows are.
+    output of a token, is off by ten times as much of itself, or of what rows usually are.
 
     Raises:
         WrongResult: it is not so.
@@ -133,9 +133,10 @@ def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> No
         if not truth.numel():
             continue
         off, size = a.detach().double() - truth, truth.norm() or torch.ones(())
-        of_rows = off.norm(dim=-1) if off.ndim > 1 else off.norm()[None]
+        rows, own = (x.norm(dim=-1) if x.ndim > 1 else x.norm()[None] for x in (off, truth))
+        usual = size.item() / len(rows.flatten()) ** 0.5  # the first rows are much larger
         error = (off.norm() / size).item()
-        worst = (of_rows.max() / size * len(of_rows.flatten()) ** 0.5).item()
+        worst = (rows / own.clamp(min=usual)).max().item()
         if not (error <= tolerance and worst <= 10 * tolerance):  # nan is not
             raise WrongResult(
                 f"result {i} is off by {error:.1e}, a row by {worst:.1e}, more than "

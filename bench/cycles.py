@@ -27,7 +27,7 @@ CASES = tuple(case for case in ports.CASES if case.pass_ == "forward" and case.o
 BLOCK = 32  # tokens, of kernels/cpu/gemm.h
 OLDEST = 19  # of LLVM: 14 had multiply-adds of Zen 3 start once a cycle
 
-# What cores handle aside, or a model has wrong where it has been measured (docs/performance.md).
+# What cores handle aside, or a model has wrong where it has been measured (docs/limits.md).
 _ASIDE = re.compile(r"call|ret|nop|data16|cs nop|xchg|bnd|rep|(sub|add|and|lea) .*,%rsp$")
 _OF_CORE = {
     "znver4": (

@@ -95,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         number = len(runs(cases, options.implementations))
         parser.exit(
             2,
-            f"gpu-report: this machine has no GPU: {reason}. On one that has, this would run the "
-            f"conformance tests on it, time {number} implementations of {len(cases)} cases, and "
-            f"write report.json, report.md and plots to {options.out}.\n",
+            f"gpu-report: nothing runs on {options.device} here: {reason}. Where it does, this "
+            f"would run the conformance tests on it, time {number} implementations of {len(cases)} "
+            f"cases, and write report.json, report.md and plots to {options.out}.\n",
         )
     make_folder(parser, options.out)
     command = shlex.join(["python", "-m", "bench.gpu_report", *arguments])

@@ -146,14 +146,14 @@ def _roofline(rows: list[Row]) -> Any:
     for dtype, rate in products.items():
         style = "solid" if dtype == "float32" else "dashed"
         axes.plot(
-            [low, rate / copy, high],
-            [low * copy, rate, rate],
+            [min(low, rate / copy), rate / copy, high],
+            [min(low * copy, rate), rate, rate],
             linestyle=style,
             color="black",
             linewidth=1,
         )
         axes.annotate(
-            f"torch.mm {dtype} {rate:.0f} GFLOP/s",
+            f"torch.mm for {dtype} {rate:.0f} GFLOP/s",
             (high, rate),
             (0, 5),
             textcoords="offset points",

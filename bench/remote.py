@@ -75,7 +75,7 @@ class Server:
         self._process.wait()
 
     def prepare(
-        self, name: str, case: Case, device: str = "cpu"
+        self, name: str, case: Case, device: str = "cpu", threads: int = 0
     ) -> tuple[RemoteTimer, str, str, int | None]:
         """The implementation, as the fields of a run.Entry; "torch.mm" is one as well.
 
@@ -84,7 +84,7 @@ class Server:
         """
         import torch
 
-        threads = torch.get_num_threads()
+        threads = threads or torch.get_num_threads()
         reply = self._ask(name=name, case=asdict(case), device=device, threads=threads)
         if "refused" in reply:
             raise Refused(reply["refused"])

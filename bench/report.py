@@ -142,7 +142,7 @@ def unsteady(results: Results) -> str | None:
     if restless:
         seen.append(
             f"{restless} of {len(results.rows)} rows took {UNSTEADY} times as long or longer in a "
-            "fifth of their turns as in another fifth"
+            "fifth of their samples as in another fifth"
         )
     if not seen:
         return None

@@ -143,10 +143,10 @@ def run_together(
         }
         if avx2 is not None:
             avx2.forget()
-        for ceiling in set(ceilings.values()):
+        for ceiling in dict.fromkeys(ceilings.values()):
             product = mm_timer(device, ceiling.dtype, ceiling.threads)
             if avx2 is not None and ceiling.avx2:
-                product = avx2.prepare(MM, next(iter(selected)), device)[0]
+                product = avx2.prepare(MM, next(iter(selected)), device, ceiling.threads)[0]
             timers[MM, ceiling] = product
             timers[COPY, ceiling.threads] = copy_timer(device, ceiling.threads)
         samples = sample(timers, budget_s, device)

@@ -47,7 +47,7 @@ def serve() -> None:
         device = request["device"]
         try:
             if request["name"] == MM:
-                entry = Entry(mm_timer(device), isa(device), "")
+                entry = Entry(mm_timer(device, threads=request["threads"]), isa(device), "")
             else:
                 entry = prepare(request["name"], Case(**request["case"]), device)
         except Refused as refused:

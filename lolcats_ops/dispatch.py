@@ -124,15 +124,15 @@ def _triton_version() -> tuple[int, ...]:
 
 def _triton(case: Case) -> str | None:
     device = case.device.type
-    if reason := why_no_triton():
-        return reason
+    if find_spec("triton") is None:
+        return why_no_triton()
     if device == "cuda" and not torch.cuda.is_available():
         return "this machine has no GPU"
     if device == "cpu" and (why := _not_interpreted(case.dtype)):
         return why
     if device not in ("cuda", "cpu"):
         return f"it runs on cuda, not on {device}"
-    return _kernel_limits(case)
+    return why_no_triton() or _kernel_limits(case)
 
 
 def _not_interpreted(dtype: torch.dtype) -> str | None:
