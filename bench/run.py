@@ -144,9 +144,10 @@ def run_together(
         if avx2 is not None:
             avx2.forget()
         for ceiling in dict.fromkeys(ceilings.values()):
-            product = mm_timer(device, ceiling.dtype, ceiling.threads)
             if avx2 is not None and ceiling.avx2:
-                product = avx2.prepare(MM, next(iter(selected)), device, ceiling.threads)[0]
+                product: Timer = avx2.prepare(MM, next(iter(selected)), device, ceiling.threads)[0]
+            else:
+                product = mm_timer(device, ceiling.dtype, ceiling.threads)
             timers[MM, ceiling] = product
             timers[COPY, ceiling.threads] = copy_timer(device, ceiling.threads)
         samples = sample(timers, budget_s, device)

@@ -9,6 +9,7 @@ after the other, ``python -m bench`` in turns.
 import pytest
 import torch
 
+from .apart import runs
 from .calls import use_isa
 from .cases import STANDARD
 from .measure import keep_freed_memory
@@ -16,7 +17,7 @@ from .peers import find
 from .remote import Refused
 from .run import prepare, restored
 
-RUNS = [(case, name) for case in STANDARD for name in ("lolcats", *case.peers)]
+RUNS = runs(STANDARD, ())
 
 
 @pytest.mark.parametrize(("case", "name"), RUNS, ids=[f"{case}-{name}" for case, name in RUNS])
