@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lolcats_ops import _C, reference
 
 from .cases import Case
 from .inputs import Inputs, make_inputs
-from .peers import Peer, kind, peers
+from .peers import Peer, kind, operators_of, peers
 
 Call = Callable[[], tuple[Tensor, ...]]
 # Relative errors: eager formulations round each of their steps, gradients twice.
@@ -97,27 +97,27 @@ def check_whole(result: Tensor, peer: Peer, inputs: Inputs, truths: dict[str, Te
 def _reference_in_pieces(x: Inputs) -> Tensor:
     """The reference stores pairs of tokens, so it goes on from a state."""
     outputs, state = [], None
-    for piece in zip(*(t.split(GATE_PIECE, 2) for t in (x.q, x.k, x.v)), strict=True):
+    for piece in _pieces(x):
         if x.case.op == "feature_map":
-            outputs.append(reference.feature_map(piece[0], x.maps[0]))
-        elif x.case.op == "linear_attention":
-            maps = dict(zip(("feature_q", "feature_k"), x.maps, strict=False))
-            y, state = reference.linear_attention(*piece, **maps, state=state, return_state=True)
-            outputs.append(y)
+            outputs.append(operators_of(reference)[x.case.op](piece)())
         else:
-            settings = {"window": x.case.window, "state": state, "return_state": True}
-            y, state = reference.hybrid_attention(*piece, *x.maps, x.gate, **settings)
+            call = operators_of(reference, state=state, return_state=True)[x.case.op]
+            y, state = call(piece)()
             outputs.append(y)
     return torch.cat(outputs, 2)
 
 
 def _softmax_in_pieces(x: Inputs) -> Tensor:
-    outputs = []
+    return torch.cat([_softmax(piece)() for piece in _pieces(x, all_keys=True)], 2)
+
+
+def _pieces(x: Inputs, all_keys: bool = False) -> Iterator[Inputs]:
+    """Successive queries with their keys, or with all keys up to theirs."""
     for start in range(0, x.case.T, GATE_PIECE):
-        q, end = x.q[:, :, start : start + GATE_PIECE], start + GATE_PIECE
-        seen = {"q": q, "k": x.k[:, :, :end], "v": x.v[:, :, :end]}
-        outputs.append(_softmax(replace(x, tensors=x.tensors | seen))())
-    return torch.cat(outputs, 2)
+        end = start + GATE_PIECE
+        first = {"q": start, "k": 0 if all_keys else start, "v": 0 if all_keys else start}
+        rows = {name: x.tensors[name][:, :, i:end] for name, i in first.items()}
+        yield replace(x, tensors=x.tensors | rows)
 
 
 def compare(got: tuple[Tensor, ...], want: tuple[Tensor, ...], case: Case) -> None:

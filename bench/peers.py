@@ -62,7 +62,7 @@ def kind(case: Case) -> str:
 def peers() -> dict[str, Peer]:
     """All implementations, our own first. Made once: what is timed changes the instruction set."""
     best = _C.cpu_isa()
-    ours = _of(lo)
+    ours = operators_of(lo)
     quadratic = {"hybrid_attention": lambda x: partial(eager.quadratic, *_hybrid(x))}
     chunkwise: dict[str, Prepare] = {
         "hybrid_attention": lambda x: partial(eager.chunkwise, *_hybrid(x)),
@@ -92,7 +92,9 @@ def peers() -> dict[str, Peer]:
             device="cpu",
             isa=best,
         ),
-        "reference": Peer("lolcats_ops.reference", _of(lo.reference), why_not=_stores_pairs),
+        "reference": Peer(
+            "lolcats_ops.reference", operators_of(lo.reference), why_not=_stores_pairs
+        ),
         "eager": Peer("plain torch", features),
         "quadratic": Peer("as published, eager torch", quadratic, why_not=_stores_pairs),
         "chunkwise": Peer("in chunks, eager torch", chunkwise, why_not=_whole_chunks),
@@ -153,7 +155,9 @@ def find(name: str) -> Peer:
 # Ours and the reference
 
 
-def _of(module: Any, **options: Any) -> dict[str, Prepare]:
+def operators_of(module: Any, **options: Any) -> dict[str, Prepare]:
+    """Of lolcats_ops or its reference, with ``options`` in every call."""
+
     """The operators of lolcats_ops, or of its reference."""
 
     def linear(x: Inputs) -> Callable[[], Any]:
@@ -199,7 +203,7 @@ def _on_backend(backend: str) -> Peer:
         return None if choice.backend else choice.why
 
     about = f"this library, backend {backend}"
-    return Peer(about, _of(lo, backend=backend), why_not=why_not, device="cuda")
+    return Peer(about, operators_of(lo, backend=backend), why_not=why_not, device="cuda")
 
 
 def _graphed(peer: Peer) -> Peer:
