@@ -182,7 +182,7 @@ struct InPairs {
 
 bool takes_pairs(const lol_features& features) {
 #ifdef LOL_PAIRS
-  return !has_map(features) || (!features.skip && features.activation != LOL_FAVOR);
+  return !has_map(features) || features.activation != LOL_FAVOR;
 #else
   (void)features;
   return false;
@@ -225,6 +225,24 @@ FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts) {
 
 namespace {
 
+// z += x, where f = D.
+void add_tokens(const FeatureMap& map, const float* x, float* z) {
+  const auto add = [](float* to, Vec of) { store(to, load(to) + of); };
+  if (map.format == Format::f32) {
+    for (int t = 0; t < map.f * BLOCK; t += LANES) add(z + t, load(x + t));
+    return;
+  }
+#ifdef LOL_PAIRS
+  for (int i = 0; i < map.f; i += 2, x += BLOCK, z += 2 * BLOCK) {
+    for (int t = 0; t < BLOCK; t += LANES) {
+      const Vec word = load(x + t);
+      add(z + t, first_of(word));
+      if (i + 1 < map.f) add(z + BLOCK + t, second_of(word));
+    }
+  }
+#endif
+}
+
 // z = x W + b (+ x) [f x BLOCK], by those parts of W that are always taken.
 void project(const FeatureMap& map, const float* x, float* z) {
   add_product(map, 0, map.parts.always, x, BLOCK, z, Into::set);
@@ -232,8 +250,7 @@ void project(const FeatureMap& map, const float* x, float* z) {
     for (int t = i * BLOCK; t < (i + 1) * BLOCK; t += LANES)
       store(z + t, load(z + t) + map.bias[i]);
   }
-  for (int t = 0; map.skip && t < map.f * BLOCK; t += LANES)
-    store(z + t, load(z + t) + load(x + t));
+  if (map.skip) add_tokens(map, x, z);
 }
 
 }  // namespace

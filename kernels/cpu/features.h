@@ -81,7 +81,7 @@ static inline Vec activated(const FeatureMap& map, Vec z, Vec half_norm) {
   return max(y, splat(map.eps));
 }
 
-// Whether features can be made of pairs of bf16, or are such pairs: skip and favor need x in fp32.
+// Whether features can be made of pairs of bf16, or are such pairs: favor needs x in fp32.
 bool takes_pairs(const lol_features& features);
 // The map with its weight in parts, pairs along D, one after the other in `to`.
 FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts);

@@ -25,10 +25,13 @@ on_cpu = pytest.mark.parametrize("backend", CPU, indirect=True)
 
 def is_well_posed(case: Case) -> bool:
     """Roundings to bf16 average out in tensors, not in a few numbers; and gradients of a bias are
-    small sums of large terms, in which they show where features are few."""
+    small sums of large terms, in which they show where features are few. So are those that count
+    where a skip makes z large. The cross-entropy of one token is 0."""
     exact = case.dtype is torch.float32
-    widths_do = exact or min(case.D, int(case.V), int(case.f)) >= 16
-    return is_possible(vars(case)) and widths_do and (exact or not case.bias)
+    f = case.D if case.f == "D" else int(case.f)
+    sizes_do = exact or min(case.T, case.D, int(case.V), f) >= (64 if case.skip else 16)
+    numbers_do = not (case.xent and case.T == 1) and (exact or not case.bias)
+    return is_possible(vars(case)) and sizes_do and numbers_do
 
 
 tokens = st.integers(0, 300)
@@ -38,13 +41,17 @@ CASES = st.builds(
     length=tokens.map(str),
     D=widths,
     V=widths,
-    f=widths,
+    f=st.just("D") | widths,
     G=st.integers(1, 4),
     batch=st.sampled_from([(1, 1), (1, 2), (2, 1)]),
     window=st.integers(0, 150),
     window_kind=st.sampled_from(["sliding", "terrace"]),
     sink=st.integers(0, 70),
     affine=st.booleans(),
+    # Among millions of z some are so near to relu's 0, or to exp's maximum, that rounding decides
+    # where a gradient goes: neither is drawn.
+    activation=st.sampled_from(["softmax", "elu1", "favor"]),
+    skip=st.booleans(),
     two_sided=st.booleans(),
     bias=st.booleans(),
     shared=st.sampled_from(["neither", "k", "q and k"]),
