@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +16,7 @@ from gpu_on_cpu import budget, pipe_model
 from gpu_on_cpu.ahead_of_time import TARGETS
 from helpers import launches
 from helpers.kernel_budget import BUDGET, CI, JOBS, RENEW
+from triton.backends.compiler import GPUTarget
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +42,11 @@ def test_every_budget_is_of_the_kernel_as_it_is(target, entries, tmp_path):
 
 
 def test_every_kind_of_kernel_has_a_budget(entries):
-    assert {name.split()[0] for name in entries if " sm_90 " in name} >= {
-        "attention_forward", "attention_step", "backward_keys", "backward_queries", "compare",
-        "entropy_keys", "entropy_queries", "feature_map_forward", "feature_map_gradients",
-    }  # fmt: skip
+    for target in ("sm_75", "sm_90"):
+        assert {name.split()[0] for name in entries if f" {target} " in name} >= {
+            "attention_forward", "attention_step", "backward_keys", "backward_queries", "compare",
+            "entropy_keys", "entropy_queries", "feature_map_forward", "feature_map_gradients",
+        }  # fmt: skip
 
 
 def test_every_kernel_can_be_launched(entries):
@@ -112,11 +115,31 @@ def test_every_shape_has_a_launch_configuration():
     for rows in launch.TABLE.values():
         for sizes in itertools.product((16, 32, 64, 128, 256), repeat=2):
             assert any(row.fits(*sizes) for row in rows)
+        assert rows[-1].fits(256, 256)  # which sm_75 takes for all
     for kernel, dtype in itertools.product(("forward", "backward"), ("bf16", "fp32")):
         for head_dim in (16, 32, 64, 128, 256):
             assert any(row.fits(head_dim, 0) for row in launch.TABLE[kernel, dtype])
     for rows in launch.TABLE.values():
         assert all(set(row.others) <= set(launch.ARCHITECTURES) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("column", "capabilities"),
+    [
+        ("sm_75", (75,)),
+        ("sm_80", (80, 87)),
+        ("sm_86", (86, 89, 120, 121)),
+        ("sm_90", (90,)),
+        ("sm_100", (100, 103, 110)),
+    ],
+)
+def test_every_compute_capability_has_a_column(column, capabilities):
+    from lolcats_ops.kernels.triton import launch
+
+    for capability in capabilities:
+        driver = Mock()
+        driver.get_current_target.return_value = GPUTarget("cuda", capability, 32)
+        assert launch._architecture(driver, 0) == column
 
 
 def test_calls_of_the_same_shapes_share_their_constants():

@@ -27,7 +27,7 @@ class Tiles:
     carried: int = 1  # tiles of a window that a chunk may leave to the next in registers
 
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+ARCHITECTURES = ("sm_80", "sm_75", "sm_86", "sm_90", "sm_100", "gfx942")
 
 
 def architecture() -> str:
@@ -48,7 +48,10 @@ def _architecture(driver: Any, device: Any) -> str:
         return "sm_90"
     if target.arch // 10 in (10, 11):
         return "sm_100"
-    # sm_86, sm_89 and sm_12x have 99 KB of shared memory for a block; sm_80 and sm_87 have 163.
+    # A block has 64 KB of shared memory on sm_75, 163 on sm_80 and sm_87, 99 on sm_86, sm_89 and
+    # sm_12x.
+    if target.arch < 80:
+        return "sm_75"
     return "sm_80" if target.arch in (80, 87) else "sm_86"
 
 
@@ -276,7 +279,10 @@ def _tiles(
     kernel: str, dtype: str, head_dim: int, width: int, value_dim: int, architecture: str
 ) -> Tiles:
     size = next_power_of_2(head_dim), next_power_of_2(width) if width else 0
-    tiles = next(row for row in TABLE[kernel, dtype] if row.fits(*size)).on(architecture)
+    rows = TABLE[kernel, dtype]
+    # What does for the widest heads leaves room for others in the 64 KB of sm_75.
+    row = rows[-1] if architecture == "sm_75" else next(row for row in rows if row.fits(*size))
+    tiles = row.on(architecture)
     return replace(tiles, block_v=min(tiles.block_v, next_power_of_2(value_dim)))
 
 

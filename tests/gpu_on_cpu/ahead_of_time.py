@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
 CACHE = Path(__file__).resolve().parents[2] / "build" / "triton_cache"
 
 Argument = str | int | float | bool | None

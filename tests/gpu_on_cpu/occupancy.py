@@ -10,6 +10,7 @@ class Limits:
     """Per multiprocessor: CUDA C++ Programming Guide, "Technical Specifications"."""
 
     shared_bytes: int
+    reserved_shared_bytes: int = 1024  # by the system, in each block
     registers: int = 65536
     threads: int = 2048
     blocks: int = 32
@@ -17,12 +18,12 @@ class Limits:
 
 
 LIMITS = {
+    "sm_75": Limits(64 * 1024, reserved_shared_bytes=0, threads=1024, blocks=16),
     "sm_80": Limits(shared_bytes=164 * 1024),
     "sm_86": Limits(shared_bytes=100 * 1024, threads=1536, blocks=16),
     "sm_90": Limits(shared_bytes=228 * 1024),
     "sm_100": Limits(shared_bytes=228 * 1024),
 }
-_RESERVED_SHARED_BYTES = 1024  # by the system, in each block
 _SCHEDULERS = 4
 _REGISTER_UNIT = 256  # registers are given to warps in these
 
@@ -40,7 +41,7 @@ def blocks_per_sm(
     warps_by_registers = limits.registers // _SCHEDULERS // registers_of_warp * _SCHEDULERS
     by_resource = {
         "registers": warps_by_registers // warps,
-        "shared_bytes": limits.shared_bytes // (shared_bytes + _RESERVED_SHARED_BYTES),
+        "shared_bytes": limits.shared_bytes // (shared_bytes + limits.reserved_shared_bytes),
         "threads": limits.threads // threads,
         "blocks": limits.blocks,
     }

@@ -135,7 +135,7 @@ def test_every_job_that_fails_is_named_with_its_reason():
 
 
 def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="target is 'sm_70'; there are sm_80,"):
+    with pytest.raises(ValueError, match="target is 'sm_70'; there are sm_75,"):
         Job(KERNELS, "matmul", MATMUL, "sm_70")
 
 
@@ -176,18 +176,20 @@ def test_what_a_branch_ahead_skips_is_told_apart():
 
 
 @pytest.mark.parametrize(
-    ("registers", "shared", "threads", "expected"),
+    ("target", "registers", "shared", "threads", "expected"),
     [
-        (128, 0, 128, (4, "registers")),
-        (16, 0, 1024, (2, "threads")),
-        (16, 0, 32, (32, "blocks")),
-        (32, 81 * 1024, 128, (2, "shared_bytes")),
-        (32, 163 * 1024, 128, (1, "shared_bytes")),
-        (32, 164 * 1024, 128, (0, "shared_bytes")),
+        ("sm_80", 128, 0, 128, (4, "registers")),
+        ("sm_80", 16, 0, 1024, (2, "threads")),
+        ("sm_80", 16, 0, 32, (32, "blocks")),
+        ("sm_80", 32, 81 * 1024, 128, (2, "shared_bytes")),
+        ("sm_80", 32, 163 * 1024, 128, (1, "shared_bytes")),
+        ("sm_80", 32, 164 * 1024, 128, (0, "shared_bytes")),
+        ("sm_75", 32, 64 * 1024, 128, (1, "shared_bytes")),  # of which the system takes nothing
+        ("sm_75", 32, 0, 512, (2, "threads")),
     ],
 )
-def test_occupancy_is_that_of_the_tables(registers, shared, threads, expected):
-    assert blocks_per_sm("sm_80", registers, shared, threads) == expected
+def test_occupancy_is_that_of_the_tables(target, registers, shared, threads, expected):
+    assert blocks_per_sm(target, registers, shared, threads) == expected
 
 
 PROGRAM = """#loc = loc("kernels.py":7:0)
