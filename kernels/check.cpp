@@ -39,7 +39,12 @@ int check_forward(const Checker& c, const lol_linear_attention_args& a, StateSiz
   LOL_TRY(c.scale(a.scale));
   LOL_TRY(c.floor("eps", a.eps));
   const bool maps = present(a.feature_q.weight) || present(a.feature_k.weight);
-  if (maps) LOL_TRY(c.maps(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
+  if (maps) {
+    LOL_TRY(c.maps(a.feature_q, a.feature_k, D, H, a.k.shape[1]));
+  } else {
+    LOL_TRY(c.absent({"feature_q", ".bias"}, a.feature_q.bias, "a weight"));
+    LOL_TRY(c.absent({"feature_k", ".bias"}, a.feature_k.bias, "a weight"));
+  }
   int64_t N;
   LOL_TRY(c.layout(a.cu_seqlens, a.key_padding_mask, B, T, &N));
   const int64_t Hs = maps ? a.feature_k.weight.shape[0] : a.k.shape[1],

@@ -95,6 +95,15 @@ def test_wrong_arguments_are_named(change, words):
         hybrid(hybrid_arguments(**change))
 
 
+@pytest.mark.parametrize("which", ["q", "k"])
+def test_a_bias_without_a_weight_is_refused(which):
+    x, bias = torch.rand(B, H, T, D), torch.randn(H, D)
+    maps = [None, bias, None, None] if which == "q" else [None, None, None, bias]
+    rest = (None, None, None, None, 1.0, True, 0.0, *SOFTMAX)
+    with pytest.raises(RuntimeError, match=f"feature_{which}.bias is given without a weight"):
+        raw.linear_attention(x, x, x, *maps, *rest)
+
+
 def test_a_result_that_memory_cannot_hold_is_refused_in_torchs_words():
     x = torch.zeros(1, 1, 1, 64).expand(1, 1, 2**42, 64)
     with pytest.raises(RuntimeError, match="allocate" if torch.__version__ >= "2.13" else "failed"):

@@ -16,14 +16,15 @@ constexpr float UNSHIFTED = 80.0f;
 constexpr float SMALL = 10.0f, LEAST_OF_SMALL = 4.0e-12f;
 
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
-// than x was rounded, which is enough for outputs while |z| is at most ONE_PART: they are then off
-// by 2.0e-3 to 3.1e-3, where SPEC 9 allows 3.3e-3. In tokens with larger z, softmax takes two; with
-// one, N(0, 9) was off by 4.4e-3. Without a sum to divide by, exp was by 3.7e-3, and relu by 2.6e-2
-// with four features. Gradients take two, and three where they depend on which z is the largest, or
-// above zero: there rounding can move a gradient to another feature as a whole.
+// than x was rounded, which is enough for outputs while |z| is at most ONE_PART and little of z
+// cancels (docs/precision.md): they are then off by 2.0e-3 to 3.1e-3, where SPEC 9 allows 3.3e-3.
+// In tokens with larger z, softmax takes two; with one, N(0, 9) was off by 4.4e-3. Without a sum to
+// divide by, exp was by 3.7e-3, and relu by 2.6e-2 with four features. Gradients take two, and
+// three where they depend on which z is the largest, or above zero: there rounding can move a
+// gradient to another feature as a whole.
 struct WeightParts {
   int all;
-  int always;  // the others for LANES tokens with a larger z alone
+  int always;  // the others from the first LANES tokens of a tile on that have a larger z
 };
 constexpr int MOST_WEIGHT_PARTS = 3;
 // The largest |z| for which one will do. Of N(0, 1.25) one in 12 million is beyond it, so that 16
