@@ -105,7 +105,7 @@ _LARGE_PAIRS = Tiles(32, 256, 4, 1, resident=False, other=32)
 # - backward with D = 128, some wider kernels and some without maps, on sm_90: measured
 #   (docs/gpu_h100.md), backward before it carried two tiles. sm_80 has the same backward: by the
 #   model faster or slower, by the case, for a fifth of the bytes.
-# - sm_86: sm_80's where they fit. sm_100: the usual ones.
+# - sm_86: sm_80's where they fit. sm_75: the last row. sm_100: the usual ones.
 # - All others, neither modelled nor measured: those that spill least at the same work.
 # Where ptxas finds no allocation for what is too large, it falls back on 32 registers and thousands
 # of bytes of stack: wide maps are projected 32 columns of x at a time.
