@@ -41,7 +41,7 @@ def blocks_per_sm(
     warps_by_registers = limits.registers // _SCHEDULERS // registers_of_warp * _SCHEDULERS
     by_resource = {
         "registers": warps_by_registers // warps,
-        "shared_bytes": limits.shared_bytes // (shared_bytes + limits.reserved_shared_bytes),
+        "shared_bytes": limits.shared_bytes // max(shared_bytes + limits.reserved_shared_bytes, 1),
         "threads": limits.threads // threads,
         "blocks": limits.blocks,
     }
