@@ -49,6 +49,11 @@ struct Problem {
   FeatureMap map_k(int64_t state_head) const {
     return map_of(feature_k, state_head, state_heads(), D());
   }
+  // The map with its weight in the problem's format, in paired_map_size() floats.
+  FeatureMap in_format(const FeatureMap& map, Arena& arena) const {
+    if (format == Format::f32) return map;
+    return with_paired_weight(map, arena.take(paired_map_size()), weight_parts);
+  }
   // Where a sequence's entry has those of a query head in statistics [B, H, T].
   int64_t statistics_of(const Sequence& s, int64_t h) const {
     return (s.batch * heads() + h) * q.shape[2];

@@ -5,9 +5,7 @@ namespace LOL_ISA {
 BackwardMap BackwardMap::of(const Problem& p, const FeatureMap& map, Arena& arena) {
   float* weight_t = arena.take(transposed_weight_size(p.D(), p.f()));
   transpose_weight(map, p.format, weight_t);
-  if (p.format == Format::f32) return {map, weight_t};
-  float* pairs = arena.take(p.paired_map_size());
-  return {with_paired_weight(map, pairs, p.weight_parts), weight_t};
+  return {p.in_format(map, arena), weight_t};
 }
 
 int64_t QueryBlock::floats(const Problem& p) {

@@ -12,13 +12,15 @@ constexpr int64_t HOT_ROWS = 2 * TILE;
 #else
 constexpr int64_t HOT_ROWS = 48;
 #endif
+constexpr int64_t MAP = sizeof(FeatureMap) / sizeof(float);
 
 }  // namespace
 
 int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
-         rows_size(p.V()) + p.group() * p.paired_map_size() + (p.F() + 1) * padded(p.V()) / 2 +
+         rows_size(p.V()) + p.group() * (p.paired_map_size() + MAP + 16) +
+         (p.F() + 1) * padded(p.V()) / 2 +
          2 * padded(p.V()) + 64;
 }
 
@@ -37,11 +39,10 @@ Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const 
   q_ = arena.take(lanes_size(p.D()));
   phi_ = arena.take(lanes_size(p.F() + 1));
   sums_.y = arena.take(rows_size(p.V()));
-  if (p.format == Format::f32) return;
-  weights_q_ = arena.take(p.group() * p.paired_map_size());
+  maps_q_ = (FeatureMap*)arena.take(p.group() * MAP);
   for (int64_t g = 0; g < p.group(); g++)
-    with_paired_weight(p.map_q(state_head * p.group() + g), weights_q_ + g * p.paired_map_size(),
-                       p.weight_parts);
+    maps_q_[g] = p.in_format(p.map_q(state_head * p.group() + g), arena);
+  if (p.format == Format::f32) return;
   state.readable = arena.take((p.F() + 1) * padded(p.V()) / 2);
   if (along != Along::values) return;
   center_ = arena.take(padded(p.V()));
@@ -135,20 +136,10 @@ void Chunkwise::find_center() {
   for (int j = 0; j < ld; j += LANES) store(center_ + j, scale * load(center_ + j));
 }
 
-FeatureMap Chunkwise::map_q(int64_t h) const {
-  FeatureMap map = p_.map_q(h);
-  if (map.weight && p_.format != Format::f32) {
-    map.weight = weights_q_ + (h - state_head_ * p_.group()) * p_.paired_map_size();
-    map.format = p_.format;
-    map.parts = p_.weight_parts;
-  }
-  return map;
-}
-
 Queries Chunkwise::load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q,
                                 float factor) {
   load_lanes(q_, q, first, n, p_.format, row_tile);
-  const FeatureMap map = map_q(h);
+  const FeatureMap& map = map_q(h);
   if (!map.weight) return {first, n, q_, q_};
   if (p_.format == Format::f32) {
     features_forward(map, q_, phi_);

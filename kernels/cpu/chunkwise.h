@@ -35,7 +35,7 @@ class Chunkwise {
   // Along values, `readable` holds kv - ksum (x) center: gradients are differences of kv and ksum,
   // in which rounding would lose what all values have in common. Null where kv is held as it is.
   const float* center() const { return center_; }
-  FeatureMap map_q(int64_t h) const;  // in the problem's format
+  const FeatureMap& map_q(int64_t h) const { return maps_q_[h - state_head_ * p_.group()]; }
   // q and factor * phi_q; where q are the features, attend() multiplies.
   Queries load_queries(int64_t h, int64_t first, int64_t n, const Tokens& q, float factor = 1.0f);
   // The outputs y of queries loaded with lambda as their factor, and their m and den.
@@ -51,8 +51,8 @@ class Chunkwise {
   int64_t state_head_;
   float *q_, *phi_;
   Sums sums_;
-  float* weights_q_;  // pairs of the maps of this state's query heads
-  Along along_;       // the dimension that pairs of kv lie along
+  FeatureMap* maps_q_;  // of this state's query heads, in the problem's format
+  Along along_;         // the dimension that pairs of kv lie along
 
   void find_center();
   float* center_ = nullptr;  // whose product with ksum is nearest to kv: a mean of its values

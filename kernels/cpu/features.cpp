@@ -27,24 +27,66 @@ void add_product(const FeatureMap& map, int from, int to, const float* x, int n,
   gemm(map.format, map.f, n, terms, to - from, z, BLOCK, into);
 }
 
-// The parts of W that are not always taken: a tile takes them once, from the first LANES tokens on
-// that have a large z. What has become features before keeps them.
-struct OtherParts {
-  const FeatureMap& map;
-  const float* x;
-  float* z;
-  bool taken;
-  OtherParts(const FeatureMap& of, const float* tokens, float* to)
-      : map(of), x(tokens), z(to), taken(of.parts.always == of.parts.all) {}
-  // Whether z of the tokens from t on has changed.
-  bool take_from(int t) {
-    if (taken) return false;
-    add_product(map, map.parts.always, map.parts.all, x + t, BLOCK - t, z + t, Into::add);
-    return taken = true;
-  }
-};
-
 // Every reduction here runs over the rows of a tile, for LANES tokens at once.
+
+inline Vec largest_magnitude(const float* z, int f) {
+  // Two chains, which wait for one another half as long.
+  Vec magnitudes[2] = {max_magnitude(Vec{}, load(z + (f - 1) * BLOCK)), Vec{}};
+  for (int i = 0; i + 1 < f; i += 2) {
+    for (int r = 0; r < 2; r++)
+      magnitudes[r] = max_magnitude(magnitudes[r], load(z + (i + r) * BLOCK));
+  }
+  return max(magnitudes[0], magnitudes[1]);
+}
+
+// The parts of W that are not always taken: a tile takes them once, from the first LANES tokens on
+// for which the others will not do. What has become features before keeps them.
+class OtherParts {
+ public:
+  OtherParts(const FeatureMap& map, const float* x, float* z)
+      : map(map), z(z), x_(x), taken_(map.parts.always == map.parts.all) {
+#ifdef LOL_PAIRS
+    if (taken_) return;
+    Vec norm2[VECTORS] = {};
+    for (int i = 0; i < words(map.format, map.D); i++) {
+      LOL_UNROLL for (int r = 0; r < VECTORS; r++) {
+        const Vec word = load(x + i * BLOCK + r * LANES);
+        norm2[r] = add_dot(norm2[r], word, word);
+      }
+    }
+    for (int r = 0; r < VECTORS; r++) spread2_[r] = map.spread2 * norm2[r];
+#endif
+  }
+  const FeatureMap& map;
+  float* const z;
+
+  void take_for(int t) {
+    if (!taken_) (void)magnitude_with_them(t);
+  }
+  // The largest |z| of LANES tokens, after the parts that they need are in it.
+  Vec magnitude_with_them(int t) {
+    const Vec magnitude = largest_magnitude(z + t, map.f);
+    if (taken_ || others_will_do(t, magnitude)) return magnitude;
+    add_product(map, map.parts.always, map.parts.all, x_ + t, BLOCK - t, z + t, Into::add);
+    taken_ = true;
+    return largest_magnitude(z + t, map.f);
+  }
+
+ private:
+  static constexpr int VECTORS = BLOCK / LANES;
+  bool others_will_do(int t, Vec magnitude) const {
+    constexpr float MOST = ONE_PART_SPREAD * ONE_PART_SPREAD;
+    const Vec spread2 = spread2_[t / LANES];
+    if (map.activation == LOL_SOFTMAX)
+      return all_at_most(magnitude, ONE_PART) && all_at_most(spread2, MOST);
+    // Features that grow with z are off by no more of themselves where z is large.
+    const Vec size = map.activation == LOL_ELU1 ? max(magnitude, splat(1.0f)) : magnitude;
+    return all_at_most(spread2 - MOST * size * size, 0.0f);
+  }
+  const float* x_;
+  bool taken_;
+  Vec spread2_[VECTORS];
+};
 
 // Of LANES tokens: the sums of exponentials, and whether no z was large.
 struct Exponentials {
@@ -83,24 +125,13 @@ inline Exponentials exponentials_below_one(float* z, float* upper, int f) {
   return {sums, false};
 }
 
-inline Vec largest_magnitude(const float* z, int f) {
-  // Two chains, which wait for one another half as long.
-  Vec magnitudes[2] = {max_magnitude(Vec{}, load(z + (f - 1) * BLOCK)), Vec{}};
-  for (int i = 0; i + 1 < f; i += 2) {
-    for (int r = 0; r < 2; r++)
-      magnitudes[r] = max_magnitude(magnitudes[r], load(z + (i + r) * BLOCK));
-  }
-  return max(magnitudes[0], magnitudes[1]);
-}
-
 // The same, but for factors that cancel in a softmax: e^z and e^-z, with no need of a maximum,
 // where none of LANES tokens has a z too large for that, as is mostly so.
 template <Format format>
 inline Exponentials exponentials_of_softmax(OtherParts& others, int t, float* upper) {
   const int f = others.map.f;
   float* z = others.z + t;
-  Vec magnitude = largest_magnitude(z, f);
-  if (!all_at_most(magnitude, ONE_PART) && others.take_from(t)) magnitude = largest_magnitude(z, f);
+  const Vec magnitude = others.magnitude_with_them(t);
   if (!all_at_most(magnitude, UNSHIFTED)) return exponentials_below_one<format>(z, upper, f);
   BothWays sums = {};
   for (int i = 0; i < f; i++) {
@@ -189,6 +220,25 @@ bool takes_pairs(const lol_features& features) {
 #endif
 }
 
+#ifdef LOL_PAIRS
+namespace {
+float largest_norm2_of_columns(const FeatureMap& map) {
+  Vec largest = {};
+  for (int j = 0; j < map.f; j += LANES) {
+    Vec norm2 = {};
+    for (int d = 0; d < map.D; d++) {
+      const Vec w = load_first(map.weight + d * map.f + j, map.f - j);
+      norm2 += w * w;
+    }
+    largest = max(norm2, largest);
+  }
+  float of_all = 0.0f;
+  for (int l = 0; l < LANES; l++) of_all = largest[l] > of_all ? largest[l] : of_all;
+  return of_all;
+}
+}  // namespace
+#endif
+
 FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts) {
   if (!map.weight) return map;
 #ifdef LOL_PAIRS
@@ -214,6 +264,7 @@ FeatureMap with_paired_weight(FeatureMap map, float* to, WeightParts parts) {
       }
     }
   }
+  map.spread2 = largest_norm2_of_columns(map) / (float)map.D;
   map.weight = to;
   map.format = Format::bf16_pairs;
   map.parts = parts;
@@ -268,6 +319,7 @@ void features_forward(const FeatureMap& map, const float* x, float* phi) {
       write_features(map, z, exponentials(others, t), InFloats{z});
       continue;
     }
+    others.take_for(t);
     Vec half_norm = {};
     for (int i = 0; map.activation == LOL_FAVOR && i < map.D; i++)
       half_norm += 0.5f * load(x + i * BLOCK + t) * load(x + i * BLOCK + t);

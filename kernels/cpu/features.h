@@ -16,24 +16,27 @@ constexpr float UNSHIFTED = 80.0f;
 constexpr float SMALL = 10.0f, LEAST_OF_SMALL = 4.0e-12f;
 
 // A weight as parts of bf16, each what the ones before it left of 24 bits. One rounds z no worse
-// than x was rounded, which is enough for outputs while |z| is at most ONE_PART and little of z
-// cancels (docs/precision.md): they are then off by 2.0e-3 to 3.1e-3, where SPEC 9 allows 3.3e-3.
-// In tokens with larger z, softmax takes two; with one, N(0, 9) was off by 4.4e-3. Without a sum to
-// divide by, exp was by 3.7e-3, and relu by 2.6e-2 with four features. Gradients take two, and
-// three where they depend on which z is the largest, or above zero: there rounding can move a
-// gradient to another feature as a whole.
+// than x was rounded, which is enough for outputs of tokens with small z of which little cancels
+// (docs/precision.md): they are then off by 2.0e-3 to 3.1e-3, where SPEC 9 allows 3.3e-3. Other
+// tokens take two; with one, softmax of N(0, 9) was off by 4.4e-3. Without a sum to divide by, exp
+// was by 3.7e-3, and relu by 2.6e-2 with four features. Gradients take two, and three where they
+// depend on which z is the largest, or above zero: there rounding can move a gradient to another
+// feature as a whole.
 struct WeightParts {
   int all;
-  int always;  // the others from the first LANES tokens of a tile on that have a larger z
+  int always;  // the others from the first LANES tokens of a tile on for which these will not do
 };
 constexpr int MOST_WEIGHT_PARTS = 3;
-// The largest |z| for which one will do. Of N(0, 1.25) one in 12 million is beyond it, so that 16
-// tokens of 64 features hardly ever are; beyond 4 it is one in 3000.
+// The largest |z| for which one will do in a softmax. Of N(0, 1.25) one in 12 million is beyond it,
+// so that 16 tokens of 64 features hardly ever are; beyond 4 it is one in 3000.
 constexpr float ONE_PART = 6.0f;
+// What z is off by goes with the size it has where nothing cancels, the spread of x W for an x of
+// this length in any direction: the largest for which one part will do beside features of size 1.
+constexpr float ONE_PART_SPREAD = 2.5f;
 static inline WeightParts weight_parts_for(int activation, bool of_gradients) {
   if (activation == LOL_EXP || activation == LOL_RELU) return {3, 3};
   if (of_gradients) return {2, 2};
-  return {activation == LOL_SOFTMAX ? 2 : 1, 1};
+  return {2, 1};
 }
 
 struct FeatureMap {
@@ -45,6 +48,7 @@ struct FeatureMap {
   int activation;
   bool two_sided, skip;
   float eps;
+  float spread2 = 0.0f;  // with parts: that of x W for |x| = 1, squared, of the largest feature
 };
 
 static inline bool has_map(const lol_features& features) { return features.weight.data != nullptr; }

@@ -36,16 +36,14 @@ KeyTiles::KeyTiles(const Problem& p, int count, const Tokens& k, const Tokens& v
                    const FeatureMap& map, int64_t total, Arena& arena)
     : k_(k),
       v_(v),
-      map_(map),
+      map_(p.in_format(map, arena)),
       format_(p.format),
       total_(total),
       sinks_(p.window.sink),
       count_(count) {
   for (int i = 0; i < count_; i++) tiles_[i] = make_tile(p, arena);
   row_tile_ = arena.take(at_least(rows_size(p.D()), rows_size(p.V())));
-  if (format_ == Format::f32) return;
-  phi_ = arena.take(lanes_size(p.F() + 1));
-  map_ = with_paired_weight(map, arena.take(p.paired_map_size()), p.weight_parts);
+  if (format_ != Format::f32) phi_ = arena.take(lanes_size(p.F() + 1));
 }
 
 KeyTile& KeyTiles::find(int64_t start, int64_t end, bool sink) {

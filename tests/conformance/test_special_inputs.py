@@ -1,9 +1,12 @@
 """Inputs that random cases hardly have: masks with holes, ties, floors that raise much, outputs
 beyond the caches."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.kernels import CPU
+from helpers.operators import check_spread
 
 import lolcats_ops as lo
 
@@ -41,6 +44,15 @@ def test_gradients_of_masks_with_holes_equal_the_reference(op, backend, device):
     ]
     for got, want in zip(*results, strict=True):
         assert (got - want).norm() < 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("activation", ["softmax", "exp", "elu1"])
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 8), (16, 4)])
+def test_maps_cancel_what_all_tokens_have_in_common(sizes, activation, backend, device):
+    attention = partial(lo.hybrid_attention, backend=backend)
+    options = {"activation": activation, "mean": 12.0, "gradients": False}
+    check_spread(attention, 1.0, sizes, device, **options, window=0)
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)

@@ -177,17 +177,23 @@ def check_spread(
     device: str = "cpu",
     *,
     activation: str = "softmax",
+    mean: float = 0.0,
     gradients: bool = True,
     **settings: int,
 ) -> None:
     """``attention``, a hybrid_attention, in bf16 with z of N(0, spread^2), ``sizes`` D and f.
 
     What z is off by is a relative error of its exponential: bf16 does not hold weights well enough.
+    Queries and keys may have a ``mean`` in each channel, which the maps cancel.
     """
     rng = torch.Generator().manual_seed(0)
     D, f = sizes
-    rows = torch.randn(4, 1, 2, 200, D, generator=rng).bfloat16()
+    rows = torch.randn(4, 1, 2, 200, D, generator=rng)
+    rows[:2] += mean
+    rows = rows.bfloat16()
     maps = torch.randn(2, 2, D, f, generator=rng) * spread * D**-0.5
+    if mean:
+        maps -= maps.mean(-2, keepdim=True)
     gate = torch.zeros(2)
 
     def run(attention: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
