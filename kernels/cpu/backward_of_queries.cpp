@@ -9,7 +9,8 @@ class QueryGradients {
  public:
   static int64_t floats(const Problem& p) {
     return Chunkwise::floats(p) + QueryBlock::floats(p) + rows_size(p.D()) + lanes_size(p.F()) +
-           (MOST_TILES + 1) * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) + 64;
+           (MOST_TILES + 1) * BLOCK * BLOCK + MapBackward::scratch_size(p.D(), p.f()) +
+           padded(p.D()) + 64;
   }
   QueryGradients(const BackwardRun& run, Arena& arena)
       : run_(run),
@@ -26,6 +27,7 @@ class QueryGradients {
     dp_ = arena.take(MOST_TILES * BLOCK * BLOCK);
     by_query_ = arena.take(BLOCK * BLOCK);
     scratch_ = arena.take(MapBackward::scratch_size(D_, p_.f()));
+    less_mean_ = arena.take(padded(D_));
   }
 
   void run(StateSums before, StateSums after) {
@@ -81,6 +83,7 @@ class QueryGradients {
   template <Format format>
   void score_gradients(WeightTile* piece, int count, float g, RowSums& sums);
   void apply_score_gradients(WeightTile* piece, int count, float g, const RowSums& sums);
+  void correct_dq();
   void feature_gradients();
   template <class Weigh>
   void add_linear_keys(Weigh weigh);
@@ -101,6 +104,8 @@ class QueryGradients {
   float m_[BLOCK];
   float *dq_, *dphi_, *dp_;  // [BLOCK x padded(D)], [F x BLOCK], [MOST_TILES][BLOCK x BLOCK]
   float *by_query_, *scratch_;
+  // By pairs: what the rounded ds of each query add up to, and minus a mean of keys [padded(D)].
+  float sum_of_ds_[BLOCK], *less_mean_;
 };
 
 // dy . v of a tile, within the band.
@@ -186,10 +191,18 @@ void QueryGradients::apply_score_gradients(WeightTile* piece, int count, float g
          run_.dv_at(tile.start), ldv, Into::add, Skip::depth_of_row, &queries);
     gemm(format_, n, ldd, BLOCK, by_query(ds, n, by_query_), block_.q_rows, ldd,
          run_.dk_at(tile.start), ldd, Into::add, Skip::depth_of_row, &queries);
-    if (format_ != Format::f32) pair_rows(ds, ds, n, BLOCK);
+    if (format_ != Format::f32) round_rows(ds, n, sum_of_ds_);
     gemm(format_, (int)block_.n, ldd, n, transposed(ds, BLOCK), tile.k_rows, ldd, dq_, ldd,
          Into::add, Skip::depth_of_row, &band);
   }
+}
+
+// The ds of a query add up to 0 before they are rounded, so that dq = sum ds k is the same with any
+// vector taken from all keys. Rounded they do not: dq is off by their sum times what the keys have
+// in common.
+void QueryGradients::correct_dq() {
+  const int ldd = padded(D_);
+  gemm((int)block_.n, ldd, 1, transposed(sum_of_ds_, BLOCK), less_mean_, ldd, dq_, ldd, Into::add);
 }
 
 // The maximum of the whole window comes before R, and R before any ds: a window of several pieces
@@ -202,6 +215,12 @@ void QueryGradients::softmax_part(RowSums& sums) {
   Pieces pieces(c_.tiles, p_.window, queries, p_.window.start(block_.first));
   int count = pieces.next(piece, c_.scores, D_);
   raise_maximum(piece, count);
+  const bool corrects_dq = format_ != Format::f32 && count > 0 && run_.wants_inputs();
+  if (corrects_dq) {
+    const KeyTile& oldest = *piece[count - 1].tile;
+    sum_of_rows(less_mean_, -1.0f / (float)oldest.n, oldest.k_rows, (int)oldest.n, padded(D_));
+    fill(sum_of_ds_, BLOCK, 0.0f);
+  }
   if (!pieces.more()) {
     score_gradients(piece, count, g, sums);
     correct_delta(sums);
@@ -220,6 +239,7 @@ void QueryGradients::softmax_part(RowSums& sums) {
       apply_score_gradients(piece, count, g, again);
     }
   }
+  if (corrects_dq) correct_dq();
 }
 
 // dphi_q = lambda sum_N dp phi_k: from the state, and from the linear keys that are not in it.

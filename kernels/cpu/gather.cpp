@@ -89,28 +89,6 @@ void linear_weights(KeyTiles& tiles, const WeightTile& w, const Queries& block, 
   }
 }
 
-// Weights of a tile become pairs, and den takes them as they were rounded: as the values are
-// weighed.
-void round_weights(const WeightTile& w, Sums& out) {
-#ifdef LOL_PAIRS
-  const int n = (int)w.tile->n, words_of_keys = words(Format::bf16_pairs, n);
-  pair_rows(w.weights, w.weights, n, BLOCK);
-  const Vec ones = pair(splat(1.0f), splat(1.0f));
-  for (int c = 0; c < BLOCK; c += LANES) {
-    Vec even = load(out.den + c), odd = {};
-    int i = 0;
-    for (; i + 1 < words_of_keys; i += 2) {
-      even = add_dot(even, load(w.weights + i * BLOCK + c), ones);
-      odd = add_dot(odd, load(w.weights + (i + 1) * BLOCK + c), ones);
-    }
-    if (i < words_of_keys) even = add_dot(even, load(w.weights + i * BLOCK + c), ones);
-    store(out.den + c, even + odd);
-  }
-#else
-  (void)w, (void)out;
-#endif
-}
-
 // The keys that a query sees either way: linear ones are the older.
 Band seen(const WeightTile& w) {
   Band band;
@@ -146,7 +124,8 @@ void gather_as(KeyTiles& tiles, const Window& window, const Queries& block, int6
       if (!piece[t].linear.empty())
         linear_weights<format>(tiles, piece[t], block, (int)p.F(),
                                weights + MOST_TILES * BLOCK * BLOCK, out);
-      if (format != Format::f32) round_weights(piece[t], out);
+      // den takes weights as the values are weighed.
+      if (format != Format::f32) round_rows(piece[t].weights, n, out.den);
       bands[t] = seen(piece[t]);
       const Operand a = transposed(piece[t].weights, BLOCK);
       terms[t] = {n, a, piece[t].tile->v, ld, Skip::depth_of_row, &bands[t]};

@@ -17,6 +17,26 @@ static inline void pair_rows(float* dst, const float* src, int rows, int cols) {
   (void)dst, (void)src, (void)rows, (void)cols;
 #endif
 }
+// Rows of tile[rows x BLOCK] become pairs in their place, and sums[BLOCK] take in what they became.
+static inline void round_rows(float* tile, int rows, float* sums) {
+#ifdef LOL_PAIRS
+  pair_rows(tile, tile, rows, BLOCK);
+  const int n = words(Format::bf16_pairs, rows);
+  const Vec ones = pair(splat(1.0f), splat(1.0f));
+  for (int c = 0; c < BLOCK; c += LANES) {
+    Vec even = load(sums + c), odd = {};
+    int i = 0;
+    for (; i + 1 < n; i += 2) {
+      even = add_dot(even, load(tile + i * BLOCK + c), ones);
+      odd = add_dot(odd, load(tile + (i + 1) * BLOCK + c), ones);
+    }
+    if (i < n) even = add_dot(even, load(tile + i * BLOCK + c), ones);
+    store(sums + c, even + odd);
+  }
+#else
+  (void)tile, (void)rows, (void)sums;
+#endif
+}
 // dst[rows x cols / 2] = pairs along the rows of src[rows x cols].
 static inline void pair_columns(float* dst, const float* src, int rows, int cols = BLOCK) {
   uint16_t* to = (uint16_t*)dst;
@@ -58,6 +78,17 @@ static inline void columns_of_rows(float* dst, const float* src, int rows, int c
   }
 #else
   (void)dst, (void)src, (void)rows, (void)cols;
+#endif
+}
+
+// to[cols] = factor times the sum of n rows, pairs of rows of which there are BLOCK / 2.
+static inline void sum_of_rows(float* to, float factor, const float* pairs, int n, int cols) {
+#ifdef LOL_PAIRS
+  alignas(64) float factors[BLOCK / 2];
+  fill(factors, BLOCK / 2, pair(splat(factor), splat(factor))[0]);
+  gemm(Format::bf16_pairs, 1, cols, n, rows(factors, BLOCK / 2), pairs, cols, to, cols, Into::set);
+#else
+  (void)to, (void)factor, (void)pairs, (void)n, (void)cols;
 #endif
 }
 

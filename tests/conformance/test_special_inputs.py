@@ -56,6 +56,21 @@ def test_maps_cancel_what_all_tokens_have_in_common(sizes, activation, backend, 
 
 
 @pytest.mark.parametrize("backend", CPU, indirect=True)
+@pytest.mark.parametrize("window", [0, 16, 80])
+def test_gradients_of_keys_that_have_much_in_common(window, backend, device):
+    """Those of a query's scores add up to 0, but rounded to bf16 they do not."""
+    check_spread(
+        partial(lo.hybrid_attention, backend=backend),
+        1.0,
+        (64, 64),
+        device,
+        mean=12.0,
+        window=window,
+        sink=3 if window else 0,
+    )
+
+
+@pytest.mark.parametrize("backend", CPU, indirect=True)
 @pytest.mark.parametrize("window", [16, 250])
 def test_keys_that_come_again_share_the_gradient_of_the_maximum(window, backend, device):
     rng = torch.Generator().manual_seed(0)
