@@ -20,8 +20,7 @@ int64_t Chunkwise::floats(const Problem& p) {
   return KeyTiles::floats(p, KeyTiles::for_window(p)) + State::floats(p.F(), p.V()) + WEIGHTS +
          at_least(rows_size(p.D()), rows_size(p.V())) + lanes_size(p.D()) + lanes_size(p.F() + 1) +
          rows_size(p.V()) + p.group() * (p.paired_map_size() + MAP + 16) +
-         (p.F() + 1) * padded(p.V()) / 2 +
-         2 * padded(p.V()) + 64;
+         (p.F() + 1) * padded(p.V()) / 2 + 2 * padded(p.V()) + 64;
 }
 
 Chunkwise::Chunkwise(const Problem& p, int64_t state_head, int64_t total, const Tokens& k,
