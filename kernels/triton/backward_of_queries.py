@@ -66,6 +66,13 @@ class SoftmaxSums(NamedTuple):
     gradients: Any  # [C], of exp(s - m) do . v
 
 
+class QueryGradient(NamedTuple):
+    """dq of a chunk, and what the ds that it was made of add up to in each query."""
+
+    rows: Any  # [C, BLOCK_D]
+    sums: Any  # [C]
+
+
 @triton.jit
 def add_softmax_pairs(p, sums, q, do, k, v, inside):
     """sums with a tile of keys."""
@@ -134,10 +141,31 @@ def softmax_sums(p, at, causal, q, do, i, c, k, v, carried):
 
 
 @triton.jit
+def add_scores(p, dq, ds, k):
+    """dq with the gradients of a tile's scores."""
+    ds = (ds * p.scale).to(p.arithmetic.dtype)
+    sums = dq.sums
+    if p.arithmetic.dtype != tl.float32:
+        sums += tl.sum(ds.to(tl.float32), 1)
+    return QueryGradient(product(ds, k, dq.rows, p.arithmetic), sums)
+
+
+@triton.jit
+def corrected(p, at, dq, c, k):
+    """dq, [C, BLOCK_D], without what the ds add up to, which is 0 before they are rounded, times a
+    mean of keys."""
+    if p.arithmetic.dtype != tl.float32:
+        of_each = 1.0 / tl.minimum(at.length - c * p.chunk, p.chunk)
+        return dq.rows - dq.sums[:, None] * (tl.sum(k.to(tl.float32), 0) * of_each)[None, :]
+    else:
+        return dq.rows
+
+
+@triton.jit
 def add_softmax_keys(p, dq, queries, k, v, inside, log2_g):
     """dq with a tile of keys."""
     weights, ds = softmax_pairs(p, queries, k, v, inside, log2_g)
-    return product(ds * p.scale, k, dq, p.arithmetic)
+    return add_scores(p, dq, ds, k)
 
 
 @triton.jit
@@ -272,15 +300,17 @@ def backward_queries(p, incoming, left, kv0, ksum0, dq, d_weight, d_bias, d_gate
                 tl.store(left.tie + part, queries.tie, mask=tokens.valid)
                 if at.part == 0:
                     tl.store(left.m + statistic(p, at, tokens), sums.m, mask=tokens.valid)
+                sum_dq = QueryGradient(grad, tl.zeros((p.chunk,), tl.float32))
                 if p.window.sink > 0:
                     first = tokens_at(p, at, 0, p.window.sink_block)
                     inside = sink_mask(p, at, i, first.position) & tokens.valid[:, None]
                     keys_first, v_first = load_k(p, at, first), load_v(p, at, first)
                     weights, ds = softmax_pairs(p, queries, keys_first, v_first, inside, log2_g)
-                    grad = product(ds * p.scale, keys_first, grad, p.arithmetic)
+                    sum_dq = add_scores(p, sum_dq, ds, keys_first)
                     dk_first = product(tl.trans(ds * p.scale), q, dk_first, p.arithmetic)
                     dv_first = product(tl.trans(weights), row.do, dv_first, p.arithmetic)
-                grad = window_pairs(p, at, causal, queries, c, k, v, carried, log2_g, grad)
+                sum_dq = window_pairs(p, at, causal, queries, c, k, v, carried, log2_g, sum_dq)
+                grad = corrected(p, at, sum_dq, c, k)
             rows = rows_of(dq.rows, at.batch, at.head, tokens) + at.part.to(tl.int64) * dq.stride
             store_tile(rows, grad, tokens.valid, 0, p.q.width, p.block_d)
         total_dm += dm

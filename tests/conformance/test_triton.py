@@ -117,6 +117,12 @@ def test_maps_that_spread_z_keep_bf16_exact(sizes, spread, window):
     check_spread(partial(lo.hybrid_attention, backend="triton"), spread, sizes, window=window)
 
 
+@pytest.mark.parametrize("window", [16, 64])
+def test_gradients_of_keys_that_have_much_in_common(window):
+    attention = partial(lo.hybrid_attention, backend="triton")
+    check_spread(attention, 1.0, (64, 64), mean=12.0, window=window, sink=3)
+
+
 @pytest.mark.parametrize("call", [linear_attention, hybrid_attention])
 def test_gradients_keep_their_digits_however_long_a_sequence_is(call):
     """kv is rounded less the mean of its values: by that of the first chunk, they lost a half."""
