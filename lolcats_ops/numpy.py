@@ -14,7 +14,7 @@ Every function raises, naming the argument:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from . import _C
 from ._codes import ACTIVATIONS, DTYPES, NO_MAP, TWO_SIDED, WINDOW_KINDS, window_span
 from ._sizes import check_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Array = NDArray[Any]
 
@@ -181,6 +184,36 @@ def feature_map(x: Array, features: Features) -> Array:
     return _C.feature_map(x, *features._parameters(), *features._settings())
 
 
+class LinearSettings(TypedDict, total=False):
+    """What linear_attention takes besides, with or without a state to return."""
+
+    feature_q: Features | None
+    feature_k: Features | None
+    scale: float
+    normalize: bool
+    eps: float
+    state: tuple[Array, Array] | None
+    cu_seqlens: Array | None
+    key_padding_mask: Array | None
+
+
+@overload
+def linear_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    return_state: Literal[False] = False,
+    **settings: Unpack[LinearSettings],
+) -> Array: ...
+@overload
+def linear_attention(
+    q: Array, k: Array, v: Array, *, return_state: Literal[True], **settings: Unpack[LinearSettings]
+) -> tuple[Array, tuple[Array, Array]]: ...
+@overload
+def linear_attention(
+    q: Array, k: Array, v: Array, *, return_state: bool, **settings: Unpack[LinearSettings]
+) -> Array | tuple[Array, tuple[Array, Array]]: ...
 def linear_attention(
     q: Array,
     k: Array,
@@ -195,7 +228,7 @@ def linear_attention(
     return_state: bool = False,
     cu_seqlens: Array | None = None,
     key_padding_mask: Array | None = None,
-) -> Any:
+) -> Array | tuple[Array, tuple[Array, Array]]:
     """Causal linear attention, SPEC 4: y [B, H, T, V], or (y, (kv, ksum)) with ``return_state``.
 
     q [B, H, T, D], k [B, Hk, T, D], v [B, Hk, T, V]; without feature maps q and k are the features.

@@ -1,6 +1,7 @@
 """The package as it is imported: what it loads, names and refuses."""
 
 import importlib.metadata
+import inspect
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -123,3 +124,20 @@ def test_the_library_stays_while_its_threads_may_run():
     )
     library = Path(lo.get_library()).resolve()
     subprocess.run([sys.executable, "-c", script, str(library)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("op", "settings"),
+    [
+        (lo.hybrid_attention, "Settings"),
+        (lo.linear_attention, "Settings"),
+        (lo.numpy.linear_attention, "LinearSettings"),
+    ],
+)
+def test_type_checkers_know_every_keyword(op, settings):
+    """Overloads, by return_state, take the others from a TypedDict."""
+    known = getattr(sys.modules[op.__module__], settings).__annotations__
+    parameters = inspect.signature(op).parameters.values()
+    keywords = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert keywords.pop("return_state") == "bool"
+    assert {name: x.__forward_arg__ for name, x in known.items()} == keywords

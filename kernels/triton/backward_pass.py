@@ -14,9 +14,9 @@ With g_i = do_i / den_i and delta_i = g_i . y_i, the gradient of an unnormalised
 The maximum's gradient dm_i is -sum_W a_ij da_ij; since sum_j a_ij da_ij = 0 over all j, it is also
 what is written above, which is exactly zero where N(i) is empty.
 
-So the ds_ij of a query add up to zero, and dq_i is the same for keys less by any vector. Rounded they
-add up to something, which dq would have times what all keys have in common: dq_i loses their sum
-times a mean of the chunk's keys.
+So the ds_ij of a query add up to zero, and dq_i is the same for keys less by any vector. Rounded
+they add up to something, which dq would have times what all keys have in common: dq_i loses their
+sum times a mean of the chunk's keys.
 
 delta_i comes from a y_i that has been rounded, and where values or features have a mean, gradients
 are small differences beside that. But sum_W a_ij da_ij + dm_i, which would be zero (eps delta_i

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -32,7 +32,60 @@ from .validation import (
     check_window,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class Settings(TypedDict, total=False):
+    """What hybrid_attention takes besides, with or without a state to return."""
+
+    window: int
+    window_kind: str
+    sink: int
+    scale: float | None
+    affine: bool
+    state: HybridState | None
+    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None
+    backend: str | None
+
+
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    *,
+    return_state: Literal[False] = False,
+    **settings: Unpack[Settings],
+) -> Tensor: ...
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    *,
+    return_state: Literal[True],
+    **settings: Unpack[Settings],
+) -> tuple[Tensor, HybridState]: ...
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    feature_q: Features,
+    feature_k: Features,
+    gate: Tensor,
+    *,
+    return_state: bool,
+    **settings: Unpack[Settings],
+) -> Tensor | tuple[Tensor, HybridState]: ...
 def hybrid_attention(
     q: Tensor,
     k: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -25,7 +25,51 @@ from .arguments import (
 from .registration import autocast, differentiable, register_autocast, register_fake, register_vmap
 from .validation import check_attention, check_flags, check_state
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+
+class Settings(TypedDict, total=False):
+    """What linear_attention takes besides, with or without a state to return."""
+
+    feature_q: Features | None
+    feature_k: Features | None
+    scale: float
+    normalize: bool
+    eps: float
+    state: HybridState | None
+    cu_seqlens: Tensor | None
+    key_padding_mask: Tensor | None
+    backend: str | None
+
+
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: Literal[False] = False,
+    **settings: Unpack[Settings],
+) -> Tensor: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: Literal[True],
+    **settings: Unpack[Settings],
+) -> tuple[Tensor, HybridState]: ...
+@overload
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: bool,
+    **settings: Unpack[Settings],
+) -> Tensor | tuple[Tensor, HybridState]: ...
 def linear_attention(
     q: Tensor,
     k: Tensor,

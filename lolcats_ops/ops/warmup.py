@@ -150,11 +150,10 @@ def _call(
         return feature_map(qkv[0], maps[0], backend=options["backend"])
     if op == "linear_attention":
         own = {name: value for name, value in options.items() if name != "affine"}
-        out = linear_attention(*qkv, feature_q=maps[0], feature_k=maps[1], **own)
-        return cast(Tensor, out)  # no state was asked for
+        return linear_attention(*qkv, feature_q=maps[0], feature_k=maps[1], **own)
     settings = windows | options
     if op == "hybrid_attention":
-        return cast(Tensor, hybrid_attention(*qkv, *maps, gate, **settings))
+        return hybrid_attention(*qkv, *maps, gate, **settings)
     q, k, v = (x.detach() for x in qkv)
     if op == "attention_transfer":
         loss = attention_transfer(q, k, v, *maps, gate, **settings, xent=xent)
