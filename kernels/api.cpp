@@ -190,7 +190,7 @@ int lol_attention_transfer_backward(const lol_attention_transfer_backward_args* 
 
 int lol_abi_version(void) { return LOL_ABI_VERSION; }
 const char* lol_last_error(void) { return lol::last_error(); }
-void lol_set_last_error(const char* message) { lol::fail("%s", message); }
+void lol_set_last_error(const char* message) { lol::fail("%s", message ? message : ""); }
 int lol_max_threads(void) {
 #ifdef _OPENMP
   return omp_get_max_threads();

@@ -139,6 +139,18 @@ def test_c_project_finds_the_wheel_with_find_package(installed, tmp_path):
     build_and_test_c_project(tmp_path, installed / "lolcats_ops" / "cmake")
 
 
+def test_find_package_says_what_it_has_no_component_of(installed, tmp_path):
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.22)\nproject(user LANGUAGES C CXX)\n"
+        "find_package(lolcats_ops CONFIG REQUIRED COMPONENTS torch cuda)\n"
+    )
+    command = ["cmake", "-S", tmp_path, "-B", tmp_path / "build"]
+    command.append(f"-Dlolcats_ops_DIR={installed / 'lolcats_ops' / 'cmake'}")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert "no component 'cuda', only torch" in " ".join(done.stderr.split())
+
+
 def test_plain_cmake_builds_tests_and_installs(tmp_path):
     build, prefix = tmp_path / "build", tmp_path / "prefix"
     warnings = "-Wall -Wextra -Wfloat-conversion -Werror"

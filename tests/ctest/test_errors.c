@@ -123,6 +123,9 @@ int main(void) {
   lol_set_last_error(lol_last_error());
   CHECK(strstr(lol_last_error(), "dbias is given without a bias"));
 
+  lol_set_last_error(NULL);
+  CHECK(strcmp(lol_last_error(), "") == 0);
+
   args = feature_map_args();
   args.struct_size = 8;
   refuses(args, "struct_size");

@@ -258,7 +258,7 @@ typedef struct lol_cuda_launch {
 /* LOL_OK; LOL_EUNSUPPORTED where the device has too little shared memory for a block: a kernel that
  * needs less is then tried, if there is one; or LOL_ECUDA. Must not throw. */
 typedef int (*lol_cuda_launcher)(const lol_cuda_launch* launch, void* user);
-/* For launchers: why they failed, in lol_last_error(). */
+/* For launchers: why they failed, in lol_last_error(); NULL stands for "". */
 LOL_API void lol_set_last_error(const char* message);
 /* For the whole process; null for the library's own. Not while another thread calls an operator. */
 LOL_API void lol_set_cuda_launcher(lol_cuda_launcher launcher, void* user);
